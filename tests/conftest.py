@@ -1,0 +1,27 @@
+"""Environment and fixtures that all tests share."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# before anything imports vllm, transformers or triton; child processes inherit them
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+for name in ("NO_PROXY", "no_proxy"):
+    os.environ[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1,localhost"]))
+
+if find_spec("torch"):
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton.jit decorates a kernel
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Folder of the converted SmolLM2-135M-Instruct; fetched on a machine's first run."""
+    from vllm_sepllm.demo.model import ensure_model
+
+    return ensure_model()

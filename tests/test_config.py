@@ -1,0 +1,86 @@
+"""A wrong setting is one clear sentence; a right one round-trips through JSON."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sepllm.config import SepLLMConfig
+
+
+def read(given: object) -> SepLLMConfig:
+    return SepLLMConfig.from_additional_config({"sepllm": given})
+
+
+def test_absent_means_defaults() -> None:
+    config = SepLLMConfig.from_additional_config({})
+    assert (config.initial_tokens, config.window) == (4, 252)
+    assert (config.max_separators, config.full_layers) == (None, ())
+
+
+def test_unknown_key_is_refused_with_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown key 'windows', valid keys are \['initial_tok"):
+        read({"windows": 64})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"window": 15}, "window: Input should be greater than or equal to 16, got 15"),
+        ({"window": "64"}, "window: Input should be a valid integer, got '64'"),
+        ({"window": True}, "window: Input should be a valid integer, got True"),
+        ({"initial_tokens": -1}, "initial_tokens: Input should be greater than or equal to 0"),
+        ({"max_separators": 1.5}, "max_separators: Input should be a valid integer, got 1.5"),
+        ({"separators": "all"}, "separators must be 'paper', 'extended', a list of strings or"),
+        ({"separators": [1, "."]}, "separators must be 'paper', 'extended', a list of strings"),
+        ({"separators": [""]}, "separators must be 'paper', 'extended', a list of strings or"),
+        ({"full_layers": [0.5]}, "full_layers: Input should be a valid integer"),
+        ([], "must be an object with any of"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(given: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(given)
+
+
+def test_two_mistakes_are_both_named() -> None:
+    with pytest.raises(ValueError, match=r"window: .*unknown key 'x'"):
+        read({"window": 1, "x": 2})
+
+
+def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
+    config = read({"window": 60, "separators": ["."], "full_layers": [-1, 0]})
+    resolved = config.resolve(separator_ids=(7, 9), num_layers=30, max_model_len=8192)
+    assert resolved.separators == (7, 9)
+    assert resolved.full_layers == (0, 29)
+    assert resolved.max_separators == 2048
+    assert resolved.window == 60
+    again = resolved.resolve(separator_ids=(7, 9), num_layers=30, max_model_len=4096)
+    assert again == resolved
+
+
+def test_layers_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"layers -4 to 3, got \[4, -5\]"):
+        read({"full_layers": [4, -5]}).resolve(separator_ids=(), num_layers=4, max_model_len=64)
+    with pytest.raises(ValueError, match="all 2 layers, which leaves nothing"):
+        read({"full_layers": [0, 1]}).resolve(separator_ids=(), num_layers=2, max_model_len=64)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*SepLLMConfig.model_fields, "other"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.sampled_from([0.5, 64.0, ".", "", "x"]),
+            lambda inner: st.lists(inner, max_size=3),
+            max_leaves=4,
+        ),
+    )
+)
+def test_anything_gives_a_config_or_a_clear_error(given: dict[str, object]) -> None:
+    try:
+        config = read(given)
+    except ValueError as error:
+        assert str(error).startswith('additional_config["sepllm"]')
+    else:
+        assert read(json.loads(config.model_dump_json())) == config

@@ -1,0 +1,123 @@
+"""What a user may set: ``--additional-config '{"sepllm": {...}}'``, validated.
+
+The same class holds what the user wrote and, after :meth:`SepLLMConfig.resolve`, what every
+process works with: separators as token ids, layers counted from 0, a number for max_separators.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+
+from vllm_sepllm.policy.visibility import Policy
+
+ADDITIONAL_CONFIG_KEY = "sepllm"
+MIN_WINDOW = 16
+
+Count = Annotated[StrictInt, Field(ge=0)]
+
+
+class SepLLMConfig(BaseModel):
+    """The policy and where it applies.
+
+    Attributes:
+        initial_tokens: tokens at the start of a request that every query reads.
+        window: most recent tokens that a query reads, itself included. With
+            initial_tokens + window a multiple of the block size no block mixes ring and tail.
+        separators: "paper" or "extended" (rules applied to the model's tokenizer), or a list of
+            strings that are one token each, or a list of token ids.
+        max_separators: separators older than the window that stay visible. None: a quarter of
+            max_model_len, which the text of a request reaches only if more than one token in
+            four is a separator. vLLM sizes and admits by it, so a request always fits.
+        full_layers: layers that keep full attention, negative ones counted from the last.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    initial_tokens: Count = 4
+    window: Annotated[StrictInt, Field(ge=MIN_WINDOW)] = 252
+    separators: (
+        Literal["paper", "extended"]
+        | tuple[StrictInt, ...]
+        | tuple[Annotated[str, Field(strict=True, min_length=1)], ...]
+    ) = "extended"
+    max_separators: Count | None = None
+    full_layers: tuple[StrictInt, ...] = ()
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Mapping[str, Any]) -> "SepLLMConfig":
+        """Read ``additional_config["sepllm"]``; absent means all defaults.
+
+        Raises:
+            ValueError: naming every field that is wrong, what it should be and the valid fields.
+        """
+        given = additional_config.get(ADDITIONAL_CONFIG_KEY, {})
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f'additional_config["sepllm"] must be an object with any of '
+                f"{list(cls.model_fields)}, got {given!r}"
+            )
+        try:
+            return cls.model_validate(dict(given))
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from None
+
+    def resolve(
+        self, *, separator_ids: tuple[int, ...], num_layers: int, max_model_len: int
+    ) -> "SepLLMConfig":
+        """The same policy with nothing left to derive; resolving twice changes nothing.
+
+        Args:
+            separator_ids: what ``separators`` means for the model's tokenizer.
+            num_layers: attention layers of the model.
+            max_model_len: tokens of the longest request.
+
+        Raises:
+            ValueError: if ``full_layers`` names a layer that the model does not have, or all.
+        """
+        bound = self.max_separators
+        if bound is None:
+            bound = max_model_len // 4
+        return self.model_copy(
+            update={
+                "separators": separator_ids,
+                "max_separators": bound,
+                "full_layers": self._resolved_layers(num_layers),
+            }
+        )
+
+    def _resolved_layers(self, num_layers: int) -> tuple[int, ...]:
+        wrong = [layer for layer in self.full_layers if not -num_layers <= layer < num_layers]
+        if wrong:
+            raise ValueError(
+                f"full_layers: the model has layers {-num_layers} to {num_layers - 1}, got {wrong}"
+            )
+        layers = tuple(sorted({layer % num_layers for layer in self.full_layers}))
+        if len(layers) == num_layers:
+            raise ValueError(
+                f"full_layers names all {num_layers} layers, which leaves nothing for sepllm; "
+                "serve without --attention-backend sepllm instead"
+            )
+        return layers
+
+    @property
+    def policy(self) -> Policy:
+        """The numbers of the policy, without the separators."""
+        return Policy(self.initial_tokens, self.window, self.max_separators)
+
+
+def _explain(error: ValidationError) -> str:
+    """One sentence per wrong field, in the user's words."""
+    valid = list(SepLLMConfig.model_fields)
+    problems: dict[str, str] = {}
+    for item in error.errors():
+        field = str(item["loc"][0]) if item["loc"] else ADDITIONAL_CONFIG_KEY
+        if item["type"] == "extra_forbidden":
+            problems[field] = f"unknown key {field!r}, valid keys are {valid}"
+        elif field == "separators":
+            problems[field] = (
+                "separators must be 'paper', 'extended', a list of strings or a list of token ids"
+            )
+        else:
+            problems.setdefault(field, f"{field}: {item['msg']}, got {item['input']!r}")
+    return f'additional_config["{ADDITIONAL_CONFIG_KEY}"]: ' + "; ".join(problems.values())

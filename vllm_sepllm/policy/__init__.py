@@ -1,0 +1,1 @@
+"""Which tokens a query may read and where their KV lives. Standard library and numpy only."""

@@ -1,0 +1,60 @@
+"""Where the KV of a kept token lives: the compact index space of one request.
+
+    [0, a)           the initial tokens
+    [a, a+n)         the ring: position i >= a sits at a + (i - a) mod n
+    [a+n, a+n+k)     the tail: the k-th separator that left the window, at a + n + k (mod s if bounded)
+
+Writing token i overwrites token i-n in the ring. If that one is a separator its KV is first
+copied ("spilled") to the tail. Positions index the request, compact indices index its cache.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+
+from vllm_sepllm.policy.visibility import IntArray, Policy
+
+Index = TypeVar("Index", int, IntArray)
+
+
+def num_tail(policy: Policy, num_spilled: Index) -> Index:
+    """Entries in the tail once ``num_spilled`` separators have left the window."""
+    if policy.max_separators is None:
+        return num_spilled
+    if isinstance(num_spilled, int):
+        return min(num_spilled, policy.max_separators)
+    return np.minimum(num_spilled, policy.max_separators)
+
+
+def compact_length(policy: Policy, num_tokens: int, num_spilled: int) -> int:
+    """Entries the cache holds after ``num_tokens`` tokens, ``num_spilled`` of them spilled."""
+    return min(num_tokens, policy.num_dense) + num_tail(policy, num_spilled)
+
+
+def max_compact_length(policy: Policy, num_tokens: int) -> int:
+    """The most a request of ``num_tokens`` can hold: every token could be a separator."""
+    return compact_length(policy, num_tokens, max(0, num_tokens - policy.num_dense))
+
+
+def ring_index(policy: Policy, position: IntArray) -> IntArray:
+    """Compact index of a token that is an initial one or inside the window."""
+    a = policy.initial_tokens
+    return np.where(position < a, position, a + (position - a) % policy.window)
+
+
+def tail_index(policy: Policy, rank: IntArray) -> IntArray:
+    """Compact index of the separator that left the window as number ``rank`` (from 0).
+
+    With ``max_separators`` 0 nothing has a place in the tail; the caller must not ask.
+    """
+    if policy.max_separators is None:
+        return policy.num_dense + rank
+    return policy.num_dense + rank % policy.max_separators
+
+
+def num_left_window(policy: Policy, num_tokens: int) -> int:
+    """First position that still sits in the ring after ``num_tokens`` tokens.
+
+    Tokens at positions in [a, this) have left the window; their separators are spilled.
+    """
+    return max(policy.initial_tokens, num_tokens - policy.window)

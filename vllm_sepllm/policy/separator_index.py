@@ -1,0 +1,60 @@
+"""Positions of one request's separators, grown as its tokens become known."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+
+from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
+
+
+class SeparatorIndex:
+    """Append-only list of the separators of one request at positions >= initial_tokens."""
+
+    __slots__ = ("_flags", "_num_seen", "_policy", "_positions")
+
+    def __init__(self, policy: Policy, flags: BoolArray) -> None:
+        """``flags`` is [vocab_size], whether each token id is a separator.
+
+        A token id past the end reads the last entry.
+        """
+        self._policy = policy
+        self._flags = flags
+        self._positions: list[int] = []
+        self._num_seen = policy.initial_tokens
+
+    def extend(self, token_ids: Sequence[int], num_tokens: int) -> None:
+        """Take in tokens up to position ``num_tokens``; those seen before are not read again.
+
+        Raises:
+            IndexError: if ``token_ids`` does not reach that far. The plan needs settled tokens
+                alone, so this is a bug in the caller, and a short index would drop separators.
+        """
+        first = self._num_seen
+        if num_tokens <= first:
+            return
+        if len(token_ids) < num_tokens:
+            raise IndexError(
+                f"separators up to position {num_tokens} were asked for, "
+                f"but only {len(token_ids)} token ids are known"
+            )
+        if num_tokens - first == 1:  # a decode step: no array for one token
+            if self._flags[min(token_ids[first], len(self._flags) - 1)]:
+                self._positions.append(first)
+        else:
+            is_separator = self._flags.take(token_ids[first:num_tokens], mode="clip")
+            self._positions.extend((first + np.flatnonzero(is_separator)).tolist())
+        self._num_seen = num_tokens
+
+    def truncate(self, num_tokens: int) -> None:
+        """Forget everything from position ``num_tokens`` on: those tokens were replaced."""
+        del self._positions[self.count_below(num_tokens) :]
+        self._num_seen = min(self._num_seen, max(num_tokens, self._policy.initial_tokens))
+
+    def count_below(self, position: int) -> int:
+        """Separators at positions in [a, position). They must have been taken in."""
+        return bisect_left(self._positions, position)
+
+    def positions(self, first: int, last: int) -> IntArray:
+        """Positions of separators number ``first`` to ``last`` (exclusive), ascending."""
+        return np.array(self._positions[first:last], dtype=np.int64)

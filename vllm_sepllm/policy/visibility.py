@@ -1,0 +1,89 @@
+"""The SepLLM rule: which keys a query may read, written once as inequalities.
+
+Source: SepLLM (arXiv:2412.12094), the per-token mask of its fundamental design. With 0-based
+positions over the tokens of one request,
+
+    visible(i, j)  =  j <= i  and  ( j < a  or  i - j < n  or  token j is a separator )
+
+where a is the number of initial tokens and n the window, the query included. ``max_separators``
+bounds the last term: of the separators that left the window only the latest s stay visible.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What a query may read, apart from which tokens are separators.
+
+    Attributes:
+        initial_tokens: a, tokens at the start of the request that every query reads.
+        window: n, most recent tokens that a query reads, itself included.
+        max_separators: s, separators older than the window that stay visible; None: all.
+    """
+
+    initial_tokens: int
+    window: int
+    max_separators: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.initial_tokens < 0:
+            raise ValueError(f"initial_tokens must be >= 0, got {self.initial_tokens}")
+        if self.window < 1:
+            raise ValueError(f"window must be >= 1 (a query reads itself), got {self.window}")
+        if self.max_separators is not None and self.max_separators < 0:
+            raise ValueError(f"max_separators must be >= 0 or None, got {self.max_separators}")
+
+    @property
+    def num_dense(self) -> int:
+        """a + n: up to here every token is kept and the layout is vLLM's own."""
+        return self.initial_tokens + self.window
+
+
+def is_visible(policy: Policy, is_separator: Sequence[bool], query: int, key: int) -> bool:
+    """Whether the token at position ``query`` reads the one at position ``key``.
+
+    Args:
+        policy: a, n and s.
+        is_separator: [num_tokens], whether each token of the request is a separator.
+        query: position i.
+        key: position j.
+    """
+    if key > query:
+        return False
+    if key < policy.initial_tokens or query - key < policy.window:
+        return True
+    if not is_separator[key]:
+        return False
+    if policy.max_separators is None:
+        return True
+    later = sum(is_separator[key + 1 : query - policy.window + 1])
+    return later < policy.max_separators
+
+
+def visible_mask(policy: Policy, is_separator: BoolArray) -> BoolArray:
+    """The rule for all pairs at once: [num_tokens, num_tokens], rows are queries.
+
+    Quadratic in memory: for oracles and pictures, never for serving.
+    """
+    num_tokens = len(is_separator)
+    query = np.arange(num_tokens)[:, None]
+    key = np.arange(num_tokens)[None, :]
+    is_far = (key >= policy.initial_tokens) & (query - key >= policy.window)
+    kept = ~is_far | is_separator[None, :]
+    if policy.max_separators is not None:
+        counted = is_separator & (np.arange(num_tokens) >= policy.initial_tokens)
+        # rank of a separator: separators at positions in [a, j); num_left: those in [a, i-n]
+        rank = np.cumsum(counted) - counted
+        num_left = np.concatenate([np.zeros(policy.window, np.int64), np.cumsum(counted)])
+        too_old = rank[None, :] < num_left[:num_tokens, None] - policy.max_separators
+        kept &= ~(is_far & too_old)
+    mask: BoolArray = kept & (key <= query)
+    return mask
