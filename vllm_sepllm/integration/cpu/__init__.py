@@ -1,0 +1,1 @@
+"""SepLLM on vLLM's CPU platform, Model Runner V1."""

@@ -1,0 +1,193 @@
+"""Turns the step's plan into slots, compact lengths and query tiles."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
+
+from vllm_sepllm.integration.cpu.kv_layout import probe_layout
+from vllm_sepllm.integration.cpu.metadata import (
+    ChunkRows,
+    LibraryRows,
+    PrefillRows,
+    SepLLMCPUMetadata,
+    SlotCopies,
+    TileTensors,
+)
+from vllm_sepllm.integration.steps import BatchRows, CurrentStep
+from vllm_sepllm.policy import decode, layout, prefill
+from vllm_sepllm.policy.visibility import BoolArray, IntArray
+
+# the fastest of 64 to 512 for prefill at 8K with the window of 256 (2 cores, bf16 and fp32)
+_TILE_SIZE = 128
+
+
+class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
+    """vLLM's CPU builder for rows that read their cache alone; ours for prefill chunks."""
+
+    # single-token rows first: they are one call of vLLM's kernel
+    reorder_batch_threshold = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._policy = self.kv_cache_spec.policy
+        self._layout = probe_layout(
+            self.num_kv_heads, self.head_dim, self.block_size, self.kv_cache_spec.dtype, self.isa
+        )
+        self._step: CurrentStep | None = None
+
+    def bind(self, step: CurrentStep) -> None:
+        """Say where the plan of each step is found; the worker does so before the first."""
+        self._step = step
+
+    def build(  # type: ignore[override]  # the metadata of this backend, not of the wrapped one
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SepLLMCPUMetadata | None:
+        """See vLLM's AttentionMetadataBuilder.build; None when the model runs without requests."""
+        assert self._step is not None, "the worker did not bind the builder"
+        if self._step.is_dummy:
+            return None
+        common = common_attn_metadata
+        rows = self._step.rows(common.num_reqs)
+        first = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
+        block_table = common.block_table_tensor.numpy()
+        num_new = np.diff(first)
+        is_library = (num_new == 1) | (rows.start + num_new <= self._policy.num_dense)
+        return SepLLMCPUMetadata(
+            library=self._library_rows(common, rows, first, block_table, is_library),
+            prefill=self._prefill_rows(rows, first, block_table, np.flatnonzero(~is_library)),
+        )
+
+    def _slots(self, block_ids: IntArray, compact: IntArray) -> torch.Tensor:
+        """Slot of entry ``compact`` in the block ``block_ids`` that holds it, elementwise."""
+        slots = block_ids.astype(np.int64) * self.block_size + compact % self.block_size
+        return torch.from_numpy(slots)
+
+    def _library_rows(
+        self,
+        common: CommonAttentionMetadata,
+        rows: BatchRows,
+        first: IntArray,
+        block_table: IntArray,
+        is_library: BoolArray,
+    ) -> LibraryRows | None:
+        chosen = np.flatnonzero(is_library)
+        if len(chosen) == 0:
+            return None
+        num_new = np.diff(first)[chosen]
+        start, spilled, spills = rows.start[chosen], rows.num_spilled[chosen], rows.spills[chosen]
+        query_first = np.concatenate([[0], np.cumsum(num_new)])
+        owner = np.repeat(np.arange(len(chosen)), num_new)
+        within = np.arange(query_first[-1]) - query_first[owner]
+
+        compact = layout.ring_index(self._policy, start[owner] + within)
+        slots = self._slots(block_table[chosen[owner], compact // self.block_size], compact)
+        is_prefix = bool(is_library[: len(chosen)].all())
+        tokens = None if is_prefix else torch.from_numpy(first[chosen][owner] + within)
+        lengths = decode.compact_lengths(self._policy, start + num_new, spilled, spills)
+        metadata = self._library_metadata(
+            common, query_first, lengths, slots, block_table if is_prefix else block_table[chosen]
+        )
+        copies = decode.spill_copies(self._policy, start, spilled, spills)
+        owners = chosen[copies.rows]
+        return LibraryRows(
+            spills=self._copies(block_table, owners, copies.source, copies.target),
+            tokens=tokens,
+            num_tokens=len(owner),
+            slots=slots,
+            metadata=metadata,
+        )
+
+    def _library_metadata(
+        self,
+        common: CommonAttentionMetadata,
+        query_first: IntArray,
+        lengths: IntArray,
+        slots: torch.Tensor,
+        block_table: IntArray,
+    ) -> CPUAttentionMetadata:
+        query_start_loc = torch.from_numpy(query_first.astype(np.int32))
+        return super().build(
+            0,
+            replace(
+                common,
+                num_reqs=len(lengths),
+                num_actual_tokens=len(slots),
+                query_start_loc=query_start_loc,
+                query_start_loc_cpu=query_start_loc,
+                seq_lens=torch.from_numpy(lengths.astype(np.int32)),
+                max_seq_len=int(lengths.max()),
+                max_query_len=int(np.diff(query_first).max()),
+                block_table_tensor=torch.from_numpy(block_table[: len(lengths)]),
+                slot_mapping=slots,
+            ),
+        )
+
+    def _copies(
+        self, block_table: IntArray, rows: IntArray, source: IntArray, target: IntArray
+    ) -> SlotCopies | None:
+        """Copies between compact entries of the batch's ``rows``, elementwise."""
+        if len(rows) == 0:
+            return None
+        slots = [
+            self._slots(block_table[rows, compact // self.block_size], compact)
+            for compact in (source, target)
+        ]
+        return SlotCopies(*(self._layout.slot_elements(s) for s in slots))
+
+    def _prefill_rows(
+        self, rows: BatchRows, first: IntArray, block_table: IntArray, chosen: IntArray
+    ) -> PrefillRows | None:
+        if len(chosen) == 0:
+            return None
+        chunk_rows: list[ChunkRows] = []
+        copies: list[tuple[IntArray, IntArray, IntArray]] = []
+        tokens: list[IntArray] = []
+        slots: list[torch.Tensor] = []
+        for row in chosen.tolist():
+            chunk = self._chunk(rows, row, int(first[row + 1] - first[row]))
+            chunk_rows.append(self._chunk_rows(chunk, int(first[row]), block_table[row]))
+            kept = prefill.survivors(chunk)
+            owner = np.full(len(kept.copy_source), row)
+            copies.append((owner, kept.copy_source, kept.copy_target))
+            tokens.append(kept.tokens + first[row])
+            block_ids = block_table[row, kept.target // self.block_size]
+            slots.append(self._slots(block_ids, kept.target))
+        owners, source, target = (np.concatenate(part) for part in zip(*copies, strict=True))
+        return PrefillRows(
+            chunks=chunk_rows,
+            copies=self._copies(block_table, owners, source, target),
+            tokens=torch.from_numpy(np.concatenate(tokens)),
+            slots=torch.cat(slots),
+        )
+
+    def _chunk(self, rows: BatchRows, row: int, num_new_tokens: int) -> prefill.Chunk:
+        separators = rows.separators[row]
+        assert separators is not None, "the plan of a row of several tokens lists its separators"
+        start = int(rows.start[row])
+        return prefill.Chunk(
+            self._policy, start, start + num_new_tokens, int(rows.num_spilled[row]), separators
+        )
+
+    def _chunk_rows(self, chunk: prefill.Chunk, first: int, block_ids: IntArray) -> ChunkRows:
+        num_blocks = -(-chunk.num_cached // self.block_size)
+        return ChunkRows(
+            first=first,
+            last=first + chunk.end - chunk.start,
+            block_ids=torch.from_numpy(block_ids[:num_blocks].astype(np.int64)),
+            num_cached=chunk.num_cached,
+            tiles=[self._tile_tensors(t) for t in prefill.query_tiles(chunk, _TILE_SIZE)],
+        )
+
+    def _tile_tensors(self, tile: prefill.QueryTile) -> TileTensors:
+        bias = None
+        if tile.hidden is not None:
+            bias = torch.zeros(tile.hidden.shape, dtype=self.dtype)
+            bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
+        return TileTensors(tile.first, tile.last, torch.from_numpy(tile.keys), bias)

@@ -1,0 +1,143 @@
+"""One attention layer: vLLM's CPU kernel for decode, query tiles for prefill."""
+
+import torch
+from vllm import _custom_ops as vllm_ops
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
+
+from vllm_sepllm.integration.cpu.attention import TileAttention
+from vllm_sepllm.integration.cpu.kv_layout import CPUCacheLayout, probe_layout, split_cache
+from vllm_sepllm.integration.cpu.metadata import (
+    ChunkRows,
+    LibraryRows,
+    PrefillRows,
+    SepLLMCPUMetadata,
+)
+
+
+class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
+    """Wraps the implementation that vLLM chose for the layer."""
+
+    def __init__(self, wrapped: CPUAttentionBackendImpl) -> None:
+        self.wrapped = wrapped
+        self.num_heads = wrapped.num_heads
+        self.num_kv_heads = wrapped.num_kv_heads
+        self.head_size = wrapped.head_size
+        self.scale = wrapped.scale
+        self.kv_cache_dtype = wrapped.kv_cache_dtype
+        self._attend = TileAttention(wrapped.scale, wrapped.logits_soft_cap, wrapped.sinks)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SepLLMCPUMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See vLLM's AttentionImpl.forward; writes ``output`` and the cache."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("sepllm does not support fused output quantization on CPU")
+        if attn_metadata is None:  # the model runs without requests
+            return output
+        if attn_metadata.library is not None:
+            self._library(layer, query, key, value, kv_cache, attn_metadata.library, output)
+        if attn_metadata.prefill is not None:
+            self._prefill(layer, query, key, value, kv_cache, attn_metadata.prefill, output)
+        return output
+
+    def _library(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: LibraryRows,
+        output: torch.Tensor,
+    ) -> None:
+        if rows.spills is not None:
+            rows.spills.run(kv_cache)
+        select = slice(rows.num_tokens) if rows.tokens is None else rows.tokens
+        self._write(layer, key[select], value[select], kv_cache, rows.slots)
+        attended = output[select]  # a view of the first rows, a copy of scattered ones
+        self.wrapped.forward(
+            layer, query[select], key, value, kv_cache, rows.metadata, attended
+        )
+        if rows.tokens is not None:
+            output[rows.tokens] = attended
+
+    def _prefill(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        rows: PrefillRows,
+        output: torch.Tensor,
+    ) -> None:
+        layout = self._layout(layer, kv_cache)
+        for chunk in rows.chunks:
+            keys, values = self._chunk_keys(chunk, key, value, kv_cache, layout)
+            for tile in chunk.tiles:
+                queries = slice(chunk.first + tile.first, chunk.first + tile.last)
+                output[queries] = self._attend(
+                    query[queries],
+                    keys.index_select(1, tile.keys),
+                    values.index_select(1, tile.keys),
+                    tile.bias,
+                )
+        if rows.copies is not None:
+            rows.copies.run(kv_cache)
+        self._write(layer, key[rows.tokens], value[rows.tokens], kv_cache, rows.slots)
+
+    def _layout(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> CPUCacheLayout:
+        # layer.isa is set by vLLM's CPU builder
+        return probe_layout(
+            self.num_kv_heads,
+            self.head_size,
+            kv_cache.shape[2],
+            kv_cache.dtype,
+            layer.isa,  # type: ignore[attr-defined]
+        )
+
+    def _chunk_keys(
+        self,
+        chunk: ChunkRows,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        layout: CPUCacheLayout,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of a chunk, [num_kv_heads, num_cached + chunk, head_size], cache first."""
+        keys = key[chunk.first : chunk.last].transpose(0, 1)
+        values = value[chunk.first : chunk.last].transpose(0, 1)
+        if chunk.num_cached == 0:
+            return keys, values
+        cached = layout.gather(kv_cache, chunk.block_ids)[:, : chunk.num_cached]
+        cached_keys, cached_values = cached.split(self.head_size, dim=2)
+        return torch.cat([cached_keys, keys], 1), torch.cat([cached_values, values], 1)
+
+    def _write(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        vllm_ops.cpu_attn_reshape_and_cache(
+            key,
+            value,
+            *split_cache(kv_cache),
+            slots,
+            layer.isa,  # type: ignore[attr-defined]
+            k_scale=layer._k_scale_float,
+            v_scale=layer._v_scale_float,
+            kv_cache_dtype=self.kv_cache_dtype,
+        )

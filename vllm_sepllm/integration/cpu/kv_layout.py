@@ -1,0 +1,109 @@
+"""Where the elements of one token's KV lie in vLLM's CPU cache.
+
+vLLM's CPU kernels store K and V in an order that depends on the instruction set (``isa``): K in
+columns for "vec", interleaved pairs for "amx". The order is theirs to change, so it is asked of
+their own write kernel instead of being repeated here.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from vllm import _custom_ops as vllm_ops
+
+
+def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V as vLLM's CPU kernels take them.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], contiguous.
+
+    Returns:
+        Two views [num_blocks, num_kv_heads, block_size, head_size] (CPUAttentionBackendImpl).
+    """
+    num_blocks, num_heads, block_size, _ = kv_cache.shape
+    cells = kv_cache.view(num_blocks, num_heads, block_size * 2, -1)
+    key_cache, value_cache = cells.chunk(2, dim=2)
+    return key_cache, value_cache
+
+
+@dataclass(frozen=True)
+class CPUCacheLayout:
+    """Element order of one (block, head) cell of ``2 * block_size * head_size`` elements.
+
+    Attributes:
+        elements: [block_size, 2 * head_size] int64: where in the cell the K, then the V elements
+            of each token lie.
+        num_kv_heads: heads per block.
+    """
+
+    elements: torch.Tensor
+    num_kv_heads: int
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self.elements.shape[0]
+
+    def slot_elements(self, slots: torch.Tensor) -> torch.Tensor:
+        """Flat element indices of whole slots in a contiguous cache.
+
+        Args:
+            slots: [num_slots] int64, block_id * block_size + offset.
+
+        Returns:
+            [num_slots * num_kv_heads * 2 * head_size] int64.
+        """
+        cell = self.elements.numel()
+        block, offset = slots // self.block_size, slots % self.block_size
+        head = block[:, None] * self.num_kv_heads + torch.arange(self.num_kv_heads)
+        return (head[..., None] * cell + self.elements[offset][:, None]).reshape(-1)
+
+    def gather(self, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
+        """The KV of whole blocks in token order.
+
+        Args:
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size].
+            block_ids: [num_ids] int64.
+
+        Returns:
+            [num_kv_heads, num_ids * block_size, 2 * head_size]: K, then V of each token. Slots
+            that were never written come along as they are.
+        """
+        cells = kv_cache.index_select(0, block_ids).flatten(2)
+        tokens = cells.index_select(2, self.elements.reshape(-1))
+        tokens = tokens.view(len(block_ids), self.num_kv_heads, self.block_size, -1)
+        return tokens.transpose(0, 1).flatten(1, 2)
+
+
+@lru_cache
+def probe_layout(
+    num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype, isa: str
+) -> CPUCacheLayout:
+    """Find the element order by writing numbered elements, one binary digit at a time.
+
+    Digits, not numbers: 0 and 1 are exact in every dtype.
+
+    Raises:
+        RuntimeError: if vLLM's kernel does not put every element in a place of its own.
+    """
+    num_elements = block_size * head_size
+    # K elements are numbered 0 .. N-1, V elements N .. 2N-1, token by token
+    number = torch.arange(2 * num_elements).view(2, block_size, 1, head_size)
+    found = torch.zeros(2 * num_elements, dtype=torch.int64)
+    for digit in range((2 * num_elements - 1).bit_length()):
+        key, value = ((number >> digit) & 1).to(dtype)
+        kv_cache = torch.zeros(1, 1, block_size, 2 * head_size, dtype=dtype)
+        vllm_ops.cpu_attn_reshape_and_cache(
+            key.contiguous(), value.contiguous(), *split_cache(kv_cache), torch.arange(block_size), isa
+        )
+        found += kv_cache.view(-1).to(torch.int64) << digit
+    if not torch.equal(found.sort().values, torch.arange(2 * num_elements)):
+        raise RuntimeError(
+            f"sepllm does not understand how vLLM's CPU kernel {isa!r} stores KV for head size "
+            f"{head_size}, block size {block_size}, {dtype}; try --block-size 32 or another dtype"
+        )
+    place = torch.empty_like(found)
+    place[found] = torch.arange(2 * num_elements)
+    of_key, of_value = place.view(2, block_size, head_size)
+    return CPUCacheLayout(torch.cat([of_key, of_value], dim=1), num_kv_heads)

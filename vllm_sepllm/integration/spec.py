@@ -1,0 +1,53 @@
+"""The KV cache of a SepLLM layer, as vLLM's block accounting sees it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.policy.layout import max_compact_length
+from vllm_sepllm.policy.visibility import Policy
+
+# vLLM 0.32 registers its own specs on first use, and only while its table is empty: a plugin that
+# comes first would leave every built-in spec without a manager.
+KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+
+
+# Not a FullAttentionSpec: FullAttentionSpec.merge accepts subclasses and drops their fields, so a
+# model with full_layers would silently become one full-attention group.
+@register_kv_cache_spec(manager_class=SepLLMManager)
+@dataclass(frozen=True, kw_only=True)
+class SepLLMSpec(AttentionSpec):
+    """A layer that holds the compact entries of each request (policy/layout.py).
+
+    Attributes:
+        policy: a, n and s; s is a number here, so that the cache of a request is bounded.
+    """
+
+    policy: Policy
+    dcp_sharded: bool = False
+
+    @classmethod
+    def from_full_attention(cls, spec: FullAttentionSpec, policy: Policy) -> Self:
+        """The same layer under the SepLLM rule."""
+        kept = {
+            field.name: getattr(spec, field.name)
+            for field in dataclasses.fields(AttentionSpec)
+            if field.name != "dcp_sharded"
+        }
+        return cls(**kept, policy=policy)
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        """Ring blocks are overwritten, so vLLM must not share them by position."""
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of this layer that the longest request needs if every token is a separator."""
+        longest = max_compact_length(self.policy, vllm_config.model_config.max_model_len)
+        return cdiv(longest, self.block_size) * self.page_size_bytes
