@@ -1,0 +1,68 @@
+"""Models and text of the end-to-end tests."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DOCUMENTS = Path(__file__).resolve().parents[2] / "vllm_sepllm" / "demo" / "documents"
+
+
+@pytest.fixture(scope="session")
+def four_layers_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's first four layers: real weights and tokens at a seventh of the time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = tmp_path_factory.mktemp("four_layers")
+    model = AutoModelForCausalLM.from_pretrained(
+        smollm2_path, num_hidden_layers=4, dtype="float32"
+    )
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(smollm2_path).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random layers over SmolLM2's vocabulary: for tests of memory, where answers do not count.
+
+    Long contexts are allowed, and one token of KV is 512 bytes in float32.
+    """
+    from transformers import LlamaConfig
+
+    path = tmp_path_factory.mktemp("tiny")
+    vocab_size = json.loads((smollm2_path / "config.json").read_text())["vocab_size"]
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=65536,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (path / name).write_bytes((smollm2_path / name).read_bytes())
+    return path
+
+
+@pytest.fixture(scope="session")
+def text_ids(smollm2_path: Path) -> list[int]:
+    """The bundled documents as one sequence of about 40,000 SmolLM2 tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    text = "\n\n".join(p.read_text() for p in sorted(DOCUMENTS.glob("*.txt")))
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+@pytest.fixture(scope="session")
+def excerpt(text_ids: list[int]) -> Callable[[int, int], list[int]]:
+    """``excerpt(first, num_tokens)`` of the documents."""
+    return lambda first, num_tokens: text_ids[first : first + num_tokens]

@@ -1,0 +1,156 @@
+"""A real vLLM engine inside the test's process, stepped by hand so that its blocks can be seen."""
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+# the engine and its worker share the test's process
+_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+@dataclass
+class Answer:
+    """What one request got."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Watch:
+    """What the scheduler showed while a workload ran.
+
+    Attributes:
+        holdings: one (request's tokens, tokens computed, blocks held per KV cache group) for each
+            running request after each step.
+        max_decoding: most requests that produced a token in the same step.
+        num_preemptions: how often a request was sent back to the queue.
+    """
+
+    holdings: list[tuple[list[int], int, list[int]]] = field(default_factory=list)
+    max_decoding: int = 0
+    num_preemptions: int = 0
+    _preempted: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """``vllm.LLM`` with its scheduler at hand."""
+
+    def __init__(self, path: Path, **arguments: Any) -> None:
+        from vllm import LLM
+
+        defaults = {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 4096,
+            "kv_cache_memory_bytes": 512 << 20,
+            "max_num_seqs": 32,
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        self.llm = LLM(model=str(path), **(defaults | arguments))
+        self.engine = self.llm.llm_engine
+        self.scheduler = self.engine.engine_core.engine_core.scheduler
+        self._counter = 0
+
+    @property
+    def managers(self) -> Sequence[Any]:
+        return self.scheduler.kv_cache_manager.coordinator.single_type_managers
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+    @property
+    def num_blocks(self) -> int:
+        """Usable blocks: vLLM keeps one back as the null block."""
+        return self.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        watch: Watch | None = None,
+        max_steps: int | None = None,
+        **sampling: Any,
+    ) -> list[Answer]:
+        """Greedy continuations of token-id prompts, all submitted at once."""
+        from vllm import SamplingParams
+
+        names = []
+        parameters = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False}
+        for prompt in prompts:
+            self._counter += 1
+            names.append(f"request-{self._counter}")
+            self.engine.add_request(
+                names[-1],
+                {"prompt_token_ids": list(prompt)},
+                SamplingParams(max_tokens=max_tokens, **(parameters | sampling)),
+            )
+        finished: dict[str, Any] = {}
+        num_steps = 0
+        while self.engine.has_unfinished_requests():
+            outputs = self.engine.step()
+            finished |= {o.request_id: o for o in outputs if o.finished}
+            if watch is not None:
+                self._look(watch, outputs)
+            num_steps += 1
+            if max_steps is not None and num_steps == max_steps:
+                self.engine.abort_request(names, internal=False)
+        return [_answer(finished[name]) for name in names if name in finished]
+
+    def _look(self, watch: Watch, outputs: Sequence[Any]) -> None:
+        watch.max_decoding = max(watch.max_decoding, len(outputs))
+        for request in self.scheduler.requests.values():
+            watch._preempted[request.request_id] = request.num_preemptions
+        watch.num_preemptions = sum(watch._preempted.values())
+        for request in self.scheduler.running:
+            held = [len(m.req_to_blocks[request.request_id]) for m in self.managers]
+            watch.holdings.append((request._all_token_ids, request.num_computed_tokens, held))
+
+
+def _answer(output: Any) -> Answer:
+    completion = output.outputs[0]
+    answer = Answer(token_ids=list(completion.token_ids))
+    if completion.logprobs is not None:
+        answer.logprobs = [
+            position[token].logprob
+            for token, position in zip(completion.token_ids, completion.logprobs, strict=True)
+        ]
+    if output.prompt_logprobs is not None:
+        answer.prompt_logprobs = [
+            position[token].logprob
+            for token, position in zip(
+                output.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True
+            )
+        ]
+    return answer
+
+
+@contextmanager
+def engine(path: Path, **arguments: Any) -> Iterator[Engine]:
+    """An engine that is gone afterwards, its process group included.
+
+    Raises:
+        AssertionError: if blocks are still held when the test is over.
+    """
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    with patch.dict(os.environ, _ENVIRONMENT):
+        made = Engine(path, **arguments)
+        try:
+            yield made
+            assert made.num_free_blocks == made.num_blocks, "blocks were not given back"
+            assert not made.scheduler.requests
+        finally:
+            made.engine.engine_core.shutdown()
+            del made
+            cleanup_dist_env_and_memory()
+            gc.collect()

@@ -1,0 +1,96 @@
+"""Invariant 3: a request holds the blocks of its compact length, also inside a long prefill."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.engine import Engine, Watch, engine
+
+pytestmark = pytest.mark.slow
+
+BLOCK = 32
+DUMMY = {"load_format": "dummy", "block_size": BLOCK, "max_model_len": 40960}
+SEPLLM = {
+    "attention_backend": "sepllm",
+    # 256 as in the figures of the design; a + n = 260 is no whole number of blocks
+    "additional_config": {"sepllm": {"window": 256, "separators": "paper"}},
+}
+
+
+def compact_blocks(made: Engine, token_ids: list[int], num_tokens: int) -> int:
+    """ceil(compact length / block size), counted from the definition."""
+    config = made.engine.vllm_config.additional_config["sepllm"]
+    a, n = config["initial_tokens"], config["window"]
+    separators = set(config["separators"])
+    far = sum(t in separators for t in token_ids[a : max(a, num_tokens - n)])
+    kept = min(num_tokens, a + n) + min(far, config["max_separators"])
+    return -(-kept // BLOCK)
+
+
+def test_blocks_are_those_of_the_compact_length_at_every_step(
+    tiny_path: Path, text_ids: list[int]
+) -> None:
+    """Proves it for 2K, 8K and 32K tokens of English, and that chunk sizes do not matter."""
+    prompts = [text_ids[:length] for length in (2048, 8192, 32768)]
+    peaks = {}
+    for chunk in (512, 2048):
+        with engine(tiny_path, **DUMMY, **SEPLLM, max_num_batched_tokens=chunk) as made:
+            for prompt in prompts:
+                watch = Watch()
+                made.generate([prompt], 8, watch=watch)
+                for token_ids, num_tokens, (held,) in watch.holdings:
+                    assert held == compact_blocks(made, token_ids, num_tokens)
+                peak = max(held for *_, (held,) in watch.holdings)
+                assert peak == compact_blocks(made, prompt, len(prompt) + 7)
+                peaks[chunk, len(prompt)] = peak
+    print("peak blocks:", peaks)
+    assert {n: p for (c, n), p in peaks.items() if c == 512} == {
+        n: p for (c, n), p in peaks.items() if c == 2048
+    }
+    # full attention would hold 65, 257 and 1025
+    assert peaks[512, 2048] < 20
+    assert peaks[512, 8192] < 55
+    assert peaks[512, 32768] < 190
+
+
+def most_decoding(path: Path, prompts: list[list[int]], **arguments: Any) -> int:
+    watch = Watch()
+    with engine(
+        path,
+        **DUMMY | {"max_model_len": 8704},
+        **arguments,
+        num_gpu_blocks_override=1101,  # vLLM keeps one back
+        max_num_batched_tokens=8704,
+        max_num_seqs=64,
+    ) as made:
+        made.generate(prompts, 400, watch=watch, max_steps=120)
+    return watch.max_decoding
+
+
+def test_one_pool_decodes_five_times_as_many_requests(
+    tiny_path: Path, excerpt: Callable[[int, int], list[int]]
+) -> None:
+    """Proves real memory given back: 60 requests of 8K + 400 tokens in 1100 blocks of 32."""
+    prompts = [excerpt(500 * i, 8192) for i in range(60)]
+    stock = most_decoding(tiny_path, prompts, enable_prefix_caching=False)
+    ours = most_decoding(tiny_path, prompts, **SEPLLM)
+    print(f"decoding at once in 1100 blocks: {ours} with sepllm, {stock} with stock vLLM")
+    assert ours >= 5 * stock
+
+
+def test_a_request_that_the_pool_cannot_hold_is_refused_at_start_up(tiny_path: Path) -> None:
+    """Proves that no request can be admitted that would preempt itself for ever."""
+    bounded = {"sepllm": {"window": 252, "max_separators": 256}}
+    arguments = {**DUMMY, "attention_backend": "sepllm", "additional_config": bounded}
+    # 4 + 252 + 256 entries are 16 blocks; one more is vLLM's null block
+    with pytest.raises(ValueError, match="To serve at least one request"):  # noqa: SIM117
+        with engine(tiny_path, **arguments, num_gpu_blocks_override=16):
+            pass
+    with engine(tiny_path, **arguments, num_gpu_blocks_override=17) as made:
+        assert made.engine.vllm_config.cache_config.kv_cache_max_concurrency >= 1
+        separators = made.engine.vllm_config.additional_config["sepllm"]["separators"]
+        worst = [separators[0]] * 3000
+        (answer,) = made.generate([worst], 200)
+        assert len(answer.token_ids) == 200
