@@ -5,7 +5,7 @@ process works with: separators as token ids, layers counted from 0, a number for
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
@@ -45,13 +45,18 @@ class SepLLMConfig(BaseModel):
     full_layers: tuple[StrictInt, ...] = ()
 
     @classmethod
-    def from_additional_config(cls, additional_config: Mapping[str, Any]) -> "SepLLMConfig":
+    def from_additional_config(cls, additional_config: object) -> "SepLLMConfig":
         """Read ``additional_config["sepllm"]``; absent means all defaults.
+
+        Args:
+            additional_config: vLLM's, a dictionary or an object of another plugin.
 
         Raises:
             ValueError: naming every field that is wrong, what it should be and the valid fields.
         """
-        given = additional_config.get(ADDITIONAL_CONFIG_KEY, {})
+        given: object = {}
+        if isinstance(additional_config, Mapping):
+            given = additional_config.get(ADDITIONAL_CONFIG_KEY, {})
         if not isinstance(given, Mapping):
             raise ValueError(
                 f'additional_config["sepllm"] must be an object with any of '

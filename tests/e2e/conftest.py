@@ -15,9 +15,7 @@ def four_layers_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactor
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = tmp_path_factory.mktemp("four_layers")
-    model = AutoModelForCausalLM.from_pretrained(
-        smollm2_path, num_hidden_layers=4, dtype="float32"
-    )
+    model = AutoModelForCausalLM.from_pretrained(smollm2_path, num_hidden_layers=4, dtype="float32")
     model.save_pretrained(path)
     AutoTokenizer.from_pretrained(smollm2_path).save_pretrained(path)
     return path

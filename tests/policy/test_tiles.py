@@ -49,7 +49,7 @@ def keys_of_tile(
 ) -> list[tuple[int, int]]:
     """(position, until) of every key that the kernel touches for one tile."""
     request, _, first, num_tokens, window_start, rank_start, _, rank_end = tile.tolist()
-    start, _, _, num_spilled, offset, count, until_start = tables.requests[request, 1:].tolist()
+    start, end, _, num_spilled, offset, count, until_start = tables.requests[request, 1:].tolist()
     positions = [p for p, flag in enumerate(is_separator) if flag and p >= policy.initial_tokens]
     listed = tables.separators[offset : offset + count].tolist()
     assert listed == positions[num_spilled : num_spilled + count]
@@ -59,7 +59,10 @@ def keys_of_tile(
         keys.append((positions[rank], listed[later] + policy.window if later < count else NEVER))
     window = range(window_start, first + num_tokens)
     assert window_start > start - policy.window  # nothing that the ring no longer holds
-    return keys + [(p, int(tables.until[until_start + p])) for p in window]
+    leaving = end - policy.window
+    return keys + [
+        (p, int(tables.until[until_start + p]) if p < leaving else NEVER) for p in window
+    ]
 
 
 @given(policies, prompts, st.integers(1, 9))

@@ -6,8 +6,9 @@ def register() -> None:
 
     vLLM calls this in every process that it starts, possibly more than once.
     """
-    from vllm_sepllm.integration import engine_args
+    from vllm_sepllm.integration import engine_args, selected
     from vllm_sepllm.integration.backend_name import register_backend_name
 
     register_backend_name()
     engine_args.install()
+    selected.install()

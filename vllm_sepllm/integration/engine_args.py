@@ -39,7 +39,7 @@ def install() -> None:
         return _create_engine_config(original, self, *args, **kwargs)
 
     setattr(create_engine_config, "is_sepllm", True)  # noqa: B010  # a function has no such field
-    EngineArgs.create_engine_config = create_engine_config
+    EngineArgs.create_engine_config = create_engine_config  # type: ignore[method-assign]
 
 
 def _create_engine_config(
@@ -85,5 +85,3 @@ def _selection_applied(engine_args: EngineArgs) -> Iterator[None]:
     finally:
         for name, value in saved.items():
             setattr(engine_args, name, value)
-
-

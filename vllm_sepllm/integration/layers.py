@@ -1,5 +1,7 @@
 """Which attention layers of a loaded model become SepLLM layers."""
 
+from typing import NoReturn
+
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -22,30 +24,42 @@ def sepllm_layers(vllm_config: VllmConfig, config: SepLLMConfig) -> list[Attenti
         ValueError: if a layer cannot be served exactly, or if no layer is left for sepllm.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
-    chosen = []
-    for name, layer in layers.items():
-        if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER:
-            continue
-        if layer.sliding_window is not None or extract_layer_index(name) in config.full_layers:
-            continue
+    chosen = {name: layer for name, layer in layers.items() if _is_chosen(name, layer, config)}
+    for name, layer in chosen.items():
         _check_layer(name, layer)
-        chosen.append(layer)
+    for name, layer in layers.items():
+        if layer.kv_sharing_target_layer_name in chosen:
+            _refuse(name, "reads the KV cache of a sepllm layer, which lacks tokens that it needs")
     is_pipelined = vllm_config.parallel_config.pipeline_parallel_size > 1
     if not chosen and not is_pipelined:
         raise ValueError(
             "sepllm found no full-attention layer in this model, so it would save nothing; "
             "serve it without --attention-backend sepllm"
         )
-    return chosen
+    return list(chosen.values())
+
+
+def _is_chosen(name: str, layer: Attention, config: SepLLMConfig) -> bool:
+    if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER:
+        return False
+    if layer.sliding_window is not None:
+        return False
+    # vLLM reads the index from the name, and cannot from every name
+    return not config.full_layers or extract_layer_index(name) not in config.full_layers
 
 
 def _check_layer(name: str, layer: Attention) -> None:
-    reason = None
     if layer.kv_sharing_target_layer_name is not None:
-        reason = "shares the KV of another layer, which sepllm does not support"
-    elif getattr(layer.impl, "alibi_slopes", None) is not None:
-        reason = "uses ALiBi, whose bias needs the distance that a compact cache no longer has"
-    elif layer.head_size_v != layer.head_size:
-        reason = "has K and V of different head sizes, which sepllm does not support"
-    if reason is not None:
-        raise ValueError(f"layer {name} {reason}; serve this model without sepllm")
+        _refuse(name, "shares the KV of another layer, which sepllm does not support")
+    # the field of the CPU platform's implementation
+    if layer.impl.alibi_slopes is not None:  # type: ignore[attr-defined]
+        _refuse(name, "uses ALiBi, whose bias needs distances that a compact cache does not keep")
+    if layer.head_size_v != layer.head_size:
+        _refuse(name, "has K and V of different head sizes, which sepllm does not support")
+    # a checkpoint may ask for it layer by layer, unseen by VllmConfig
+    if layer.kv_cache_torch_dtype != layer.dtype:
+        _refuse(name, "quantises its KV cache, which sepllm does not support yet")
+
+
+def _refuse(name: str, reason: str) -> NoReturn:
+    raise ValueError(f"layer {name} {reason}; serve this model without --attention-backend sepllm")

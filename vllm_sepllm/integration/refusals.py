@@ -9,6 +9,7 @@ from packaging.version import Version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
@@ -22,7 +23,7 @@ def check_not_selected(engine_args: EngineArgs) -> None:
     """Refuse settings for sepllm without sepllm: they would be ignored without a word.
 
     Raises:
-        ValueError: if ``additional_config`` has our key.
+        ValueError: if ``additional_config`` has our key, or one kind of layer our name.
     """
     given = engine_args.additional_config
     if isinstance(given, dict) and ADDITIONAL_CONFIG_KEY in given:
@@ -30,11 +31,7 @@ def check_not_selected(engine_args: EngineArgs) -> None:
             'additional_config["sepllm"] is set but sepllm is not selected; add '
             "--attention-backend sepllm, or remove the setting"
         )
-    if BACKEND_NAME in {b.name for b in engine_args.attention_config.backend_per_kind.values()}:
-        raise ValueError(
-            "sepllm cannot be a backend of one kind of layer (backend_per_kind): it needs its own "
-            "scheduler; use --attention-backend sepllm, layers of other kinds are left alone"
-        )
+    _check_backend_per_kind(engine_args)
 
 
 def check_engine_args(engine_args: EngineArgs) -> None:
@@ -44,6 +41,12 @@ def check_engine_args(engine_args: EngineArgs) -> None:
         ValueError: naming the setting and the remedy.
     """
     _check_vllm_version(_installed_vllm())
+    _check_backend_per_kind(engine_args)
+    if not isinstance(engine_args.additional_config, dict):
+        raise ValueError(
+            f"sepllm reads additional_config as a dict, got "
+            f"{type(engine_args.additional_config).__name__}; pass a dict"
+        )
     if engine_args.attention_backend is not None and engine_args.attention_config.backend:
         raise ValueError(
             "attention_backend and attention_config.backend are both set; set one of them"
@@ -62,6 +65,14 @@ def check_engine_args(engine_args: EngineArgs) -> None:
         raise ValueError(
             f"sepllm runs on vLLM's CPU platform only so far, this is "
             f"{current_platform.device_name}; serve without --attention-backend sepllm"
+        )
+
+
+def _check_backend_per_kind(engine_args: EngineArgs) -> None:
+    if BACKEND_NAME in {b.name for b in engine_args.attention_config.backend_per_kind.values()}:
+        raise ValueError(
+            "sepllm cannot be a backend of one kind of layer (backend_per_kind): it needs its own "
+            "scheduler; use --attention-backend sepllm, layers of other kinds are left alone"
         )
 
 
@@ -161,10 +172,7 @@ def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
 
 
 def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    cache = vllm_config.cache_config
-    needs_hybrid = bool(
-        vllm_config.additional_config.get(ADDITIONAL_CONFIG_KEY, {}).get("full_layers")
-    )
+    cache, model = vllm_config.cache_config, vllm_config.model_config
     return [
         (
             vllm_config.kv_transfer_config is not None,
@@ -180,15 +188,13 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"a quantised KV cache yet ({cache.cache_dtype}): remove --kv-cache-dtype",
         ),
         (
+            kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
+            f"a KV cache in {cache.cache_dtype} for a model in {model.dtype}, which vLLM's CPU "
+            "kernels misread: remove --kv-cache-dtype",
+        ),
+        (
             cache.block_size % 32 != 0,
             f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
             "tokens: set --block-size 32, or leave it out",
         ),
-        (
-            needs_hybrid and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
-            "full_layers with --disable-hybrid-kv-cache-manager, because the two kinds of layer "
-            "hold different numbers of tokens: remove one of them",
-        ),
     ]
-
-

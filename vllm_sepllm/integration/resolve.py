@@ -22,17 +22,23 @@ def apply_selection(vllm_config: VllmConfig) -> None:
         ValueError: if ``additional_config["sepllm"]`` is wrong, by itself or for this model.
     """
     model_config = vllm_config.model_config
-    given = SepLLMConfig.from_additional_config(vllm_config.additional_config)
+    additional_config = vllm_config.additional_config
+    assert isinstance(additional_config, dict), "refusals.check_engine_args lets only a dict pass"
+    given = SepLLMConfig.from_additional_config(additional_config)
     resolved = given.resolve(
         separator_ids=_separator_ids(given, model_config),
         num_layers=model_config.get_total_num_hidden_layers(),
         max_model_len=model_config.max_model_len,
     )
     vllm_config.additional_config = {
-        **vllm_config.additional_config,
+        **additional_config,
         ADDITIONAL_CONFIG_KEY: resolved.model_dump(mode="json"),
     }
     scheduler_config = vllm_config.scheduler_config
+    if scheduler_config.disable_hybrid_kv_cache_manager:
+        # without it vLLM gives all layers one kind of cache, and ours has a kind of its own
+        scheduler_config.disable_hybrid_kv_cache_manager = False
+        logger.info("sepllm needs the hybrid KV cache manager: it stays on.")
     scheduler_config.scheduler_cls = (
         _ASYNC_SCHEDULER if scheduler_config.async_scheduling else _SCHEDULER
     )

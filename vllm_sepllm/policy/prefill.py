@@ -143,9 +143,7 @@ def _query_tile(chunk: Chunk, keys: _Keys, first: int, last: int) -> QueryTile:
 
     is_far_kept = keys.is_separator & (keys.rank >= lowest[0, 0])
     is_near = keys.position > first - policy.window
-    candidates = np.flatnonzero(
-        (keys.position < last) & (keys.is_initial | is_near | is_far_kept)
-    )
+    candidates = np.flatnonzero((keys.position < last) & (keys.is_initial | is_near | is_far_kept))
     position = keys.position[candidates]
     far_kept = keys.is_separator[candidates] & (keys.rank[candidates] >= lowest)
     visible = (position <= query) & (

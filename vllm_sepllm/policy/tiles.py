@@ -61,8 +61,8 @@ class PrefillTiles:
         requests: [num_requests, 8] table_row, chunk_start, chunk_end, query_start, num_spilled,
             offset in ``separators``, number of separators there, offset of position 0 in ``until``.
         separators: [num_separators] as in :class:`PrefillRequests`.
-        until: [num_positions] ``until`` of the positions [chunk_start - window + 1, chunk_end) of
-            each request, from 0 at the lowest.
+        until: [num_positions] ``until`` of the positions that leave the window during the chunk,
+            [chunk_start - window + 1, chunk_end - window) of each request, from 0 at the lowest.
         tile_tokens: tokens of a full tile.
     """
 
@@ -101,7 +101,8 @@ def plan_tiles(requests: PrefillRequests, policy: Policy, tile_tokens: int) -> P
     """
     _check_separators(requests, policy)
     first = np.maximum(0, requests.chunk_start - policy.window + 1)
-    num_positions = np.maximum(requests.chunk_end - first, 0)
+    # what is in the window of the chunk's last query is in that of all before it
+    num_positions = np.maximum(requests.chunk_end - policy.window - first, 0)
     until_start = np.cumsum(num_positions) - num_positions - first
     until = _until(requests, policy, first, num_positions)
     starts = requests.separators_start
@@ -140,7 +141,7 @@ def _check_separators(requests: PrefillRequests, policy: Policy) -> None:
 def _until(
     requests: PrefillRequests, policy: Policy, first: IntArray, num_positions: IntArray
 ) -> IntArray:
-    """First position that no longer sees each token of the windows and chunks, request by request.
+    """First position that no longer sees each token that leaves the window, request by request.
 
     Args:
         requests: the step's prefill requests.
@@ -158,7 +159,7 @@ def _until(
     leaves = np.full(len(separators), NEVER)
     leaves[is_known] = separators[later[is_known]] + policy.window
     # chunk_start - window is in the ring for its spill alone: no query of the chunk has it in view
-    is_covered = separators >= first[owner]
+    is_covered = (separators >= first[owner]) & (separators < (first + num_positions)[owner])
     until[(offset[owner] + separators)[is_covered]] = leaves[is_covered]
     return until
 

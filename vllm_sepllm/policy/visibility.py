@@ -81,7 +81,7 @@ def visible_mask(policy: Policy, is_separator: BoolArray) -> BoolArray:
     if policy.max_separators is not None:
         counted = is_separator & (np.arange(num_tokens) >= policy.initial_tokens)
         # rank of a separator: separators at positions in [a, j); num_left: those in [a, i-n]
-        rank = np.cumsum(counted) - counted
+        rank: IntArray = np.cumsum(counted) - counted
         num_left = np.concatenate([np.zeros(policy.window, np.int64), np.cumsum(counted)])
         too_old = rank[None, :] < num_left[:num_tokens, None] - policy.max_separators
         kept &= ~(is_far & too_old)

@@ -17,6 +17,7 @@ from vllm_sepllm.integration.cpu.metadata import (
     SlotCopies,
     TileTensors,
 )
+from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import BatchRows, CurrentStep
 from vllm_sepllm.policy import decode, layout, prefill
 from vllm_sepllm.policy.visibility import BoolArray, IntArray
@@ -33,9 +34,14 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._policy = self.kv_cache_spec.policy
+        spec = self.kv_cache_spec
+        assert isinstance(spec, SepLLMSpec), f"not a SepLLM layer: {spec}"
+        self._policy = spec.policy
+        dtype = self.vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype), "vLLM resolves the name of a dtype in ModelConfig"
+        self._query_dtype = dtype
         self._layout = probe_layout(
-            self.num_kv_heads, self.head_dim, self.block_size, self.kv_cache_spec.dtype, self.isa
+            self.num_kv_heads, self.head_dim, self.block_size, spec.dtype, self.isa
         )
         self._step: CurrentStep | None = None
 
@@ -188,6 +194,6 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def _tile_tensors(self, tile: prefill.QueryTile) -> TileTensors:
         bias = None
         if tile.hidden is not None:
-            bias = torch.zeros(tile.hidden.shape, dtype=self.dtype)
+            bias = torch.zeros(tile.hidden.shape, dtype=self._query_dtype)
             bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
         return TileTensors(tile.first, tile.last, torch.from_numpy(tile.keys), bias)

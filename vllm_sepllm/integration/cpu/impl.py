@@ -65,9 +65,7 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
         select = slice(rows.num_tokens) if rows.tokens is None else rows.tokens
         self._write(layer, key[select], value[select], kv_cache, rows.slots)
         attended = output[select]  # a view of the first rows, a copy of scattered ones
-        self.wrapped.forward(
-            layer, query[select], key, value, kv_cache, rows.metadata, attended
-        )
+        self.wrapped.forward(layer, query[select], key, value, kv_cache, rows.metadata, attended)
         if rows.tokens is not None:
             output[rows.tokens] = attended
 
@@ -120,7 +118,7 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
         if chunk.num_cached == 0:
             return keys, values
         cached = layout.gather(kv_cache, chunk.block_ids)[:, : chunk.num_cached]
-        cached_keys, cached_values = cached.split(self.head_size, dim=2)
+        cached_keys, cached_values = cached.chunk(2, dim=2)
         return torch.cat([cached_keys, keys], 1), torch.cat([cached_values, values], 1)
 
     def _write(

@@ -94,8 +94,9 @@ def probe_layout(
     for digit in range((2 * num_elements - 1).bit_length()):
         key, value = ((number >> digit) & 1).to(dtype)
         kv_cache = torch.zeros(1, 1, block_size, 2 * head_size, dtype=dtype)
+        slots = torch.arange(block_size)
         vllm_ops.cpu_attn_reshape_and_cache(
-            key.contiguous(), value.contiguous(), *split_cache(kv_cache), torch.arange(block_size), isa
+            key.contiguous(), value.contiguous(), *split_cache(kv_cache), slots, isa
         )
         found += kv_cache.view(-1).to(torch.int64) << digit
     if not torch.equal(found.sort().values, torch.arange(2 * num_elements)):

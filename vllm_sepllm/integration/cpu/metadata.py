@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from vllm.v1.attention.backend import AttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
 
@@ -92,7 +93,7 @@ class PrefillRows:
 
 
 @dataclass(frozen=True, slots=True)
-class SepLLMCPUMetadata:
+class SepLLMCPUMetadata(AttentionMetadata):
     """The rows of a batch, split by who attends. Either part may be absent."""
 
     library: LibraryRows | None

@@ -47,4 +47,6 @@ class SepLLMCPUWorker(CPUWorker):
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
         """Run a step with its plan at hand."""
         with self._step.of(scheduler_output):
-            return super().execute_model(scheduler_output)
+            output: ModelRunnerOutput | AsyncModelRunnerOutput | None
+            output = super().execute_model(scheduler_output)
+            return output

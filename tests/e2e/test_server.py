@@ -1,0 +1,125 @@
+"""``vllm serve --attention-backend sepllm`` and the openai client: a real server, real traffic."""
+
+import asyncio
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
+
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from tests.e2e.conftest import DOCUMENTS
+from vllm_sepllm.demo.processes import serving
+
+pytestmark = pytest.mark.slow
+
+CONFIG = {"sepllm": {"window": 124, "max_separators": 512}}
+
+
+@pytest.fixture(scope="module")
+def base_url(four_layers_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """API server, engine core and worker, each a spawned process."""
+    command = ["vllm", "serve", str(four_layers_path), "--served-model-name", "smol"]
+    command += ["--attention-backend", "sepllm", "--additional-config", json.dumps(CONFIG)]
+    command += ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
+    command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "32"]
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with serving(command, log, timeout=240) as base_url:
+        yield base_url
+    text = log.read_text()
+    assert "sepllm keeps the first 4 tokens, the last 124 and up to 512 separators" in text
+    assert "Prefix caching is off: sepllm does not support it yet" in text
+
+
+@pytest.fixture(scope="module")
+def client(base_url: str) -> OpenAI:
+    return OpenAI(base_url=base_url, api_key="unused", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    return [p.read_text()[:9000] for p in sorted(DOCUMENTS.glob("*.txt"))]
+
+
+def metric(base_url: str, name: str) -> float:
+    """A gauge or counter of /metrics, summed over its labels."""
+    opener = build_opener(ProxyHandler({}))
+    with opener.open(base_url.removesuffix("/v1") + "/metrics", timeout=10) as page:
+        text = page.read().decode()
+    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+    assert values, f"/metrics has no {name}"
+    return sum(map(float, values))
+
+
+def test_streamed_and_whole_answers_agree(client: OpenAI, documents: list[str]) -> None:
+    """Proves chat and completions, streaming and not, on documents far beyond the window."""
+    prompt = documents[0]
+    options = {"model": "smol", "temperature": 0.0, "max_tokens": 40}
+    whole = client.completions.create(prompt=prompt, **options)
+    pieces = [
+        c.choices[0].text for c in client.completions.create(prompt=prompt, stream=True, **options)
+    ]
+    assert "".join(pieces) == whole.choices[0].text
+    assert whole.usage.prompt_tokens > 1500
+    assert whole.usage.completion_tokens == 40
+
+    messages = [{"role": "user", "content": prompt + "\n\nWhat is this about?"}]
+    chat = client.chat.completions.create(messages=messages, **options)
+    stream = client.chat.completions.create(messages=messages, stream=True, **options)
+    deltas = [c.choices[0].delta.content or "" for c in stream]
+    assert "".join(deltas) == chat.choices[0].message.content
+
+
+def test_concurrent_requests_with_random_aborts(
+    base_url: str, client: OpenAI, documents: list[str]
+) -> None:
+    """Proves that the server survives, that finished answers are right and blocks come back."""
+    options = {
+        "model": "smol",
+        "temperature": 0.0,
+        "max_tokens": 120,
+        "extra_body": {"ignore_eos": True},
+    }
+    prompts = [documents[i % len(documents)][200 * i :] for i in range(16)]
+    pick = random.Random(0)
+    patience = [pick.choice([None, None, 0, 3, 40]) for _ in prompts]
+
+    async def ask(prompt: str, give_up_after: int | None) -> str | None:
+        async with AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as peer:
+            stream = await peer.completions.create(prompt=prompt, stream=True, **options)
+            text, num_pieces = "", 0
+            async for piece in stream:
+                if give_up_after is not None and num_pieces >= give_up_after:
+                    await stream.close()
+                    return None
+                text += piece.choices[0].text
+                num_pieces += 1
+            return text
+
+    async def ask_all() -> list[str | None]:
+        return await asyncio.gather(*(ask(p, g) for p, g in zip(prompts, patience, strict=True)))
+
+    answers = asyncio.run(ask_all())
+    finished = [i for i, a in enumerate(answers) if a is not None]
+    assert 4 <= len(finished) < 16
+    for i in finished[:3]:
+        alone = client.completions.create(prompt=prompts[i], **options)
+        assert alone.choices[0].text == answers[i]
+    assert metric(base_url, "vllm:num_requests_running") == 0
+    assert metric(base_url, "vllm:kv_cache_usage_perc") == 0
+    assert metric(base_url, "vllm:generation_tokens_total") > 0
+
+
+def test_a_request_beyond_the_model_length_is_a_client_error(
+    base_url: str, client: OpenAI, documents: list[str]
+) -> None:
+    """Proves that impossible requests are answered with 400 and harm nobody."""
+    from openai import BadRequestError
+
+    with pytest.raises(BadRequestError):
+        client.completions.create(model="smol", prompt=documents[0] * 10, max_tokens=10)
+    again = client.completions.create(model="smol", prompt="Hello", max_tokens=3)
+    assert again.usage.completion_tokens > 0

@@ -1,0 +1,99 @@
+"""Run one engine in a process of its own and report what it is made of, as JSON on stdout.
+
+``python engine_process.py JSON``: {"llm": arguments of vllm.LLM, "prompts": lists of token ids}.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "REPORT "
+NUM_NEW_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an engine is made of.
+
+    Attributes:
+        knows_sepllm: whether the plugin was loaded.
+        config: field of VllmConfig -> its repr.
+        scheduler: class of the scheduler.
+        worker: class of the worker.
+        layers: layer -> class of its implementation, class of its backend, KV cache spec.
+        tokens: greedy continuation of each prompt.
+        log: everything the processes wrote.
+    """
+
+    knows_sepllm: bool
+    config: dict[str, str]
+    scheduler: str
+    worker: str
+    layers: dict[str, list[str]]
+    tokens: list[list[int]]
+    log: str = ""
+
+
+def run(environment: dict[str, str], **job: Any) -> Report:
+    """Start the engine in a new process with ``environment`` on top of ours."""
+    fixed = {"OMP_NUM_THREADS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__, json.dumps(job)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | fixed | environment,
+    )
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    return Report(**json.loads(line.removeprefix(MARK)), log=log)
+
+
+def _look(worker: Any) -> tuple[str, dict[str, list[str]]]:
+    """Runs inside the worker."""
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    specs = worker.get_kv_cache_spec()
+    found = {
+        name: [type(layer.impl).__name__, layer.attn_backend.__name__, repr(specs[name])]
+        for name, layer in layers.items()
+    }
+    # vLLM hands over its wrapper
+    return type(worker.worker).__name__, found
+
+
+def main() -> None:
+    """Print the report."""
+    from vllm import LLM, SamplingParams
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    job = json.loads(sys.argv[1])
+    llm = LLM(**job["llm"])
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
+        SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True),
+        use_tqdm=False,
+    )
+    config = llm.llm_engine.vllm_config
+    ((worker, layers),) = llm.collective_rpc(_look)
+    report = Report(
+        knows_sepllm="SEPLLM" in AttentionBackendEnum.__members__,
+        config={f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config)},
+        scheduler=config.scheduler_config.get_scheduler_cls().__name__,
+        worker=worker,
+        layers=layers,
+        tokens=[list(output.outputs[0].token_ids) for output in outputs],
+    )
+    fields = dataclasses.asdict(report)
+    del fields["log"]
+    print(f"\n{MARK}{json.dumps(fields)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

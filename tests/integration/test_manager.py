@@ -1,0 +1,150 @@
+"""Block accounting with vLLM's own pool and coordinator, no engine."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups, is_kv_cache_spec_uniform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.integration.request_separators import RequestSeparators
+from vllm_sepllm.integration.spec import SepLLMSpec
+from vllm_sepllm.policy.visibility import Policy
+
+BLOCK = 16
+FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32)
+
+
+class FakeRequest:
+    """The fields of vLLM's Request that block accounting reads."""
+
+    def __init__(self, request_id: str, token_ids: list[int]) -> None:
+        self.request_id = request_id
+        self._all_token_ids = token_ids
+        self.num_computed_tokens = 0
+        self.num_in_flight_tokens = 0
+        self.num_prompt_tokens = self.num_tokens = len(token_ids)
+        self.status = None
+        self.shared_prefix_boundary = 0
+
+
+def make_manager(
+    policy: Policy, num_blocks: int, requests: dict[str, FakeRequest]
+) -> KVCacheManager:
+    spec = SepLLMSpec.from_full_attention(FULL, policy)
+    config = KVCacheConfig(
+        num_blocks=num_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+    )
+    manager = KVCacheManager(
+        config,
+        max_model_len=4096,
+        scheduler_block_size=BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=False,
+    )
+    separators = RequestSeparators(policy, np.array([False, True]), requests)
+    for single in manager.coordinator.single_type_managers:
+        assert isinstance(single, SepLLMManager)
+        single.bind(separators)
+    return manager
+
+
+def kept(policy: Policy, token_ids: list[int], num_tokens: int) -> int:
+    """Entries after ``num_tokens`` tokens, from the definition."""
+    a, n = policy.initial_tokens, policy.window
+    far = sum(token_ids[a : max(a, num_tokens - n)])
+    bound = far if policy.max_separators is None else min(far, policy.max_separators)
+    return min(num_tokens, a + n) + bound
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    policy=st.builds(
+        Policy,
+        initial_tokens=st.integers(0, 5),
+        window=st.integers(16, 60),
+        max_separators=st.none() | st.integers(0, 40),
+    ),
+    requests=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=300), max_size=6),
+    steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90)), max_size=40),
+    frees=st.sets(st.integers(0, 39)),
+)
+def test_held_blocks_are_those_of_the_compact_length(
+    policy: Policy,
+    requests: list[list[int]],
+    steps: list[tuple[int, int]],
+    frees: set[int],
+) -> None:
+    """Invariant 3, whatever the pool is and whoever is freed in between."""
+    live = {f"r{i}": FakeRequest(f"r{i}", t) for i, t in enumerate(requests)}
+    manager = make_manager(policy, num_blocks=24, requests=live)
+    pool = manager.block_pool
+    for number, (which, size) in enumerate(steps):
+        request = live.get(f"r{which}")
+        if request is None:
+            continue
+        if number in frees:
+            manager.free(request)
+            request.num_computed_tokens = 0
+        size = min(size, len(request._all_token_ids) - request.num_computed_tokens)
+        if size == 0:
+            continue
+        end = request.num_computed_tokens + size
+        needed = math.ceil(kept(policy, request._all_token_ids, end) / BLOCK)
+        held = len(manager.get_block_ids(request.request_id)[0])
+        free = pool.get_num_free_blocks()
+        blocks = manager.allocate_slots(request, size)
+        assert (blocks is None) == (needed - held > free)
+        if blocks is not None:
+            request.num_computed_tokens = end
+            assert len(manager.get_block_ids(request.request_id)[0]) == max(needed, held) == needed
+    for request in live.values():
+        manager.free(request)
+    assert pool.get_num_free_blocks() == 23
+
+
+def test_admission_asks_for_the_whole_prompt_at_its_compact_length() -> None:
+    policy = Policy(4, 28, 1000)
+    token_ids = ([0] * 9 + [1]) * 100
+    request = FakeRequest("r", token_ids)
+    needed = math.ceil(kept(policy, token_ids, 1000) / BLOCK)
+    for num_blocks, fits in ((needed + 1, True), (needed, False)):
+        manager = make_manager(policy, num_blocks, {"r": request})
+        blocks = manager.allocate_slots(request, 64, full_sequence_must_fit=True)
+        assert (blocks is not None) is fits
+
+
+def test_full_attention_layers_are_a_group_of_their_own() -> None:
+    """FullAttentionSpec.merge takes subclasses and drops their fields: ours must not be one."""
+    sepllm = SepLLMSpec.from_full_attention(FULL, Policy(4, 252, 100))
+    config = VllmConfig()
+    config.cache_config.kv_cache_layout = "LBHNC"
+    for specs in ({"a": FULL, "b": sepllm}, {"a": sepllm, "b": FULL}):
+        assert not is_kv_cache_spec_uniform(dict(specs))
+        groups = get_kv_cache_groups(config, dict(specs))
+        assert sorted(type(g.kv_cache_spec).__name__ for g in groups) == [
+            "FullAttentionSpec",
+            "SepLLMSpec",
+        ]
+        assert all(len(g.layer_names) == 1 for g in groups)
+
+
+def test_layers_of_one_policy_merge_and_of_two_do_not() -> None:
+    one = SepLLMSpec.from_full_attention(FULL, Policy(4, 252, 100))
+    two = SepLLMSpec.from_full_attention(FULL, Policy(4, 60, 100))
+    assert SepLLMSpec.merge([one, one]) == one
+    with pytest.raises(AssertionError):
+        SepLLMSpec.merge([one, two])
+
+
+def test_vllm_keeps_its_own_managers() -> None:
+    assert KVCacheSpecRegistry.get_manager_class(FULL).__name__ == "FullAttentionManager"

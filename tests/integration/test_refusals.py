@@ -1,0 +1,230 @@
+"""Whatever sepllm cannot serve exactly is refused at start-up: what, why, what to do instead."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.integration.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
+
+pytest.importorskip("vllm")
+
+import vllm.config.vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from vllm_sepllm.integration import refusals
+
+Models = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folders: dict[str, str] = {}
+
+    def folder(kind: str) -> str:
+        if kind not in folders:
+            folders[kind] = str(write(kind, tmp_path_factory.mktemp(kind)))
+        return folders[kind]
+
+    return folder
+
+
+def refusal(model: str, **arguments: Any) -> str:
+    """What the user reads when he starts ``model`` with sepllm and ``arguments``."""
+    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
+    args = EngineArgs(model=model, **(ARGUMENTS | given | arguments))
+    with pytest.raises(ValueError, match=r"sepllm|separators|full_layers|set one") as caught:
+        args.create_engine_config()
+    return str(caught.value)
+
+
+def check_sentence(text: str, what: str, remedy: str) -> None:
+    assert what in text
+    assert remedy in text
+    assert "\n" not in text
+    assert not text.endswith(".")
+
+
+ELSEWHERE = "serve this model without --attention-backend sepllm"
+MODELS = [
+    ("deepseek", {}, "MLA models, whose KV cache holds latents"),
+    ("whisper", {"max_model_len": 448}, "encoder-decoder models, whose cross attention"),
+    ("mamba", {}, "recurrent state"),
+    ("llama", {"runner": "pooling"}, "pooling models, which read all tokens of a request once"),
+    ("reference-window", {}, "reference sliding window attention"),
+    ("prefix-lm", {}, "attend in both directions inside an image"),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "what"), MODELS, ids=[m[2] for m in MODELS])
+def test_models(models: Models, kind: str, arguments: dict[str, Any], what: str) -> None:
+    check_sentence(refusal(models(kind), **arguments), what, ELSEWHERE)
+
+
+SETTINGS: list[tuple[dict[str, Any], str, str]] = [
+    ({"enable_prompt_embeds": True}, "prompt embeddings", "remove --enable-prompt-embeds"),
+    (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding yet",
+        "remove --speculative-config",
+    ),
+    ({"diffusion_config": {"canvas_length": 32}}, "diffusion language models", ELSEWHERE),
+    (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
+        "context parallelism, which spreads the tokens of a request by position",
+        "set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
+    ),
+    (
+        {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+        "micro-batches",
+        "remove --enable-dbo and --ubatch-size",
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "KV connectors and KV offloading",
+        "remove --kv-transfer-config and --kv-offloading-size",
+    ),
+    (
+        {"kv_offloading_size": 1.0},
+        "KV connectors and KV offloading",
+        "remove --kv-transfer-config and --kv-offloading-size",
+    ),
+    ({"kv_sharing_fast_prefill": True}, "fast prefill", "remove --kv-sharing-fast-prefill"),
+    ({"kv_cache_dtype": "fp8"}, "quantised KV cache", "remove --kv-cache-dtype"),
+    (
+        {"kv_cache_dtype": "bfloat16"},
+        "KV cache in bfloat16 for a model in torch.float32, which vLLM's CPU kernels misread",
+        "remove --kv-cache-dtype",
+    ),
+    ({"block_size": 16}, "block size 16 on CPU", "set --block-size 32, or leave it out"),
+    ({"block_size": 48}, "block size 48 on CPU", "set --block-size 32, or leave it out"),
+    (
+        {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+        "needs its own scheduler",
+        "remove it or do not select sepllm",
+    ),
+    (
+        {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+        "needs its own worker",
+        "remove it or do not select sepllm",
+    ),
+    (
+        {"attention_config": {"backend": "sepllm"}},
+        "attention_backend and attention_config.backend are both set",
+        "set one of them",
+    ),
+    (
+        {"attention_config": {"backend_per_kind": {"full_attention": "sepllm"}}},
+        "sepllm cannot be a backend of one kind of layer",
+        "use --attention-backend sepllm",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "remedy"), SETTINGS, ids=[str(row[0]) for row in SETTINGS]
+)
+def test_settings(models: Models, arguments: dict[str, Any], what: str, remedy: str) -> None:
+    check_sentence(refusal(models("llama"), **arguments), what, remedy)
+
+
+class HashedConfig:
+    """vLLM also takes an object that can hash itself."""
+
+    def compute_hash(self) -> str:
+        return "x"
+
+
+def policy(**fields: Any) -> dict[str, Any]:
+    return {"sepllm": {"separators": SEPARATORS} | fields}
+
+
+VALUES: list[tuple[Any, str, str]] = [
+    (policy(window=15), "window: ", "greater than or equal to 16, got 15"),
+    (policy(initial_tokens=-1), "initial_tokens: ", "greater than or equal to 0, got -1"),
+    (policy(max_separators=-1), "max_separators: ", "greater than or equal to 0, got -1"),
+    (policy(windows=64), "unknown key 'windows'", "valid keys are ['initial_tokens', 'window', "),
+    (policy(full_layers=[2]), "full_layers: ", "has layers -2 to 1, got [2]"),
+    (policy(full_layers=[-3, 0]), "full_layers: ", "has layers -2 to 1, got [-3]"),
+    (policy(full_layers=[0, -1]), "names all 2 layers", "without --attention-backend sepllm"),
+    (policy(separators=[128]), "token ids in [0, 128), the vocabulary, got [128]", "take the ids"),
+    (policy(separators=[-1]), "token ids in [0, 128), the vocabulary, got [-1]", "take the ids"),
+    (policy(separators="all"), "separators must be", "'paper', 'extended', a list of strings"),
+    (policy(separators=[7, "."]), "separators must be", "'paper', 'extended', a list of strings"),
+    ({}, "separators='extended' must be read from a tokenizer", "give token ids"),
+    (policy(separators="paper"), "separators='paper' must be read", "give token ids"),
+    (policy(separators=["."]), "must be read from a tokenizer", "give token ids"),
+    ({"sepllm": [7]}, "must be an object with any of ['initial_tokens'", "got [7]"),
+    (HashedConfig(), "additional_config as a dict, got HashedConfig", "pass a dict"),
+]
+
+
+@pytest.mark.parametrize(("additional", "what", "remedy"), VALUES, ids=[str(v[1:]) for v in VALUES])
+def test_values(models: Models, additional: Any, what: str, remedy: str) -> None:
+    check_sentence(refusal(models("llama"), additional_config=additional), what, remedy)
+
+
+def test_separator_of_several_tokens(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A string that the model's tokenizer splits cannot be looked for in a request's tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers import models as token_models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(33 + i): i for i in range(90)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(token_models.BPE(vocabulary, merges=[]))
+    )
+    from vllm_sepllm.integration import resolve
+
+    monkeypatch.setattr(resolve, "cached_tokenizer_from_config", lambda _config: tokenizer)
+    text = refusal(models("llama"), additional_config=policy(separators=[".", "and"]))
+    check_sentence(text, "separators", "'and'")
+    assert "one token" in text
+
+
+def test_model_runner_v2(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM refuses it first where Triton has no driver, so the test pretends that it has one."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)
+    text = refusal(models("llama"))
+    check_sentence(text, "Model Runner V2 on CPU yet", "unset VLLM_USE_V2_MODEL_RUNNER")
+    # Model Runner V1 does not know it, and vLLM says so first
+    text = refusal(models("llama"), prefill_context_parallel_size=2)
+    check_sentence(text, "context parallelism", "--prefill-context-parallel-size to 1")
+
+
+def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
+    check_sentence(refusal(models("llama")), "CPU platform only so far", "serve without")
+
+
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0rc1", "1.0"])
+def test_other_versions_of_vllm(
+    models: Models, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(refusals, "_installed_vllm", lambda: version)
+    text = refusal(models("llama"))
+    check_sentence(text, "works with vllm >=0.32,<0.34", f"found {version}; install one of these")
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1rc1", "0.33.5.post1"])
+def test_versions_of_vllm_that_work(
+    models: Models, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    monkeypatch.setattr(refusals, "_installed_vllm", lambda: version)
+    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
+    EngineArgs(model=models("llama"), **(ARGUMENTS | given)).create_engine_config()
+
+
+@pytest.mark.parametrize("additional", [ADDITIONAL_CONFIG, {"sepllm": {}}, {"sepllm": None}])
+def test_settings_without_selection(models: Models, additional: dict[str, Any]) -> None:
+    text = refusal(models("llama"), attention_backend=None, additional_config=additional)
+    check_sentence(text, "set but sepllm is not selected", "add --attention-backend sepllm")
+
+
+def test_name_for_one_kind_of_layer_without_selection(models: Models) -> None:
+    per_kind = {"backend_per_kind": {"full_attention": "sepllm"}}
+    arguments = {"attention_backend": None, "additional_config": {}, "attention_config": per_kind}
+    text = refusal(models("llama"), **arguments)
+    check_sentence(text, "cannot be a backend of one kind", "use --attention-backend sepllm")

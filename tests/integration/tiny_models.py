@@ -1,0 +1,175 @@
+"""Folders of tiny random models, one per kind of attention that vLLM knows.
+
+Most have no weights (``load_format="dummy"``), none has a tokenizer.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+# what every engine or engine configuration of a tiny model needs
+ARGUMENTS: dict[str, Any] = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "dtype": "float32",
+    "max_model_len": 512,
+}
+# without a tokenizer separators must be token ids
+SEPARATORS = [7, 11, 13]
+ADDITIONAL_CONFIG = {"sepllm": {"separators": SEPARATORS}}
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def _config(kind: str, architecture: str, **fields: Any) -> Any:
+    config = getattr(transformers, kind)(**(_SIZES | {"head_dim": 32} | fields))
+    config.architectures = [architecture]
+    return config
+
+
+def _llama(**fields: Any) -> Any:
+    return _config("LlamaConfig", "LlamaForCausalLM", **fields)
+
+
+def _deepseek() -> Any:
+    return _config(
+        "DeepseekV2Config",
+        "DeepseekV2ForCausalLM",
+        kv_lora_rank=32,
+        q_lora_rank=None,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=2,
+        first_k_dense_replace=2,
+        num_key_value_heads=4,
+    )
+
+
+def _whisper() -> Any:
+    config = transformers.WhisperConfig(
+        vocab_size=128,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_source_positions=1500,
+        max_target_positions=448,
+        num_mel_bins=80,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=2,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    config.architectures = ["WhisperForConditionalGeneration"]
+    return config
+
+
+def _mamba() -> Any:
+    config = transformers.MambaConfig(
+        vocab_size=128, hidden_size=64, num_hidden_layers=2, state_size=8, bos_token_id=0
+    )
+    config.architectures = ["MambaForCausalLM"]
+    return config
+
+
+def _gemma2() -> Any:
+    """Alternating sliding and full layers, scores bounded by tanh."""
+    return _config(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        num_hidden_layers=4,
+        sliding_window=64,
+        query_pre_attn_scalar=32,
+        attn_logit_softcapping=5.0,
+        tie_word_embeddings=True,
+    )
+
+
+def _mistral() -> Any:
+    """Every layer has a sliding window."""
+    return _config("MistralConfig", "MistralForCausalLM", sliding_window=64)
+
+
+def _bloom() -> Any:
+    """ALiBi."""
+    config = transformers.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=2)
+    config.architectures = ["BloomForCausalLM"]
+    return config
+
+
+def _gemma3n() -> Any:
+    """The last layers read the KV cache of earlier ones."""
+    return _config(
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        num_hidden_layers=4,
+        intermediate_size=[96] * 4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=64,
+        vocab_size_per_layer_input=128,
+        hidden_size_per_layer_input=16,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.0] * 4,
+        tie_word_embeddings=True,
+    )
+
+
+TINY_MODELS: dict[str, Callable[[], Any]] = {
+    "llama": _llama,
+    "deepseek": _deepseek,
+    "whisper": _whisper,
+    "mamba": _mamba,
+    "gemma2": _gemma2,
+    "mistral": _mistral,
+    "bloom": _bloom,
+    "gemma3n": _gemma3n,
+    "reference-window": lambda: _llama(rswa_window=64),
+    "prefix-lm": lambda: _llama(is_mm_prefix_lm=True),
+}
+
+
+def write(kind: str, folder: Path) -> Path:
+    """Write the configuration of the tiny model ``kind`` into ``folder``; return the folder."""
+    from vllm import ModelRegistry
+
+    config = TINY_MODELS[kind]()
+    config.save_pretrained(folder)
+    # vLLM inspects a model class that it has not imported in a process of its own, for 10 seconds
+    (architecture,) = config.architectures
+    model_class = ModelRegistry._try_load_model_cls(architecture)
+    assert model_class is not None
+    ModelRegistry.register_model(architecture, model_class)
+    return folder
+
+
+def write_weights(kind: str, folder: Path) -> Path:
+    """Write the model with random weights so large that every token depends on what it reads."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(TINY_MODELS[kind]())
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 1.0 if "embed" in name else 0.25)
+    model.float().save_pretrained(folder)
+    return folder
