@@ -131,7 +131,6 @@ CACHE = (
         "called: our spec and its manager",
         ("manager_class", "uniform_type_base_spec"),
     ),
-    Contract(f"{_SPEC}:AttentionSpec.dcp_sharded", "overridden: context parallelism is refused"),
     *_fields(f"{_SPEC}:KVCacheSpec", "overridden", "prefix_cacheable"),
     *_fields(f"{_SPEC}:KVCacheSpec", "read", "block_size", "page_size_bytes"),
     Contract(

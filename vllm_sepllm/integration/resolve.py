@@ -38,7 +38,7 @@ def apply_selection(vllm_config: VllmConfig) -> None:
     if scheduler_config.disable_hybrid_kv_cache_manager:
         # without it vLLM gives all layers one kind of cache, and ours has a kind of its own
         scheduler_config.disable_hybrid_kv_cache_manager = False
-        logger.info("sepllm needs the hybrid KV cache manager: it stays on.")
+        logger.warning("sepllm needs the hybrid KV cache manager: it stays on.")
     scheduler_config.scheduler_cls = (
         _ASYNC_SCHEDULER if scheduler_config.async_scheduling else _SCHEDULER
     )

@@ -30,15 +30,12 @@ class SepLLMSpec(AttentionSpec):
     """
 
     policy: Policy
-    dcp_sharded: bool = False
 
     @classmethod
     def from_full_attention(cls, spec: FullAttentionSpec, policy: Policy) -> Self:
         """The same layer under the SepLLM rule."""
         kept = {
-            field.name: getattr(spec, field.name)
-            for field in dataclasses.fields(AttentionSpec)
-            if field.name != "dcp_sharded"
+            field.name: getattr(spec, field.name) for field in dataclasses.fields(AttentionSpec)
         }
         return cls(**kept, policy=policy)
 
