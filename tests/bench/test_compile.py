@@ -1,0 +1,69 @@
+"""What the compilers make of the kernels for real GPUs; compiled ahead of time, nothing runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TENSOR_CORE = {
+    "sm_80": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
+
+
+def compile_table(*arguments: str) -> list[dict]:
+    """Rows of the command in a process of its own: kernels are interpreted in this one."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "vllm_sepllm.bench.compile", "--json", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["programs_per_sm"] >= 1, row
+        if row["kernel"] == "prefill" and not row["variant"].startswith("fp32"):
+            assert row["tensor_core"].get(TENSOR_CORE[row["target"]], 0) > 0, row
+
+
+def test_main_variants_use_tensor_cores_and_spill_nothing() -> None:
+    rows = compile_table("--variant", "bf16 head 128", "--variant", "8-byte units, row 64")
+    assert len(rows) == 2 * len(TENSOR_CORE)
+    check(rows)
+
+
+@pytest.mark.slow
+def test_every_variant_uses_tensor_cores_and_spills_nothing() -> None:
+    from vllm_sepllm.bench.compile import VARIANTS
+
+    rows = compile_table()
+    assert len(rows) == len(VARIANTS) * len(TENSOR_CORE)
+    check(rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
+def test_refuses_to_report_on_interpreted_kernels() -> None:
+    from vllm_sepllm.bench.compile import VARIANTS, compile_variant
+
+    with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
+        compile_variant(VARIANTS[0], "sm_90")
+
+
+def test_occupancy_by_hand() -> None:
+    """sm_90: 65536 registers, 228 KiB of which each program loses one, 64 warps."""
+    from vllm_sepllm.bench.gpus import TARGETS
+
+    hopper = TARGETS["sm_90"]
+    assert hopper.programs_per_sm(registers=128, shared_bytes=0, num_warps=4) == 4
+    assert hopper.programs_per_sm(registers=129, shared_bytes=0, num_warps=4) == 3
+    assert hopper.programs_per_sm(registers=32, shared_bytes=75 << 10, num_warps=4) == 3
+    assert hopper.programs_per_sm(registers=16, shared_bytes=0, num_warps=8) == 8

@@ -1,0 +1,41 @@
+"""Both sides of the comparison run, in miniature, and sepllm holds fewer blocks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_sepllm.demo.offline import BLOCK_SIZE, Result
+from vllm_sepllm.demo.processes import run_in_process
+
+# three documents of about 1,500 tokens instead of six of 6,700
+SHORTER = """
+import sys
+from vllm_sepllm.demo import corpus, offline
+
+titles = ["glow-worm", "redwoods", "revere"]
+offline.documents = lambda: {title: corpus.documents()[title][:6000] for title in titles}
+offline.main()
+"""
+
+
+def measured(backend: str, model: Path, folder: Path) -> Result:
+    out = folder / f"{backend}.json"
+    command = ["-c", SHORTER, "--model", str(model), "--backend", backend, "--out", str(out)]
+    run_in_process(command, folder / f"{backend}.log")
+    return Result(**json.loads(out.read_text()))
+
+
+@pytest.mark.slow
+def test_both_backends_answer_and_sepllm_holds_less(smollm2_path: Path, tmp_path: Path) -> None:
+    stock = measured("stock", smollm2_path, tmp_path)
+    sepllm = measured("sepllm", smollm2_path, tmp_path)
+    for result in (stock, sepllm):
+        assert list(result.answers) == ["glow-worm", "redwoods", "revere"]
+        assert all(result.answers.values())
+        assert result.num_running == 3
+    assert (stock.num_blocks, stock.block_bytes) == (sepllm.num_blocks, sepllm.block_bytes)
+    assert stock.num_prompt_tokens == sepllm.num_prompt_tokens
+    # stock vLLM holds every token; the separators and the window are under half of them here
+    assert stock.blocks_per_request * BLOCK_SIZE >= stock.num_prompt_tokens / 3
+    assert sepllm.blocks_per_request < stock.blocks_per_request / 2

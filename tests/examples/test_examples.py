@@ -1,0 +1,80 @@
+"""Every example runs as its first line says, with the model, against real engines."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllm_sepllm.demo.corpus import FOLDER
+from vllm_sepllm.demo.processes import environment, serving
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+START_SECONDS = 600
+
+pytestmark = pytest.mark.slow
+
+
+def run_example(*command: str, **variables: str) -> str:
+    """Standard output of an example, which must succeed."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        env=environment() | variables,
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def base_url(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that examples/serve.sh started, stopped after this module."""
+    command = [str(EXAMPLES / "serve.sh"), str(smollm2_path), "--enforce-eager"]
+    command += ["--kv-cache-memory-bytes", str(256 * 2**20)]
+    with serving(command, tmp_path_factory.mktemp("serve") / "log", START_SECONDS) as url:
+        yield url
+
+
+@pytest.fixture
+def document(tmp_path: Path) -> Path:
+    """The first part of a bundled document: long enough for the ring to turn over."""
+    path = tmp_path / "glow-worm.txt"
+    path.write_text((FOLDER / "glow-worm.txt").read_text()[:8000])
+    return path
+
+
+def test_server_script_and_streaming_client(base_url: str, document: Path) -> None:
+    question = "Which insect is this text about?"
+    answer = run_example(str(EXAMPLES / "ask.py"), str(document), question, base_url)
+    assert "glow-worm" in answer.lower()
+
+
+def test_server_script_wants_a_model() -> None:
+    done = subprocess.run([EXAMPLES / "serve.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "usage: examples/serve.sh MODEL" in done.stderr
+
+
+def test_offline_batch(smollm2_path: Path, document: Path) -> None:
+    short = document.with_name("short.txt")
+    short.write_text("Paris is the capital of France.")
+    files = [str(document), str(short)]
+    output = run_example(
+        str(EXAMPLES / "offline_batch.py"), str(smollm2_path), *files, VLLM_CPU_KVCACHE_SPACE="1"
+    )
+    answers = [line for line in output.splitlines() if line.startswith(str(document.parent))]
+    assert [line.partition(": ")[0] for line in answers] == files
+    assert all(line.partition(": ")[2] for line in answers)
+
+
+def test_no_example_reaches_below_the_public_interface() -> None:
+    for path in EXAMPLES.glob("*.py"):
+        lines = [line.strip() for line in path.read_text().splitlines() if "import" in line]
+        vllm = [line for line in lines if line.startswith(("from vllm", "import vllm"))]
+        assert set(vllm) <= {"from vllm import LLM, SamplingParams"}, path
+    assert os.access(EXAMPLES / "serve.sh", os.X_OK)

@@ -1,0 +1,1 @@
+"""Benchmarks and models of cost: ``python -m vllm_sepllm.bench.<name>``."""

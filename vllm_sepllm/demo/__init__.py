@@ -1,0 +1,1 @@
+"""The demonstration: a small model, a few long documents, stock vLLM beside sepllm."""

@@ -1,0 +1,111 @@
+"""One side of the comparison: ``LLM.generate`` over all documents, measured.
+
+Run by the demonstration, once for each backend, in a process of its own:
+``python -m vllm_sepllm.demo.offline --model PATH --backend stock|sepllm --out FILE``
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_sepllm.demo.corpus import SUMMARY, chat, documents
+from vllm_sepllm.demo.probe import Probe
+
+BLOCK_SIZE = 32
+# room for two of the documents with full attention: 440 blocks of SmolLM2 in bfloat16
+KV_CACHE_BYTES = 310 * 2**20
+MAX_ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one backend did with the documents.
+
+    Attributes:
+        answers: document title -> answer.
+        num_prompt_tokens, num_answer_tokens: totals over all requests.
+        seconds: wall time of ``LLM.generate``, without start-up.
+        num_running: most requests that held KV cache at the same time.
+        num_blocks: blocks in the pool.
+        blocks_per_request: most blocks that a request held, the largest of all requests.
+        block_bytes: bytes of one block over all layers.
+    """
+
+    answers: dict[str, str]
+    num_prompt_tokens: int
+    num_answer_tokens: int
+    seconds: float
+    num_running: int
+    num_blocks: int
+    blocks_per_request: int
+    block_bytes: int
+
+    @property
+    def mib_per_request(self) -> float:
+        """KV cache of the request that held most."""
+        return self.blocks_per_request * self.block_bytes / 2**20
+
+    @property
+    def capacity(self) -> int:
+        """Requests like the largest that fit at once; vLLM keeps one block for itself."""
+        return (self.num_blocks - 1) // self.blocks_per_request
+
+
+def engine_arguments(model: Path, backend: str) -> dict[str, Any]:
+    """Keyword arguments of ``LLM``; the two backends differ in the backend alone."""
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "block_size": BLOCK_SIZE,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "enable_prefix_caching": False,
+    }
+    return arguments | ({"attention_backend": "sepllm"} if backend == "sepllm" else {})
+
+
+def run(model: Path, backend: str) -> Result:
+    """Start an engine, ask for a summary of every document at once, and measure."""
+    from vllm import LLM, SamplingParams
+
+    print(f"  starting vLLM ({backend}), half a minute", flush=True)
+    llm = LLM(**engine_arguments(model, backend))
+    texts = documents()
+    template = llm.get_tokenizer().apply_chat_template
+    prompts = [
+        template([*chat(text, SUMMARY)], tokenize=False, add_generation_prompt=True)
+        for text in texts.values()
+    ]
+    llm.generate("Warm up.", SamplingParams(max_tokens=2), use_tqdm=False)
+    probe = Probe(llm)
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
+    start = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - start
+    return Result(
+        answers={t: o.outputs[0].text.strip() for t, o in zip(texts, outputs, strict=True)},
+        num_prompt_tokens=sum(len(o.prompt_token_ids or ()) for o in outputs),
+        num_answer_tokens=sum(len(o.outputs[0].token_ids) for o in outputs),
+        seconds=seconds,
+        num_running=probe.usage.num_running,
+        num_blocks=probe.usage.num_blocks,
+        blocks_per_request=max(probe.usage.blocks.values()),
+        block_bytes=probe.usage.block_bytes,
+    )
+
+
+def main() -> None:
+    """Write the measurements as JSON to ``--out``."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--backend", choices=("stock", "sepllm"), required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.out.write_text(json.dumps(asdict(run(args.model, args.backend))))
+
+
+if __name__ == "__main__":
+    main()

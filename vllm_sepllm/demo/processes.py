@@ -1,0 +1,121 @@
+"""The demonstration's child processes: one engine a process, logs in files."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import ProxyHandler, build_opener
+
+HOST = "127.0.0.1"
+STOP_SECONDS = 60
+
+
+def environment() -> dict[str, str]:
+    """Environment of a child: no hub, no usage report, no proxy to ourselves, logs on stderr."""
+    defaults = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        # threads that spin at a barrier cost 2.5 times the time beside a busy neighbour
+        "OMP_WAIT_POLICY": "passive",
+        "NO_PROXY": HOST,
+        "no_proxy": HOST,
+    }
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    return defaults | os.environ | {"PATH": path}
+
+
+def run_in_process(command: Sequence[str], log: Path) -> None:
+    """Run a module with an engine in its own process; its standard output stays visible.
+
+    Raises:
+        RuntimeError: if it fails, with the end of its log.
+    """
+    # an engine inside the caller's process uses one thread unless it is told otherwise
+    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} | environment()
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    with log.open("w") as stderr:
+        done = subprocess.run([sys.executable, *command], env=env, stderr=stderr, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{command} ended with {done.returncode}\n{_tail(log)}")
+
+
+@contextmanager
+def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
+    """Run an API server on a free port of this machine and yield the API's base URL.
+
+    On leaving, the server is asked to stop (SIGTERM) and waited for.
+
+    Args:
+        command: ``vllm serve MODEL ...`` or what takes the same ``--host`` and ``--port``.
+        log: file that its output goes to.
+        timeout: seconds until it must answer /health.
+
+    Raises:
+        RuntimeError: if it ends early, does not answer in time or has to be killed, with
+            the end of its log.
+    """
+    port = _free_port()
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            [*command, "--host", HOST, "--port", str(port)],
+            stdout=file,
+            stderr=file,
+            env=environment(),
+            # a session of its own: Ctrl-C reaches us alone, and we stop the server in order
+            start_new_session=True,
+        )
+    try:
+        _wait_for_health(server, port, log, timeout)
+        yield f"http://{HOST}:{port}/v1"
+    finally:
+        _stop(server, log)
+
+
+def _wait_for_health(server: subprocess.Popen[bytes], port: int, log: Path, timeout: float) -> None:
+    opener = build_opener(ProxyHandler({}))
+    start = next_line = time.monotonic()
+    while (now := time.monotonic()) < start + timeout:
+        if server.poll() is not None:
+            raise RuntimeError(f"the server ended with {server.returncode}\n{_tail(log)}")
+        try:
+            with opener.open(f"http://{HOST}:{port}/health", timeout=5):
+                print(f"  healthy after {now - start:.0f} s", flush=True)
+                return
+        except (URLError, OSError):
+            if now >= next_line:
+                next_line += 10
+                print(f"  starting, {now - start:.0f} s", flush=True)
+            time.sleep(0.5)
+    raise RuntimeError(f"the server did not answer /health in {timeout:.0f} s\n{_tail(log)}")
+
+
+def _stop(server: subprocess.Popen[bytes], log: Path) -> None:
+    server.terminate()
+    try:
+        server.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        # its own session: no process but the server's is in the group
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+        raise RuntimeError(
+            f"the server did not stop in {STOP_SECONDS} s and was killed\n{_tail(log)}"
+        ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind((HOST, 0))
+        port: int = sock.getsockname()[1]
+    return port
+
+
+def _tail(log: Path, num_lines: int = 30) -> str:
+    lines = log.read_text(errors="replace").splitlines()[-num_lines:]
+    return "\n".join([f"the end of {log}:", *lines])

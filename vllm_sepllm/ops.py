@@ -1,0 +1,286 @@
+"""Public operations: check the arguments, then call one implementation."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_sepllm.kernels.arguments import Logits, PagedCache, SpillTable
+from vllm_sepllm.policy.tiles import PrefillTiles, rank_bound
+from vllm_sepllm.policy.visibility import Policy
+
+__all__ = [
+    "Impl",
+    "Logits",
+    "PagedCache",
+    "PrefillMetadata",
+    "SpillTable",
+    "prefill",
+    "prefill_tile_tokens",
+    "spill",
+]
+
+Impl = Literal["triton", "reference"]
+FP8_DTYPES = (
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+)
+QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillMetadata:
+    """:class:`vllm_sepllm.policy.tiles.PrefillTiles` on the device; int32, same columns.
+
+    Attributes:
+        tiles: [num_tiles, 8]; rows of zeros are skipped, so a persistent buffer may be padded.
+        requests: [num_requests, 8].
+        separators: [num_separators].
+        until: [num_positions].
+        tile_tokens: tokens of a full tile.
+        policy: a, n and s that the tables were made for.
+    """
+
+    tiles: torch.Tensor
+    requests: torch.Tensor
+    separators: torch.Tensor
+    until: torch.Tensor
+    tile_tokens: int
+    policy: Policy
+
+    @classmethod
+    def from_packed(
+        cls, tables: PrefillTiles, policy: Policy, packed: torch.Tensor
+    ) -> "PrefillMetadata":
+        """Name the parts of ``packed``, the caller's device copy of ``tables.packed`` (or longer).
+
+        Raises:
+            ValueError: if ``packed`` is not int32 or too short.
+        """
+        if packed.dtype != torch.int32 or packed.dim() != 1 or packed.numel() < tables.packed.size:
+            raise ValueError(
+                f"packed must be int32 [{tables.packed.size}] or longer, got {packed.dtype} "
+                f"{tuple(packed.shape)}"
+            )
+        tiles, requests, separators, until = (
+            packed[first : first + table.size].view(table.shape)
+            for first, table in zip(tables.offsets, tables.tables, strict=True)
+        )
+        return cls(tiles, requests, separators, until, tables.tile_tokens, policy)
+
+    @classmethod
+    def on(
+        cls, device: torch.device | str, tables: PrefillTiles, policy: Policy
+    ) -> "PrefillMetadata":
+        """Copy the tables to a device; for callers without a persistent buffer."""
+        return cls.from_packed(tables, policy, torch.from_numpy(tables.packed).to(device))
+
+
+def prefill_tile_tokens(
+    num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
+) -> int:
+    """Query tokens a tile for :func:`vllm_sepllm.policy.tiles.plan_tiles`.
+
+    A tile holds all query heads of one KV head: they share the loaded keys, and the fewer tokens a
+    tile spans, the fewer keys outside each query's own window it touches.
+    """
+    from vllm_sepllm.kernels.tuning import tuning_for
+
+    group = num_heads // num_kv_heads
+    return tuning_for(head_size, dtype.itemsize, group).block_rows // group
+
+
+def spill(
+    table: SpillTable, src: torch.Tensor, dst: torch.Tensor, *, impl: Impl = "triton"
+) -> None:
+    """Copy KV rows of slots ``src[i]`` to ``dst[i]`` in all caches of a table, in place.
+
+    Args:
+        table: the caches.
+        src: [num_moves] int64 slots; slot = block_id * block_size + offset.
+        dst: [num_moves] int64 slots; a negative one skips that move.
+        impl: which implementation runs; there is no silent fallback.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device.
+
+    Bytes are copied as they are. Moves run in any order, so no slot may be in both ``src`` and
+    ``dst`` or twice in ``dst``. Slots are not range-checked: reading them would stall the device.
+    """
+    device = table.addresses.device
+    for name, slots in (("src", src), ("dst", dst)):
+        if slots.dim() != 1 or slots.shape != src.shape or slots.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 [{src.numel()}], got {slots.dtype} {tuple(slots.shape)}"
+            )
+        if slots.device != device or not slots.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous on {device} like the caches, got {slots.device}, "
+                f"strides {slots.stride()}"
+            )
+    if impl == "reference":
+        from vllm_sepllm import reference
+
+        return reference.spill(table.caches, src, dst)
+    from vllm_sepllm.kernels import spill as kernel
+
+    return kernel.launch(table, src, dst)
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: PagedCache,
+    metadata: PrefillMetadata,
+    logits: Logits,
+    out: torch.Tensor,
+    *,
+    impl: Impl = "triton",
+) -> None:
+    """Attention of prefill chunks to the compact cache and to the chunks' own keys.
+
+    Reads the cache as it was before the step; the caller writes the survivors afterwards.
+
+    Args:
+        query: [num_tokens, num_heads, head_size], bf16, fp16 or fp32.
+        key: [num_tokens, num_kv_heads, head_size], of the query's dtype.
+        value: like ``key``.
+        cache: the layer's KV.
+        metadata: tiles of the step.
+        logits: the layer's scale, soft cap and sinks.
+        out: like ``query``, of any float dtype; rows outside the chunks are left alone.
+        impl: which implementation runs; there is no silent fallback.
+
+    Raises:
+        ValueError: on a wrong shape, dtype, stride or device.
+
+    The tables are not range-checked: reading them would stall the device.
+    """
+    _check_activations(query, key, value, out)
+    _check_cache(query, key, cache)
+    _check_logits_and_tables(query, cache, metadata, logits)
+    if impl == "reference":
+        _prefill_reference(query, key, value, cache, metadata, logits, out)
+    else:
+        _prefill_triton(query, key, value, cache, metadata, logits, out)
+
+
+def _prefill_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: PagedCache,
+    metadata: PrefillMetadata,
+    logits: Logits,
+    out: torch.Tensor,
+) -> None:
+    from vllm_sepllm import reference
+
+    reference.prefill(
+        query, key, value, cache.key, cache.value, cache.block_table,
+        metadata.requests, metadata.separators, out, policy=metadata.policy,
+        scale=logits.scale, soft_cap=logits.soft_cap, sinks=logits.sinks, scales=cache.scales,
+    )  # fmt: skip
+
+
+def _prefill_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: PagedCache,
+    metadata: PrefillMetadata,
+    logits: Logits,
+    out: torch.Tensor,
+) -> None:
+    from vllm_sepllm.kernels import prefill as kernel
+    from vllm_sepllm.kernels.tuning import tuning_for
+
+    group = query.shape[1] // key.shape[1]
+    tuning = tuning_for(query.shape[2], query.element_size(), group)
+    if metadata.tile_tokens * group > tuning.block_rows:
+        raise ValueError(
+            f"metadata.tile_tokens must be <= {tuning.block_rows // group} here, got "
+            f"{metadata.tile_tokens}: ask ops.prefill_tile_tokens"
+        )
+    policy = metadata.policy
+    tables = (metadata.tiles, metadata.requests, metadata.separators, metadata.until)
+    numbers = (policy.initial_tokens, policy.window, rank_bound(policy))
+    kernel.launch(query, key, value, cache, tables, numbers, logits, out, tuning)
+
+
+def _check_activations(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
+) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
+        if tensor.dim() != 3 or tensor.stride()[1:] != (tensor.shape[2], 1):
+            raise ValueError(
+                f"{name} must be [num_tokens, heads, head_size] with contiguous heads, got shape "
+                f"{tuple(tensor.shape)}, strides {tensor.stride()}"
+            )
+    dtypes = [query.dtype, key.dtype, value.dtype]
+    if query.dtype not in QUERY_DTYPES or dtypes != [query.dtype] * 3:
+        raise ValueError(
+            f"query, key and value must share bfloat16, float16 or float32, got {dtypes}"
+        )
+    shapes = [tuple(tensor.shape) for tensor in (query, key, value, out)]
+    if shapes[1] != shapes[2] or key.shape[2] != query.shape[2] or shapes[3] != shapes[0]:
+        raise ValueError(
+            "key and value must be alike and share head_size with query, out be like query, got "
+            f"{shapes}"
+        )
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(
+            f"query heads must be a multiple of KV heads, got {query.shape[1]} and {key.shape[1]}"
+        )
+
+
+def _check_cache(query: torch.Tensor, key: torch.Tensor, cache: PagedCache) -> None:
+    wanted = tuple(key.shape[1:])
+    for name, part in (("key", cache.key), ("value", cache.value)):
+        if part.dim() != 4 or (part.shape[1], part.shape[3]) != wanted:
+            raise ValueError(
+                f"cache.{name} must be [num_blocks, {wanted[0]}, block_size, {wanted[1]}], got "
+                f"{tuple(part.shape)}"
+            )
+    layouts = [(part.stride(), part.dtype) for part in (cache.key, cache.value)]
+    if layouts[0] != layouts[1]:
+        raise ValueError(f"cache.key and cache.value must share strides and dtype, got {layouts}")
+    is_fp8 = cache.key.dtype in FP8_DTYPES
+    if not is_fp8 and cache.key.dtype != query.dtype:
+        raise ValueError(
+            f"cache.key must be {query.dtype} or fp8, got {cache.key.dtype}: view uint8 storage "
+            "as the platform's fp8 dtype"
+        )
+    if is_fp8 != (cache.scales is not None):
+        raise ValueError(
+            f"cache.scales must be given for an fp8 cache and no other, got {cache.key.dtype} "
+            f"{'without' if cache.scales is None else 'with'} scales"
+        )
+    for scale in cache.scales or ():
+        if (scale.numel(), scale.dtype, scale.device) != (1, torch.float32, query.device):
+            raise ValueError(
+                f"cache.scales must be float32 scalars on {query.device}, got {scale.dtype} "
+                f"{tuple(scale.shape)} on {scale.device}"
+            )
+
+
+def _check_logits_and_tables(
+    query: torch.Tensor, cache: PagedCache, metadata: PrefillMetadata, logits: Logits
+) -> None:
+    table, sinks = cache.block_table, logits.sinks
+    if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
+        raise ValueError(
+            "cache.block_table must be int32 [num_rows, max_blocks] with contiguous rows, got "
+            f"{table.dtype} {tuple(table.shape)}"
+        )
+    if sinks is not None and (sinks.shape != (query.shape[1],) or not sinks.is_contiguous()):
+        raise ValueError(f"logits.sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
+    if logits.soft_cap < 0:
+        raise ValueError(f"logits.soft_cap must be >= 0 (0: none), got {logits.soft_cap}")
+    others = {"cache": cache.key, "block_table": table, "metadata": metadata.tiles}
+    for name, tensor in others.items():
+        if tensor.device != query.device:
+            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")
