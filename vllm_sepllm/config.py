@@ -30,6 +30,11 @@ class SepLLMConfig(BaseModel):
             max_model_len, which the text of a request reaches only if more than one token in
             four is a separator. vLLM sizes and admits by it, so a request always fits.
         full_layers: layers that keep full attention, negative ones counted from the last.
+        checkpoint_interval: with prefix caching, tokens between the regular checkpoints of a
+            request; must be a multiple of the block size. None: eight times initial_tokens +
+            window, rounded up, so that the checkpoints of a long text, of which each holds the
+            ring, stay an eighth of what full attention would cache. Others are left where
+            prompts begin alike, at the end of each prompt and of each request.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +48,7 @@ class SepLLMConfig(BaseModel):
     ) = "extended"
     max_separators: Count | None = None
     full_layers: tuple[StrictInt, ...] = ()
+    checkpoint_interval: Annotated[StrictInt, Field(ge=1)] | None = None
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "SepLLMConfig":
@@ -68,7 +74,12 @@ class SepLLMConfig(BaseModel):
             raise ValueError(_explain(error)) from None
 
     def resolve(
-        self, *, separator_ids: tuple[int, ...], num_layers: int, max_model_len: int
+        self,
+        *,
+        separator_ids: tuple[int, ...],
+        num_layers: int,
+        max_model_len: int,
+        block_size: int,
     ) -> "SepLLMConfig":
         """The same policy with nothing left to derive; resolving twice changes nothing.
 
@@ -76,9 +87,11 @@ class SepLLMConfig(BaseModel):
             separator_ids: what ``separators`` means for the model's tokenizer.
             num_layers: attention layers of the model.
             max_model_len: tokens of the longest request.
+            block_size: tokens of a KV block.
 
         Raises:
-            ValueError: if ``full_layers`` names a layer that the model does not have, or all.
+            ValueError: if ``full_layers`` names a layer that the model does not have, or all, or
+                if ``checkpoint_interval`` is no multiple of the block size.
         """
         bound = self.max_separators
         if bound is None:
@@ -88,8 +101,19 @@ class SepLLMConfig(BaseModel):
                 "separators": separator_ids,
                 "max_separators": bound,
                 "full_layers": self._resolved_layers(num_layers),
+                "checkpoint_interval": self._resolved_interval(block_size),
             }
         )
+
+    def _resolved_interval(self, block_size: int) -> int:
+        if self.checkpoint_interval is None:
+            return -(-8 * self.policy.num_dense // block_size) * block_size
+        if self.checkpoint_interval % block_size:
+            raise ValueError(
+                f"checkpoint_interval must be a multiple of the block size {block_size}, got "
+                f"{self.checkpoint_interval}"
+            )
+        return self.checkpoint_interval
 
     def _resolved_layers(self, num_layers: int) -> tuple[int, ...]:
         wrong = [layer for layer in self.full_layers if not -num_layers <= layer < num_layers]

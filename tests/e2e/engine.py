@@ -20,6 +20,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
+    num_cached_tokens: int = field(default=0, compare=False)
 
 
 @dataclass
@@ -118,7 +119,9 @@ class Engine:
 
 def _answer(output: Any) -> Answer:
     completion = output.outputs[0]
-    answer = Answer(token_ids=list(completion.token_ids))
+    answer = Answer(
+        token_ids=list(completion.token_ids), num_cached_tokens=output.num_cached_tokens or 0
+    )
     if completion.logprobs is not None:
         answer.logprobs = [
             position[token].logprob

@@ -54,7 +54,7 @@ def make_manager(
     separators = RequestSeparators(policy, np.array([False, True]), requests)
     for single in manager.coordinator.single_type_managers:
         assert isinstance(single, SepLLMManager)
-        single.bind(separators)
+        single.bind(separators, 256)
     return manager
 
 

@@ -13,15 +13,12 @@ from typing import Any
 
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from vllm_sepllm.integration import refusals
 from vllm_sepllm.integration.backend_name import register_backend_name
 from vllm_sepllm.integration.resolve import apply_selection
 
-# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
-logger = init_logger("vllm.plugins.sepllm")
 
 # The default of vLLM's CPU platform is 128, in which a compact cache wastes 64 entries on average.
 # 32 is the smallest size for its kernels.
@@ -49,10 +46,6 @@ def _create_engine_config(
         refusals.check_not_selected(engine_args)
         return original(engine_args, *args, **kwargs)
     refusals.check_engine_args(engine_args)
-    if engine_args.enable_prefix_caching:
-        logger.warning("sepllm does not support prefix caching yet: it is switched off.")
-    else:
-        logger.info("Prefix caching is off: sepllm does not support it yet.")
     with _selection_applied(engine_args):
         vllm_config = original(engine_args, *args, **kwargs)
     refusals.check_vllm_config(vllm_config)
@@ -73,11 +66,10 @@ def _selection_applied(engine_args: EngineArgs) -> Iterator[None]:
     The model is built with the platform's own backend, which the worker then wraps, so vLLM must
     not look for a backend of our name: the CPU platform would ignore it, others resolve it.
     """
-    names = ("attention_backend", "attention_config", "block_size", "enable_prefix_caching")
+    names = ("attention_backend", "attention_config", "block_size")
     saved = {name: getattr(engine_args, name) for name in names}
     engine_args.attention_backend = None
     engine_args.attention_config = replace(engine_args.attention_config, backend=None)
-    engine_args.enable_prefix_caching = False
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = _CPU_BLOCK_SIZE
     try:

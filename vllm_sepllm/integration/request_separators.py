@@ -20,6 +20,10 @@ class RequestSeparators:
         self._requests = requests
         self._indices: dict[str, SeparatorIndex] = {}
 
+    def request(self, request_id: str) -> Request:
+        """The scheduler's request."""
+        return self._requests[request_id]
+
     def index(self, request_id: str) -> SeparatorIndex:
         """The request's index, empty when first asked for."""
         index = self._indices.get(request_id)

@@ -29,6 +29,7 @@ def apply_selection(vllm_config: VllmConfig) -> None:
         separator_ids=_separator_ids(given, model_config),
         num_layers=model_config.get_total_num_hidden_layers(),
         max_model_len=model_config.max_model_len,
+        block_size=vllm_config.cache_config.block_size,
     )
     vllm_config.additional_config = {
         **additional_config,

@@ -39,11 +39,6 @@ class SepLLMSpec(AttentionSpec):
         }
         return cls(**kept, policy=policy)
 
-    @property
-    def prefix_cacheable(self) -> bool:
-        """Ring blocks are overwritten, so vLLM must not share them by position."""
-        return False
-
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of this layer that the longest request needs if every token is a separator."""
         longest = max_compact_length(self.policy, vllm_config.model_config.max_model_len)

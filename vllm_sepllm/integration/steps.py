@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_sepllm.policy.plan import StepPlan
+from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlan
 from vllm_sepllm.policy.visibility import BoolArray, IntArray
 
 # vLLM's SchedulerOutput has no field for plugins; it is a plain dataclass, so an attribute of our
@@ -28,6 +28,7 @@ class BatchRows:
     num_spilled: IntArray
     spills: BoolArray
     separators: tuple[IntArray | None, ...]
+    snapshots: tuple[tuple[PlannedSnapshot, ...], ...]
 
 
 class CurrentStep:
@@ -72,4 +73,5 @@ class CurrentStep:
             num_spilled=plan.num_spilled[order],
             spills=plan.spills[order],
             separators=tuple(plan.separators.get(row) for row in order.tolist()),
+            snapshots=tuple(plan.snapshots.get(row, ()) for row in order.tolist()),
         )

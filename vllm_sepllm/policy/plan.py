@@ -11,6 +11,19 @@ from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedSnapshot:
+    """A checkpoint that a step leaves (policy/checkpoint.py).
+
+    Attributes:
+        position: tokens of the request that it stands for; the step passes or reaches it.
+        blocks: compact block index -> block id, those that the checkpoint has to itself.
+    """
+
+    position: int
+    blocks: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One row per scheduled request, in any order.
 
@@ -20,7 +33,8 @@ class StepPlan:
         num_spilled: [num_rows], separators that left the window before the step.
         spills: [num_rows], for a row of one token: whether the token it overwrites is a separator.
         separators: row -> positions of the separators in [max(a, i0-n), i1), for rows of several
-            tokens.
+            tokens and rows with snapshots.
+        snapshots: row -> checkpoints that the step leaves; rows without any are absent.
     """
 
     rows: dict[str, int]
@@ -28,6 +42,7 @@ class StepPlan:
     num_spilled: IntArray
     spills: BoolArray
     separators: dict[int, IntArray]
+    snapshots: dict[int, tuple[PlannedSnapshot, ...]]
 
 
 @dataclass(slots=True)
@@ -40,6 +55,7 @@ class StepPlanBuilder:
     _num_spilled: list[int] = field(default_factory=list)
     _spills: list[bool] = field(default_factory=list)
     _separators: dict[int, IntArray] = field(default_factory=dict)
+    _snapshots: dict[int, tuple[PlannedSnapshot, ...]] = field(default_factory=dict)
 
     def add(
         self,
@@ -48,26 +64,32 @@ class StepPlanBuilder:
         token_ids: Sequence[int],
         start: int,
         num_new_tokens: int,
+        snapshots: tuple[PlannedSnapshot, ...] = (),
     ) -> None:
         """Add the request that computes positions [start, start + num_new_tokens).
 
-        ``token_ids`` must be known up to start + num_new_tokens for several tokens, and up to
-        start + 1 - window for one: an asynchronous scheduler does not know the newest yet.
+        ``token_ids`` must be known up to start + num_new_tokens for several tokens or with
+        snapshots, and up to start + 1 - window for one: an asynchronous scheduler does not know
+        the newest yet.
         """
         policy = self.policy
         row = len(self._rows)
         self._rows[request_id] = row
         left_before = layout.num_left_window(policy, start)
         left_after = layout.num_left_window(policy, start + num_new_tokens)
-        last = left_after if num_new_tokens == 1 else start + num_new_tokens
+        needs_all = num_new_tokens > 1 or bool(snapshots)
+        last = start + num_new_tokens if needs_all else left_after
         index.extend(token_ids, last)
         num_spilled = index.count_below(left_before)
         num_known = index.count_below(last)
         self._start.append(start)
         self._num_spilled.append(num_spilled)
-        self._spills.append(num_new_tokens == 1 and num_known > num_spilled)
-        if num_new_tokens > 1:
+        leaves = num_new_tokens == 1 and index.count_below(left_after) > num_spilled
+        self._spills.append(leaves)
+        if needs_all:
             self._separators[row] = index.positions(num_spilled, num_known)
+        if snapshots:
+            self._snapshots[row] = snapshots
 
     def build(self) -> StepPlan:
         """The plan of the rows added so far."""
@@ -77,4 +99,5 @@ class StepPlanBuilder:
             num_spilled=np.array(self._num_spilled, dtype=np.int64),
             spills=np.array(self._spills, dtype=np.bool_),
             separators=self._separators,
+            snapshots=self._snapshots,
         )

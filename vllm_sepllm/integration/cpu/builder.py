@@ -15,11 +15,12 @@ from vllm_sepllm.integration.cpu.metadata import (
     PrefillRows,
     SepLLMCPUMetadata,
     SlotCopies,
+    SnapshotWrites,
     TileTensors,
 )
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import BatchRows, CurrentStep
-from vllm_sepllm.policy import decode, layout, prefill
+from vllm_sepllm.policy import checkpoint, decode, layout, prefill
 from vllm_sepllm.policy.visibility import BoolArray, IntArray
 
 # the fastest of 64 to 512 for prefill at 8K with the window of 256 (2 cores, bf16 and fp32)
@@ -66,6 +67,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         num_new = np.diff(first)
         is_library = (num_new == 1) | (rows.start + num_new <= self._policy.num_dense)
         return SepLLMCPUMetadata(
+            snapshots=self._snapshot_writes(rows, first, block_table),
             library=self._library_rows(common, rows, first, block_table, is_library),
             prefill=self._prefill_rows(rows, first, block_table, np.flatnonzero(~is_library)),
         )
@@ -74,6 +76,36 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """Slot of entry ``compact`` in the block ``block_ids`` that holds it, elementwise."""
         slots = block_ids.astype(np.int64) * self.block_size + compact % self.block_size
         return torch.from_numpy(slots)
+
+    def _snapshot_writes(
+        self, rows: BatchRows, first: IntArray, block_table: IntArray
+    ) -> SnapshotWrites | None:
+        source: list[torch.Tensor] = []
+        target: list[torch.Tensor] = []
+        tokens: list[IntArray] = []
+        slots: list[torch.Tensor] = []
+        for row, planned in enumerate(rows.snapshots):
+            for snap in planned:
+                chunk = self._chunk(rows, row, int(first[row + 1] - first[row]))
+                blocks = list(snap.blocks)
+                part = checkpoint.snapshot(chunk, snap.position, self.block_size, blocks)
+                own = np.zeros(max(blocks) + 1, dtype=np.int64)
+                own[blocks] = list(snap.blocks.values())
+                held_by = block_table[row, part.copy_source // self.block_size]
+                source.append(self._slots(held_by, part.copy_source))
+                target.append(
+                    self._slots(own[part.copy_target // self.block_size], part.copy_target)
+                )
+                tokens.append(part.tokens + first[row])
+                slots.append(self._slots(own[part.target // self.block_size], part.target))
+        if not tokens:
+            return None
+        copied = [self._layout.slot_elements(torch.cat(part)) for part in (source, target)]
+        return SnapshotWrites(
+            copies=SlotCopies(*copied) if len(copied[0]) else None,
+            tokens=torch.from_numpy(np.concatenate(tokens)),
+            slots=torch.cat(slots),
+        )
 
     def _library_rows(
         self,

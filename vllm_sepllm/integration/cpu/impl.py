@@ -12,6 +12,7 @@ from vllm_sepllm.integration.cpu.metadata import (
     LibraryRows,
     PrefillRows,
     SepLLMCPUMetadata,
+    SnapshotWrites,
 )
 
 
@@ -44,11 +45,27 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
             raise NotImplementedError("sepllm does not support fused output quantization on CPU")
         if attn_metadata is None:  # the model runs without requests
             return output
+        if attn_metadata.snapshots is not None:
+            self._snapshots(layer, key, value, kv_cache, attn_metadata.snapshots)
         if attn_metadata.library is not None:
             self._library(layer, query, key, value, kv_cache, attn_metadata.library, output)
         if attn_metadata.prefill is not None:
             self._prefill(layer, query, key, value, kv_cache, attn_metadata.prefill, output)
         return output
+
+    def _snapshots(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        writes: SnapshotWrites,
+    ) -> None:
+        if writes.copies is not None:
+            writes.copies.run(kv_cache)
+        if len(writes.tokens):
+            tokens = writes.tokens
+            self._write(layer, key[tokens], value[tokens], kv_cache, writes.slots)
 
     def _library(
         self,

@@ -93,8 +93,24 @@ class PrefillRows:
 
 
 @dataclass(frozen=True, slots=True)
-class SepLLMCPUMetadata(AttentionMetadata):
-    """The rows of a batch, split by who attends. Either part may be absent."""
+class SnapshotWrites:
+    """Checkpoints that the step leaves, filled before the requests' own entries change.
 
+    Attributes:
+        copies: entries that the caches hold as the step begins; None: there are none.
+        tokens: [num_writes] int64 rows of the batch.
+        slots: [num_writes] int64, where their KV goes as well.
+    """
+
+    copies: SlotCopies | None
+    tokens: torch.Tensor
+    slots: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SepLLMCPUMetadata(AttentionMetadata):
+    """The rows of a batch, split by who attends, and checkpoints. Each part may be absent."""
+
+    snapshots: SnapshotWrites | None
     library: LibraryRows | None
     prefill: PrefillRows | None
