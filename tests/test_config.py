@@ -51,7 +51,9 @@ def test_two_mistakes_are_both_named() -> None:
 
 def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
     config = read({"window": 60, "separators": ["."], "full_layers": [-1, 0]})
-    resolved = config.resolve(separator_ids=(7, 9), num_layers=30, max_model_len=8192, block_size=32)
+    resolved = config.resolve(
+        separator_ids=(7, 9), num_layers=30, max_model_len=8192, block_size=32
+    )
     assert resolved.separators == (7, 9)
     assert resolved.full_layers == (0, 29)
     assert resolved.max_separators == 2048
@@ -63,9 +65,13 @@ def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
 
 def test_layers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layers -4 to 3, got \[4, -5\]"):
-        read({"full_layers": [4, -5]}).resolve(separator_ids=(), num_layers=4, max_model_len=64, block_size=32)
+        read({"full_layers": [4, -5]}).resolve(
+            separator_ids=(), num_layers=4, max_model_len=64, block_size=32
+        )
     with pytest.raises(ValueError, match="all 2 layers, which leaves nothing"):
-        read({"full_layers": [0, 1]}).resolve(separator_ids=(), num_layers=2, max_model_len=64, block_size=32)
+        read({"full_layers": [0, 1]}).resolve(
+            separator_ids=(), num_layers=2, max_model_len=64, block_size=32
+        )
 
 
 @given(

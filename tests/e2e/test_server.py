@@ -31,7 +31,6 @@ def base_url(four_layers_path: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield base_url
     text = log.read_text()
     assert "sepllm keeps the first 4 tokens, the last 124 and up to 512 separators" in text
-    assert "Prefix caching is off: sepllm does not support it yet" in text
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,6 @@ def check_is_selected(config: VllmConfig) -> None:
     assert config.scheduler_config.scheduler_cls == SCHEDULER
     assert config.parallel_config.worker_cls == WORKER
     assert config.cache_config.block_size == 32
-    assert config.cache_config.enable_prefix_caching is False
     # the model is built with the platform's own backend, which the worker wraps
     assert config.attention_config.backend is None
     assert config.additional_config["sepllm"]["separators"] == SEPARATORS
@@ -138,6 +137,7 @@ def test_policy_is_resolved_once_for_every_process(llama: str) -> None:
             "window": 28,
             "separators": SEPARATORS,
             "max_separators": 128,  # a quarter of max_model_len
+            "checkpoint_interval": 256,  # eight times initial_tokens + window
             "full_layers": [1],
         },
     }
@@ -159,7 +159,7 @@ def test_engine_args_stay_as_the_user_wrote_them(llama: str) -> None:
     assert args.attention_backend is None
     assert args.attention_config is attention_config
     assert attention_config.backend is AttentionBackendEnum["SEPLLM"]
-    assert (args.block_size, args.enable_prefix_caching) == (None, None)
+    assert args.block_size is None
     assert (args.scheduler_cls, args.worker_cls) == (None, "auto")
     assert args.additional_config == ADDITIONAL_CONFIG
     second = args.create_engine_config()
@@ -172,12 +172,15 @@ def test_engine_args_come_back_after_a_failure(llama: str) -> None:
     with pytest.raises(ValueError, match="max_model_len"):
         args.create_engine_config()
     assert args.attention_backend == "sepllm"
-    assert (args.block_size, args.enable_prefix_caching) == (None, None)
+    assert args.block_size is None
 
 
-def test_prefix_caching_that_the_user_asked_for_is_switched_off(llama: str) -> None:
-    config = selected(llama, enable_prefix_caching=True).create_engine_config()
-    assert config.cache_config.enable_prefix_caching is False
+@pytest.mark.parametrize(("given", "is_on"), [(None, True), (True, True), (False, False)])
+def test_prefix_caching_is_on_unless_the_user_says_no(
+    llama: str, given: bool | None, is_on: bool
+) -> None:
+    config = selected(llama, enable_prefix_caching=given).create_engine_config()
+    assert config.cache_config.enable_prefix_caching is is_on
 
 
 def test_hybrid_kv_cache_manager_stays_on(llama: str) -> None:

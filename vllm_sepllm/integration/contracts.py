@@ -5,6 +5,7 @@ names what moved before any model is loaded. An entry goes with the last use of 
 """
 
 from vllm_sepllm.integration.contract import Contract
+from vllm_sepllm.integration.contracts_caching import CACHING
 
 
 def _fields(owner: str, why: str, *names: str) -> tuple[Contract, ...]:
@@ -29,7 +30,7 @@ SELECTION = (
     *_fields(
         _ENGINE_ARGS,
         "hidden from vLLM during create_engine_config, then put back",
-        *("attention_backend", "attention_config", "block_size", "enable_prefix_caching"),
+        *("attention_backend", "attention_config", "block_size"),
     ),
     *_fields(_ENGINE_ARGS, "refused if set", "scheduler_cls", "worker_cls"),
     *_fields(_ENGINE_ARGS, "holds our configuration", "additional_config"),
@@ -131,7 +132,6 @@ CACHE = (
         "called: our spec and its manager",
         ("manager_class", "uniform_type_base_spec"),
     ),
-    *_fields(f"{_SPEC}:KVCacheSpec", "overridden", "prefix_cacheable"),
     *_fields(f"{_SPEC}:KVCacheSpec", "read", "block_size", "page_size_bytes"),
     Contract(
         f"{_SPEC}:KVCacheSpec.max_memory_usage_bytes",
@@ -155,7 +155,7 @@ CACHE = (
     ),
     Contract(
         f"{_MANAGER}.find_longest_cache_hit",
-        "overridden: never a hit",
+        "overridden: finds a checkpoint",
         (
             *("block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec"),
             *("drop_eagle_block", "alignment_tokens", "dcp_world_size", "pcp_world_size"),
@@ -286,4 +286,4 @@ CPU = (
     Contract("vllm.v1.worker.utils:AttentionGroup.metadata_builders", "read"),
 )
 
-CONTRACTS = (*SELECTION, *REFUSALS, *LAYERS, *CACHE, *ATTENTION, *CPU)
+CONTRACTS = (*SELECTION, *REFUSALS, *LAYERS, *CACHE, *CACHING, *ATTENTION, *CPU)

@@ -19,7 +19,6 @@ from vllm_sepllm.integration import refusals
 from vllm_sepllm.integration.backend_name import register_backend_name
 from vllm_sepllm.integration.resolve import apply_selection
 
-
 # The default of vLLM's CPU platform is 128, in which a compact cache wastes 64 entries on average.
 # 32 is the smallest size for its kernels.
 _CPU_BLOCK_SIZE = 32

@@ -178,14 +178,17 @@ class SepLLMManager(SingleTypeKVCacheManager):
     # ------------------------------------------------------------------ leaving checkpoints
 
     def _want_checkpoints(self, request: Request) -> None:
-        """Where requests like this one begin alike, and the last block of its prompt."""
+        """Where requests like this one begin alike, and the last block of its prompt.
+
+        A request that has to wait is looked up again and again, but compared with others once.
+        """
+        if request.request_id in self._wanted:
+            return
         common = self._checkpoints.common_prefix(request.block_hashes)
         last = (request.num_prompt_tokens - 1) // self.block_size * self.block_size
         self._wanted[request.request_id] = (common, last)
 
-    def take_snapshots(
-        self, request: Request, start: int, end: int
-    ) -> tuple[PlannedSnapshot, ...]:
+    def take_snapshots(self, request: Request, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
         """Blocks for the checkpoints that the step [start, end) passes; the step fills them.
 
         They belong to nobody: evictable at once, so no admission waits for them.
@@ -246,5 +249,12 @@ class SepLLMManager(SingleTypeKVCacheManager):
         blocks = self.req_to_blocks[request.request_id][:num_blocks]
         self._checkpoints.add(block_hash, position, rest, blocks)
 
-    def cache_blocks(self, *args: Any, **kwargs: Any) -> None:
+    def cache_blocks(
+        self,
+        request: Request,
+        num_tokens: int,
+        retention_interval: int | None = None,
+        *,
+        replay_boundaries: Sequence[int],
+    ) -> None:
         """Nothing: blocks are cached as parts of checkpoints, not by token position."""

@@ -81,9 +81,7 @@ class _SepLLMMixin(Scheduler):
             return ()
         return self._managers[0].take_snapshots(request, start, end)
 
-    def _get_local_prefix_cache_hit(
-        self, request: Request
-    ) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         with self._managers[0].looking_up(request):
             hit: tuple[KVCacheBlocks, int, int, bool]
             hit = super()._get_local_prefix_cache_hit(request)

@@ -49,9 +49,7 @@ def written_blocks(
     ]
 
 
-def snapshot(
-    chunk: prefill.Chunk, position: int, block_size: int, blocks: list[int]
-) -> Snapshot:
+def snapshot(chunk: prefill.Chunk, position: int, block_size: int, blocks: list[int]) -> Snapshot:
     """What ``blocks`` of the state after ``position`` tokens hold, start < position <= end."""
     until = np.searchsorted(chunk.separators, position)
     part = replace(chunk, end=position, separators=chunk.separators[:until])

@@ -1,0 +1,66 @@
+"""vLLM names that prefix caching relies on (see contracts.py)."""
+
+from vllm_sepllm.integration.contract import Contract
+
+_MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
+_POOL = "vllm.v1.core.block_pool:BlockPool"
+_UTILS = "vllm.v1.core.kv_cache_utils"
+_REQUEST = "vllm.v1.request:Request"
+
+CACHING = (
+    Contract(
+        "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
+        "overridden: says whose prefix is looked up, which vLLM's managers are not told",
+        ("request",),
+    ),
+    Contract(
+        f"{_MANAGER}.add_local_computed_blocks",
+        "overridden: remembers which blocks of a hit the request must copy",
+        (
+            *("request_id", "new_computed_blocks", "num_local_computed_tokens"),
+            "num_external_computed_tokens",
+        ),
+    ),
+    Contract(
+        f"{_MANAGER}.pop_blocks_for_free",
+        "overridden: the blocks of a request that ends are a checkpoint",
+        ("request_id",),
+    ),
+    Contract(
+        f"{_MANAGER}.cache_blocks",
+        "overridden: nothing is cached by token position",
+        ("request", "num_tokens", "retention_interval", "replay_boundaries"),
+    ),
+    Contract(
+        f"{_MANAGER}._apply_cow",
+        "called: vLLM's own copy-on-write of a block that a hit shares",
+        ("request_id", "block_idx", "source_block", "cow_block"),
+    ),
+    Contract(f"{_MANAGER}._get_num_evictable_blocks", "called", ("blocks",)),
+    *(
+        Contract(f"{_MANAGER}.{name}", "read")
+        for name in ("block_pool", "kv_cache_group_id", "enable_caching", "num_cached_block")
+    ),
+    Contract(f"{_POOL}.get_new_blocks", "called: a checkpoint's own blocks", ("num_blocks",)),
+    Contract(f"{_POOL}.free_blocks", "called: they are evictable at once", ("ordered_blocks",)),
+    Contract(f"{_POOL}.touch", "called: a hit's blocks are in use", ("blocks",)),
+    Contract(f"{_POOL}.get_num_free_blocks", "called", ()),
+    Contract(f"{_POOL}.num_gpu_blocks", "read: bounds the list of checkpoints"),
+    Contract(
+        f"{_POOL}._insert_block_hash",
+        "called: a block with a key is evicted last, and loses the key when it is reused",
+        ("block_hash_with_group_id", "block", "num_tokens"),
+    ),
+    Contract(
+        f"{_UTILS}:make_block_hash_with_group_id", "called: such a key", ("block_hash", "group_id")
+    ),
+    Contract(f"{_UTILS}:KVCacheBlock.block_hash", "read: whether a checkpoint is whole"),
+    Contract("vllm.config.cache:CacheConfig.enable_prefix_caching", "read, and switched off"),
+    *(
+        Contract(f"{_REQUEST}.{name}", "read: where checkpoints are left")
+        for name in (
+            *("block_hashes", "num_prompt_tokens", "num_tokens", "max_tokens", "resumable"),
+            "mm_features",
+        )
+    ),
+)
