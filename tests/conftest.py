@@ -9,7 +9,6 @@ import pytest
 # before anything imports vllm, transformers or triton; child processes inherit them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # CI machines are shared; see demo/processes.py
 # read when torch loads OpenMP: threads that spin for each other take ten times as long beside a
 # busy neighbour, so they sleep
 os.environ.setdefault("OMP_NUM_THREADS", "2")

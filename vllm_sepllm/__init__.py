@@ -17,5 +17,7 @@ def register_backend_name() -> None:
     but resolves the platform earlier still. This offers no platform: it returns None.
     """
     from vllm_sepllm.integration.backend_name import register_backend_name as _register
+    from vllm_sepllm.integration.versions import unsupported_vllm
 
-    _register()
+    if not unsupported_vllm():
+        _register()

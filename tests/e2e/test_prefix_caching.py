@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import Answer, Engine, engine
+from tests.e2e.engine import Answer, Engine, Watch, engine
 
 pytestmark = pytest.mark.slow
 
@@ -72,9 +72,34 @@ def test_answers_are_those_without_caching(
     hits = sum(a.num_cached_tokens for answers in results[True] for a in answers)
     total = sum(len(p) for prompts in rounds for p in prompts)
     print(f"{hits} of {total} prompt tokens were hits")
-    assert hits > 0.2 * total
+    # 23 blocks forget nearly everything between two rounds
+    assert hits > (0.02 if arguments.get("num_gpu_blocks_override") else 0.4) * total
     for with_cache, without in zip(results[True], results[False], strict=True):
         assert_same(with_cache, without)
+
+
+def test_chats_with_their_own_answers_are_those_without_caching(
+    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
+) -> None:
+    """Proves it for 6 turns of 3 chats at once, preempted in between, two of them twins."""
+    common = {**sepllm(window=60, max_separators=60), "max_model_len": 1024}
+    common |= {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 128}
+    results = {}
+    for caching in (False, True):
+        watch = Watch()
+        with engine(four_layers_path, **common, enable_prefix_caching=caching) as made:
+            chats = [excerpt(0, 150), excerpt(0, 150), excerpt(3000, 90)]
+            results[caching] = []
+            for turn in range(6):
+                answers = made.generate(chats, 40, watch=watch)
+                results[caching] += answers
+                news = excerpt(7000 + 100 * turn, 25)
+                chats = [[*c, *a.token_ids, *news] for c, a in zip(chats, answers, strict=True)]
+    hits = sum(a.num_cached_tokens for a in results[True])
+    print(f"{hits} tokens were hits, {watch.num_preemptions} preemptions")
+    assert hits > 500
+    assert watch.num_preemptions > 0
+    assert_same(results[True], results[False])
 
 
 def run_trace(

@@ -53,8 +53,13 @@ def metric(base_url: str, name: str) -> float:
     return sum(map(float, values))
 
 
-def test_streamed_and_whole_answers_agree(client: OpenAI, documents: list[str]) -> None:
-    """Proves chat and completions, streaming and not, on documents far beyond the window."""
+def test_streamed_and_whole_answers_agree(
+    base_url: str, client: OpenAI, documents: list[str]
+) -> None:
+    """Proves chat and completions, streaming and not, on documents far beyond the window.
+
+    The second request finds the first one's prompt in the prefix cache, and /metrics says so.
+    """
     prompt = documents[0]
     options = {"model": "smol", "temperature": 0.0, "max_tokens": 40}
     whole = client.completions.create(prompt=prompt, **options)
@@ -64,6 +69,7 @@ def test_streamed_and_whole_answers_agree(client: OpenAI, documents: list[str]) 
     assert "".join(pieces) == whole.choices[0].text
     assert whole.usage.prompt_tokens > 1500
     assert whole.usage.completion_tokens == 40
+    assert metric(base_url, "vllm:prefix_cache_hits_total") > 1000
 
     messages = [{"role": "user", "content": prompt + "\n\nWhat is this about?"}]
     chat = client.chat.completions.create(messages=messages, **options)

@@ -13,8 +13,6 @@ import vllm.config.vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_sepllm.integration import refusals
-
 Models = Callable[[str], str]
 
 
@@ -197,24 +195,6 @@ def test_model_runner_v2(models: Models, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
     check_sentence(refusal(models("llama")), "CPU platform only so far", "serve without")
-
-
-@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.34.0rc1", "1.0"])
-def test_other_versions_of_vllm(
-    models: Models, monkeypatch: pytest.MonkeyPatch, version: str
-) -> None:
-    monkeypatch.setattr(refusals, "_installed_vllm", lambda: version)
-    text = refusal(models("llama"))
-    check_sentence(text, "works with vllm >=0.32,<0.34", f"found {version}; install one of these")
-
-
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1rc1", "0.33.5.post1"])
-def test_versions_of_vllm_that_work(
-    models: Models, monkeypatch: pytest.MonkeyPatch, version: str
-) -> None:
-    monkeypatch.setattr(refusals, "_installed_vllm", lambda: version)
-    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
-    EngineArgs(model=models("llama"), **(ARGUMENTS | given)).create_engine_config()
 
 
 @pytest.mark.parametrize("additional", [ADDITIONAL_CONFIG, {"sepllm": {}}, {"sepllm": None}])

@@ -4,8 +4,17 @@
 def register() -> None:
     """Announce our name to vLLM and watch for its selection; changes nothing until then.
 
-    vLLM calls this in every process that it starts, possibly more than once.
+    vLLM calls this in every process that it starts, possibly more than once. With a vLLM that we
+    were not written for nothing is touched: whoever selects sepllm learns from vLLM that there is
+    no such backend, and from this line of the log why.
     """
+    import logging
+
+    from vllm_sepllm.integration.versions import unsupported_vllm
+
+    if reason := unsupported_vllm():
+        logging.getLogger("vllm.plugins.sepllm").warning("sepllm is not available: %s", reason)
+        return
     from vllm_sepllm.integration import engine_args, selected
     from vllm_sepllm.integration.backend_name import register_backend_name
 

@@ -282,6 +282,7 @@ CPU = (
     *_fields("vllm.v1.worker.cpu_worker:CPUWorker", "read", "model_runner"),
     *_fields(_RUNNER, "read: which request is in which row, and our builders", "attn_groups"),
     *_fields(_RUNNER, "read: which request is in which row, and our builders", "input_batch"),
+    *_fields(_RUNNER, "set: all pipeline stages sort alike", "reorder_batch_threshold"),
     Contract("vllm.v1.worker.gpu_input_batch:InputBatch.req_ids", "read"),
     Contract("vllm.v1.worker.utils:AttentionGroup.metadata_builders", "read"),
 )

@@ -121,8 +121,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         needed = self.get_num_blocks_to_allocate(
             request.request_id, request.num_tokens, blocks, 0, found.position, 0
         )
-        free = self.block_pool.get_num_free_blocks()
-        if needed > free >= self.num_blocks(request.request_id, request.num_tokens):
+        # the copies make a hit dearer than a miss: in a full pool it must not keep anyone out
+        if needed > self.block_pool.get_num_free_blocks():
             return ([],), 0
         return (blocks,), found.position
 

