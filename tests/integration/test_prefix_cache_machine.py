@@ -123,6 +123,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         # blocks that this step's checkpoints will share are filled by this very step
         self.sealed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
         snapshots = self.manager.take_snapshots(request, start, start + size)
+        taken = [block_id for planned in snapshots for block_id in planned.blocks.values()]
+        assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
+        self.manager.release_snapshots()
         builder = StepPlanBuilder(self.policy)
         tokens = list(request.all_token_ids)
         builder.add(name, self.separators.index(name), tokens, start, size, snapshots)

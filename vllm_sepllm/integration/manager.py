@@ -42,6 +42,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self._wanted: dict[str, tuple[int, ...]] = {}
         # request -> block indices of its hit that must become its own
         self._to_copy: dict[str, list[int]] = {}
+        # blocks of this step's checkpoints, held so that two of them do not get the same block
+        self._fresh: list[KVCacheBlock] = []
 
     def bind(self, separators: "RequestSeparators", checkpoint_interval: int) -> None:
         """Give the manager the requests' tokens; the scheduler does so before any request."""
@@ -189,10 +191,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self._wanted[request.request_id] = (common, last)
 
     def take_snapshots(self, request: Request, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
-        """Blocks for the checkpoints that the step [start, end) passes; the step fills them.
-
-        They belong to nobody: evictable at once, so no admission waits for them.
-        """
+        """Blocks for the checkpoints that the step [start, end) passes; the step fills them."""
         if not self.enable_caching:
             return ()
         wanted = self._wanted.get(request.request_id, ())
@@ -205,6 +204,11 @@ class SepLLMManager(SingleTypeKVCacheManager):
             if blocks:
                 planned.append(PlannedSnapshot(position, blocks))
         return tuple(planned)
+
+    def release_snapshots(self) -> None:
+        """The step is planned: its checkpoints belong to nobody, so no admission waits for them."""
+        self.block_pool.free_blocks(self._fresh)
+        self._fresh = []
 
     def _snapshot_blocks(self, request: Request, position: int) -> dict[int, int]:
         """Compact block index -> block of the pool; empty: no checkpoint there."""
@@ -222,7 +226,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         num_blocks = self.num_blocks(request.request_id, position)
         state = [fresh.get(i, blocks[i]) for i in range(num_blocks)]
         self._checkpoints.add(block_hash, position, (), state)
-        self.block_pool.free_blocks(fresh.values())
+        self._fresh.extend(fresh.values())
         return {i: block.block_id for i, block in fresh.items()}
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

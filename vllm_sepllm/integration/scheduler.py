@@ -70,6 +70,7 @@ class _SepLLMMixin(Scheduler):
                 num_new_tokens,
                 self._snapshots(request, num_new_tokens),
             )
+        self._managers[0].release_snapshots()
         attach_plan(scheduler_output, plan.build())
         super()._update_after_schedule(scheduler_output)
 
