@@ -99,6 +99,12 @@ def data_of(page: str) -> str:
     return found[1]
 
 
+def test_show_refuses_an_unknown_rule(run: Run, tiny_model: Path, text_file: Path) -> None:
+    assert "separators must be 'paper', 'extended'" in run(
+        "show", tiny_model, text_file, "--separators", "none", code=2
+    )
+
+
 def test_show_refuses_to_overwrite_its_text(run: Run, tiny_model: Path, text_file: Path) -> None:
     assert "is FILE itself" in run("show", tiny_model, text_file, "-o", text_file, code=2)
 

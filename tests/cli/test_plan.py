@@ -24,26 +24,26 @@ def test_bytes_and_requests_of_a_tiny_llama(run: Run, tiny_model: Path) -> None:
     answer = plan(run, tiny_model, "--density", "0.125")
     assert answer["kind"] == "arithmetic, not a measurement"
     full = {"entries": 1024, "request_bytes": 524_288, "concurrent": 20}
-    assert answer["full_attention"] == full
+    assert answer["full"] == full
     # 256 + 768 / 8 = 352 entries = 22 blocks of 16
     assert answer["sepllm"] == {"entries": 352, "request_bytes": 180_224, "concurrent": 58}
     # max_separators is a quarter of the context: 256 + 256 = 512
     worst = {"entries": 512, "request_bytes": 262_144, "concurrent": 40}
-    assert answer["sepllm_worst_case"] == worst
+    assert answer["worst"] == worst
 
 
 def test_full_layers_dtype_and_tensor_parallel(run: Run, tiny_model: Path) -> None:
     options = ("--density", "0", "--full-layers", "0,-1", "--dtype", "float32")
     answer = plan(run, tiny_model, *options, "--tensor-parallel", "2", "--block-size", "32")
     # a device holds 1 KV head: 16 x 2 x 4 x 32 = 4096 bytes a block and layer
-    assert answer["full_attention"]["request_bytes"] == 4096 * 32 * 4  # type: ignore[index]
+    assert answer["full"]["request_bytes"] == 4096 * 32 * 4  # type: ignore[index]
     assert answer["sepllm"]["request_bytes"] == 4096 * (32 * 2 + 8 * 2)  # type: ignore[index]
     assert answer["config"]["full_layers"] == [0, 3]  # type: ignore[index]
 
 
 def test_a_request_shorter_than_the_window_costs_the_same(run: Run, tiny_model: Path) -> None:
     answer = plan(run, tiny_model, "--context", "256")
-    assert answer["sepllm"] == answer["full_attention"]
+    assert answer["sepllm"] == answer["full"]
 
 
 def test_effects_change_one_setting_at_a_time(run: Run, tiny_model: Path) -> None:

@@ -36,6 +36,30 @@ class Row:
     estimate: Estimate
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that the command prints.
+
+    Attributes:
+        kind: always LABEL.
+        density: assumed share of separators among the tokens that left the window.
+        config: resolved, without the separators, which the arithmetic does not need.
+        worst: sepllm when every token is a separator.
+        effects: the same with one setting changed at a time.
+    """
+
+    kind: str
+    model: str
+    density: float
+    shape: KVShape
+    deployment: Deployment
+    config: dict[str, Any]
+    full: Estimate
+    sepllm: Estimate
+    worst: Estimate
+    effects: list[Row]
+
+
 def plan(
     model: options.Model,
     kv_memory: Annotated[
@@ -58,32 +82,45 @@ def plan(
 ) -> None:
     """Bytes a request and concurrent requests, from the model's config alone. Arithmetic."""
     shape = _load_shape(model)
-    deployment = Deployment(
-        kv_memory, context, tensor_parallel, _resolved_dtype(dtype, shape), block_size
-    )
-    layers = options.layer_indices(full_layers)
+    kv_dtype = _resolved_dtype(dtype, shape)
+    deployment = Deployment(kv_memory, context, tensor_parallel, kv_dtype, block_size)
     config = options.make_config(
         initial_tokens=initial_tokens,
         window=window,
         max_separators=max_separators,
-        full_layers=list(layers),
+        full_layers=options.layer_indices(full_layers),
     )
     try:
-        planned = _resolve(config, shape, context)
-        full = estimate(shape, deployment, None, density)
-        sepllm = estimate(shape, deployment, planned, density)
-        worst = estimate(shape, deployment, planned, 1.0)
-        rows = list(effects(shape, deployment, config, density))
+        made = make_plan(model, shape, deployment, config, density)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if as_json:
-        print_json(_as_json(model, shape, deployment, planned, density, full, sepllm, worst, rows))
-        return
-    console = make_console()
-    title = f"{model}: KV cache of a request of {context:,} tokens ({LABEL})"
-    print_table(console, title, _summary(deployment, full, sepllm, worst))
-    print_table(console, "One setting changed at a time (* is the plan)", _effects(rows, full))
-    console.print(_assumptions(shape, deployment, planned, density), style="dim")
+        print_json(asdict(made))
+    else:
+        _print(made)
+
+
+def make_plan(
+    model: str, shape: KVShape, deployment: Deployment, config: SepLLMConfig, density: float
+) -> Plan:
+    """All estimates for one model and deployment.
+
+    Raises:
+        ValueError: if the settings do not go with the model.
+    """
+    resolved = _resolve(config, shape, deployment.context)
+    return Plan(
+        kind=LABEL,
+        model=model,
+        density=density,
+        shape=shape,
+        deployment=deployment,
+        config=resolved.model_dump(mode="json", exclude={"separators"}),
+        full=estimate(shape, deployment, None, density),
+        sepllm=estimate(shape, deployment, resolved, density),
+        worst=estimate(shape, deployment, resolved, 1.0),
+        effects=list(effects(shape, deployment, config, density)),
+    )
 
 
 def _load_shape(model: str) -> KVShape:
@@ -134,28 +171,40 @@ def effects(
             continue  # fewer layers than that
 
 
-def _summary(deployment: Deployment, full: Estimate, sepllm: Estimate, worst: Estimate) -> Table:
+def _print(made: Plan) -> None:
+    console = make_console()
+    context = made.deployment.context
+    title = f"{made.model}: KV cache of a request of {context:,} tokens ({LABEL})"
+    print_table(console, title, _summary(made))
+    print_table(console, "One setting changed at a time (* is the plan)", _effects(made))
+    console.print(_assumptions(made), style="dim")
+
+
+def _summary(made: Plan) -> Table:
     table = Table()
     table.add_column("")
     for name in ("full attention", "sepllm", "sepllm, every token a separator"):
         table.add_column(name, justify="right")
-    columns = (full, sepllm, worst)
+    columns = (made.full, made.sepllm, made.worst)
     table.add_row("entries a layer", *(f"{e.entries:,}" for e in columns))
     table.add_row("bytes a request", *(format_bytes(e.request_bytes) for e in columns))
-    memory = format_bytes(deployment.kv_memory)
+    memory = format_bytes(made.deployment.kv_memory)
     table.add_row(f"requests at once in {memory}", *(f"{e.concurrent:,}" for e in columns))
-    shares = (f"{e.request_bytes / full.request_bytes:.1%}" for e in columns)
-    table.add_row("share of full attention", *shares)
+    table.add_row("share of full attention", *(_share(e, made) for e in columns))
     return table
 
 
-def _effects(rows: list[Row], full: Estimate) -> Table:
+def _share(estimated: Estimate, made: Plan) -> str:
+    return f"{estimated.request_bytes / made.full.request_bytes:.1%}"
+
+
+def _effects(made: Plan) -> Table:
     table = Table()
     table.add_column("setting")
     for name in ("entries a layer", "bytes a request", "requests at once", "of full attention"):
         table.add_column(name, justify="right")
     kind = ""
-    for row in rows:
+    for row in made.effects:
         if kind and kind != row.setting.split()[0]:
             table.add_section()
         kind = row.setting.split()[0]
@@ -164,51 +213,24 @@ def _effects(rows: list[Row], full: Estimate) -> Table:
             f"{row.estimate.entries:,}",
             format_bytes(row.estimate.request_bytes),
             f"{row.estimate.concurrent:,}",
-            f"{row.estimate.request_bytes / full.request_bytes:.1%}",
+            _share(row.estimate, made),
         )
     return table
 
 
-def _assumptions(
-    shape: KVShape, deployment: Deployment, config: SepLLMConfig, density: float
-) -> str:
+def _assumptions(made: Plan) -> str:
     """What the numbers rest on, in sentences."""
+    shape, deployment, config = made.shape, made.deployment, made.config
     lines = [
-        f"This is {LABEL}. It assumes that {density:.0%} of the tokens beyond the window are "
-        "separators; `vllm-sepllm separators MODEL FILE` measures it on your text.",
+        f"This is {LABEL}. It assumes that {made.density:.0%} of the tokens beyond the window are "
+        "separators; `vllm-sepllm separators MODEL FILE` counts them in your text.",
         f"{len(shape.full)} of {shape.num_layers} layers have full attention, {shape.num_kv_heads} "
         f"KV heads of {shape.head_size}, {deployment.dtype}, blocks of {deployment.block_size}, "
         f"on each of {deployment.tensor_parallel} device(s).",
-        f"initial_tokens {config.initial_tokens}, window {config.window}, max_separators "
-        f"{config.max_separators}, full_layers {list(config.full_layers)}.",
+        ", ".join(f"{name} {value}" for name, value in config.items()) + ".",
         "Weights, activations and what vLLM pads when layers of several kinds share a pool are "
         "not in it.",
     ]
     if 0 < shape.max_positions < deployment.context:
         lines.append(f"The model's config ends at {shape.max_positions:,} positions.")
     return "\n".join(lines)
-
-
-def _as_json(
-    model: str,
-    shape: KVShape,
-    deployment: Deployment,
-    config: SepLLMConfig,
-    density: float,
-    full: Estimate,
-    sepllm: Estimate,
-    worst: Estimate,
-    rows: list[Row],
-) -> dict[str, Any]:
-    return {
-        "kind": LABEL,
-        "model": model,
-        "shape": asdict(shape),
-        "deployment": asdict(deployment),
-        "config": config.model_dump(mode="json", exclude={"separators"}),
-        "density": density,
-        "full_attention": asdict(full),
-        "sepllm": asdict(sepllm),
-        "sepllm_worst_case": asdict(worst),
-        "effects": [asdict(row) for row in rows],
-    }

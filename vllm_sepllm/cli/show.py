@@ -1,7 +1,7 @@
 """``vllm-sepllm show``: a page of a text with what the cache keeps of it at any position."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -11,6 +11,7 @@ from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
 from vllm_sepllm.policy.separators import separator_ids
+from vllm_sepllm.policy.visibility import Policy
 
 
 def show(
@@ -32,24 +33,26 @@ def show(
     Without --max-separators no separator is forgotten.
     """
     text = options.read_text(file)
-    config = options.make_config(
-        initial_tokens=initial_tokens,
-        window=window,
-        separators=separators,
-        max_separators=max_separators,
-    )
+    policy = Policy(initial_tokens, window, max_separators)
     page = output or Path(f"{file.stem}-kept.html")
     if page.resolve() == file.resolve():
         raise typer.BadParameter(f"--output {page} is FILE itself; name another file")
     tokenizer = load_tokenizer(model)
     tokens = tokenise(tokenizer, text)
     ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]
-    is_separator = np.isin(ids, separator_ids(config.separators, tokenizer))
+    is_separator = np.isin(ids, _rule_ids(separators, tokenizer))
     bound = "" if max_separators is None else f" (at most {max_separators:,})"
     part = "" if len(ids) == len(tokens.ids) else f"the first of {len(tokens.ids):,}, "
     subtitle = (
         f"{len(ids):,} tokens of {Path(model).name}, {part}{initial_tokens} initial, "
         f"window {window}, {separators} separators{bound}"
     )
-    page.write_text(build_page(file.name, subtitle, pieces, is_separator, config.policy), "utf-8")
+    page.write_text(build_page(file.name, subtitle, pieces, is_separator, policy), "utf-8")
     make_console().print(f"{page}: {subtitle}", markup=False, soft_wrap=True)
+
+
+def _rule_ids(rule: str, tokenizer: Any) -> tuple[int, ...]:
+    try:
+        return separator_ids(rule, tokenizer)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
