@@ -31,9 +31,9 @@ def test_a_whole_installation(run: Run) -> None:
     assert "Everything is in order." in run("doctor")
 
 
-def test_a_model_that_would_be_served(run: Run, tiny_model: Path) -> None:
+def test_a_model_that_passes(run: Run, tiny_model: Path) -> None:
     found = findings(run, tiny_model, "--config", '{"window": 60}')
-    assert found[str(tiny_model)]["detail"].startswith("would be served")
+    assert found[str(tiny_model)]["detail"].startswith("not refused; ")
     assert "window 60, max_separators 1024, full_layers []" in found["settings"]["detail"]
 
 

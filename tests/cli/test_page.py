@@ -77,6 +77,8 @@ def test_show_writes_the_whole_text(
     assert reader.classes[:4] == ["s0"] * 4
     assert reader.classes[-16:] == ["s2"] * 16
     assert set(reader.classes[4:-16]) == {"s1", "s3"}
+    text = page.read_text("utf-8")
+    assert text.count(" data-s>") == len(json.loads(data_of(text))["separators"]) > 40
     # the character of four bytes shows once; its other tokens have no text
     assert reader.pieces[-5:] == ["\N{CAT FACE}", "", "", "", "\n"]
 

@@ -20,7 +20,7 @@ ENTRY_POINTS = {
     "vllm.general_plugins": "vllm_sepllm:register",
     "vllm.platform_plugins": "vllm_sepllm:register_backend_name",
 }
-NOT_LOADED = "what only the loaded weights tell (ALiBi, KV shared between layers) is checked then"
+NOT_LOADED = "layers (ALiBi, shared KV, K and V of different sizes) are checked when they are built"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +146,7 @@ def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]
         return [Check(model, False, f"{by}: {verdict.refusal}")]
     resolved = ", ".join(f"{name} {value}" for name, value in verdict.settings.items())
     return [
-        Check(model, True, f"would be served; {NOT_LOADED}"),
+        Check(model, True, f"not refused; {NOT_LOADED}"),
         Check("settings", None, resolved),
     ]
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 DEFAULTS = SepLLMConfig()
 
 
-def _parser(parse: Callable[[str], T], name: str) -> Callable[[str | int], T]:
+def _parser(parse: Callable[[str], T]) -> Callable[[str | int], T]:
     """``parse`` for typer, which shows the message of a BadParameter alone."""
 
     def parser(value: str | int) -> T:
@@ -23,7 +23,6 @@ def _parser(parse: Callable[[str], T], name: str) -> Callable[[str | int], T]:
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
-    parser.__name__ = name  # shown in the help as the kind of value
     return parser
 
 
@@ -37,8 +36,8 @@ def _parse_layers(text: str) -> str:
     return text
 
 
-as_bytes = _parser(parse_bytes, "SIZE")
-as_tokens = _parser(parse_tokens, "TOKENS")
+as_bytes = _parser(parse_bytes)
+as_tokens = _parser(parse_tokens)
 
 Model = Annotated[str, typer.Argument(help="Model folder, or a name in the Hugging Face cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
@@ -47,10 +46,17 @@ Window = Annotated[int, typer.Option(min=1, help="Last tokens kept, the query in
 MaxSeparators = Annotated[
     int | None, typer.Option(min=0, help="Separators kept beyond the window; default: see README.")
 ]
+KvMemory = Annotated[
+    int, typer.Option(parser=as_bytes, metavar="SIZE", help="For KV, on each device: 20GiB.")
+]
+Context = Annotated[
+    int, typer.Option(parser=as_tokens, metavar="TOKENS", help="Tokens of each request: 32k.")
+]
 FullLayers = Annotated[
     str | None,
     typer.Option(
-        parser=_parser(_parse_layers, "LAYERS"),
+        parser=_parser(_parse_layers),
+        metavar="LAYERS",
         help="Layers with full attention, such as 0,-1; write --full-layers=-1 for the last.",
     ),
 ]

@@ -62,12 +62,8 @@ class Plan:
 
 def plan(
     model: options.Model,
-    kv_memory: Annotated[
-        int, typer.Option(parser=options.as_bytes, help="For KV, on each device: 20GiB.")
-    ],
-    context: Annotated[
-        int, typer.Option(parser=options.as_tokens, help="Tokens of each request: 32k.")
-    ],
+    kv_memory: options.KvMemory,
+    context: options.Context,
     density: Annotated[
         float, typer.Option(min=0, max=1, help="Share of separators beyond the window.")
     ] = 0.13,

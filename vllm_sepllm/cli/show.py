@@ -25,7 +25,10 @@ def show(
     window: options.Window = options.DEFAULTS.window,
     max_separators: options.MaxSeparators = None,
     max_tokens: Annotated[
-        int, typer.Option(parser=options.as_tokens, help="Show no more tokens than these.")
+        int,
+        typer.Option(
+            parser=options.as_tokens, metavar="TOKENS", help="Show no more tokens than these."
+        ),
     ] = 8192,
 ) -> None:
     """Write one HTML page: every token coloured by what becomes of it, at any position.

@@ -17,12 +17,12 @@ from vllm_sepllm.integration.contracts import CONTRACTS
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether sepllm would serve a model with some arguments.
+    """Whether vLLM's configuration of a model with sepllm passes. Layers are not built for it.
 
     Attributes:
-        refusal: None if it would; else why not, in one line.
+        refusal: None if it passes; else why not, in one line.
         is_stock: the refusal is vLLM's own and comes without sepllm too.
-        settings: if it would, what was resolved from the arguments.
+        settings: if it passes, what was resolved from the arguments.
     """
 
     refusal: str | None
