@@ -22,6 +22,9 @@ ALLOWED = {
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", *PUBLIC_VLLM}
     | {f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"},
+    f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
+    | {f"{US}.{part}" for part in ("__version__", "config", "policy", "demo", "integration")},
+    f"{US}/__main__.py": {f"{US}.cli"},
     f"{US}/demo": {"rich", "openai", "transformers", "tokenizers", "torch", *PUBLIC_VLLM},
 }
 # the plugin's entry points import the integration when vLLM calls them
@@ -81,7 +84,7 @@ def test_the_check_sees_an_import_inside_a_function() -> None:
     assert not is_under("vllm.config.VllmConfig", PUBLIC_VLLM)
 
 
-LIGHT = [US, f"{US}.config", f"{US}.demo.model"]
+LIGHT = [US, f"{US}.config", f"{US}.demo.model", f"{US}.cli.app"]
 LIGHT += [f"{US}.policy.{p.stem}" for p in (ROOT / US / "policy").glob("[!_]*.py")]
 
 

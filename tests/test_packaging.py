@@ -45,20 +45,23 @@ def test_wheel_holds_every_module_and_no_other(wheel: Path) -> None:
     assert held == modules_on_disk()
 
 
-def test_wheel_holds_the_type_marker_and_the_documents(wheel: Path) -> None:
+def test_wheel_holds_the_type_marker_and_the_data(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    documents = {p.relative_to(ROOT).as_posix() for p in (ROOT / US / "demo/documents").iterdir()}
-    assert documents
-    assert documents | {f"{US}/py.typed"} <= held
+    for folder in ("demo/documents", "cli/assets"):
+        data = {p.relative_to(ROOT).as_posix() for p in (ROOT / US / folder).iterdir()}
+        assert data
+        assert data <= held
+    assert f"{US}/py.typed" in held
 
 
-def test_wheel_announces_both_entry_points(wheel: Path) -> None:
+def test_wheel_announces_its_entry_points(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith("dist-info/entry_points.txt"))
         parser = ConfigParser()
         parser.read_string(archive.read(name).decode())
     assert {section: dict(parser[section]) for section in parser.sections()} == {
+        "console_scripts": {"vllm-sepllm": f"{US}.cli.app:main"},
         "vllm.general_plugins": {"sepllm": f"{US}:register"},
         "vllm.platform_plugins": {"sepllm": f"{US}:register_backend_name"},
     }

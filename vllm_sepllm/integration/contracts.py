@@ -52,6 +52,7 @@ SELECTION = (
         "wrapped: it ignores the backend's name; the first argument is ours",
         ("selected_backend", "attn_selector_config", "num_heads"),
     ),
+    Contract("vllm.plugins:load_general_plugins", "called by the doctor, as vLLM starts", ()),
     Contract("vllm.logger:init_logger", "called: a logger whose lines users see", ("name",)),
     Contract(
         "vllm.tokenizers:cached_tokenizer_from_config",

@@ -1,0 +1,77 @@
+"""``doctor``: every finding has its line, and one that is wrong ends it with 1."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Run
+
+pytest.importorskip("vllm")
+
+from vllm_sepllm.cli import doctor
+from vllm_sepllm.integration import diagnosis
+from vllm_sepllm.integration.contract import Contract
+
+
+def findings(run: Run, *arguments: object, code: int = 0) -> dict[str, Any]:
+    text = run("doctor", "--json", *arguments, code=code)
+    answer = json.loads(text[text.index("{") :])
+    assert answer["ok"] is (code == 0)
+    return {check["name"]: check for check in answer["checks"]}
+
+
+def test_a_whole_installation(run: Run) -> None:
+    found = findings(run)
+    assert found["vllm"]["detail"].startswith("0.3")
+    assert found["entry point vllm.general_plugins"]["is_ok"]
+    assert found["registered"]["is_ok"]
+    assert found["contracts with vLLM"]["is_ok"]
+    assert "Everything is in order." in run("doctor")
+
+
+def test_a_model_that_passes(run: Run, tiny_model: Path) -> None:
+    found = findings(run, tiny_model, "--config", '{"window": 60}')
+    assert found[str(tiny_model)]["detail"].startswith("not refused; ")
+    assert "window 60, max_separators 1024, full_layers []" in found["settings"]["detail"]
+
+
+def test_a_refusal_of_ours_and_one_of_vllm(run: Run, tiny_model: Path) -> None:
+    options = ("--engine-args", '{"enable_prompt_embeds": true}')
+    found = findings(run, tiny_model, *options, code=1)
+    refusal = found[str(tiny_model)]["detail"]
+    assert refusal.startswith("refused by sepllm: sepllm does not support prompt embeddings")
+    found = findings(run, tiny_model, "--engine-args", '{"dtype": "int3"}', code=1)
+    assert found[str(tiny_model)]["detail"].startswith("refused by vLLM itself: ")
+    assert "\n" not in found[str(tiny_model)]["detail"]
+
+
+def test_a_contract_that_moved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = (Contract("vllm.config:Gone", "read"), Contract("vllm.gone:Name", "called"))
+    monkeypatch.setattr(diagnosis, "CONTRACTS", moved)
+    found = findings(run, code=1)
+    assert found["contracts with vLLM"]["detail"] == "0 of 2 kept"
+    text = run("doctor", code=1)
+    assert "vllm.config:Gone: gone (read)" in text
+    assert "No module named 'vllm.gone'" in text
+
+
+def test_no_vllm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    found = findings(run, "model", code=1)
+    assert "pip install" in found["vllm"]["detail"]
+    assert "platform" not in found
+
+
+def test_a_plugin_that_vllm_cannot_find(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "entry_points", lambda group: ())
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    found = findings(run, code=1)
+    assert "install vllm_sepllm with pip" in found["entry point vllm.platform_plugins"]["detail"]
+    assert "'other' leaves sepllm out" in found["VLLM_PLUGINS"]["detail"]
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "a JSON object")])
+def test_options_that_are_no_objects(run: Run, text: str, message: str) -> None:
+    assert message in run("doctor", "model", "--config", text, code=2)

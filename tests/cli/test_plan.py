@@ -1,0 +1,122 @@
+"""Arithmetic of ``plan`` against numbers worked out by hand."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Run
+
+pytest.importorskip("transformers")
+
+import transformers
+
+from vllm_sepllm.cli.kv_sizes import KVShape, read_shape
+
+
+def plan(run: Run, model: Path, *options: object) -> dict[str, object]:
+    base = ("plan", model, "--kv-memory", "10MiB", "--context", "1k", "--json")
+    return dict(json.loads(run(*base, *options)))
+
+
+def test_bytes_and_requests_of_a_tiny_llama(run: Run, tiny_model: Path) -> None:
+    """4 layers x 2 KV heads x 16 x (K and V) x 2 bytes = 512 bytes a token."""
+    answer = plan(run, tiny_model, "--density", "0.125")
+    assert answer["kind"] == "arithmetic, not a measurement"
+    full = {"entries": 1024, "request_bytes": 524_288, "concurrent": 20}
+    assert answer["full"] == full
+    # 256 + 768 / 8 = 352 entries = 22 blocks of 16
+    assert answer["sepllm"] == {"entries": 352, "request_bytes": 180_224, "concurrent": 58}
+    # max_separators is a quarter of the context: 256 + 256 = 512
+    worst = {"entries": 512, "request_bytes": 262_144, "concurrent": 40}
+    assert answer["worst"] == worst
+
+
+def test_full_layers_dtype_and_tensor_parallel(run: Run, tiny_model: Path) -> None:
+    options = ("--density", "0", "--full-layers", "0,-1", "--dtype", "float32")
+    answer = plan(run, tiny_model, *options, "--tensor-parallel", "2", "--block-size", "32")
+    # a device holds 1 KV head: 16 x 2 x 4 x 32 = 4096 bytes a block and layer
+    assert answer["full"]["request_bytes"] == 4096 * 32 * 4  # type: ignore[index]
+    assert answer["sepllm"]["request_bytes"] == 4096 * (32 * 2 + 8 * 2)  # type: ignore[index]
+    assert answer["config"]["full_layers"] == [0, 3]  # type: ignore[index]
+
+
+def test_a_request_shorter_than_the_window_costs_the_same(run: Run, tiny_model: Path) -> None:
+    answer = plan(run, tiny_model, "--context", "256")
+    assert answer["sepllm"] == answer["full"]
+
+
+def test_effects_change_one_setting_at_a_time(run: Run, tiny_model: Path) -> None:
+    rows = {row["setting"]: row for row in plan(run, tiny_model)["effects"]}  # type: ignore[attr-defined]
+    assert list(rows) == [
+        *("window 124", "window 252", "window 508", "window 1020"),
+        *("separators 5% of tokens", "separators 13% of tokens", "separators 25% of tokens"),
+        *("full layers none", "full layers 0, -1"),  # all 4 layers would leave none
+    ]
+    assert [name for name, row in rows.items() if row["is_plan"]] == [
+        *("window 252", "separators 13% of tokens", "full layers none")
+    ]
+    # 4 + 508 + 0.13 x 512
+    assert rows["window 508"]["estimate"]["entries"] == 579
+    assert rows["separators 25% of tokens"]["estimate"]["entries"] == 448
+
+
+def test_the_table_says_what_it_is(run: Run, tiny_model: Path) -> None:
+    text = run("plan", tiny_model, "--kv-memory", "20GiB", "--context", "8k")
+    assert "arithmetic, not a measurement" in text
+    assert "It assumes that 13% of the tokens beyond the window" in text
+    assert "The model's config ends at 4,096 positions." in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kv-memory", "20"), "a size in bytes with a unit such as 20GiB"),
+        (("--context", "32kB"), "a number of tokens such as 4096"),
+        (("--full-layers", "first"), "wanted layer indices such as 0,1,-1"),
+        (("--full-layers", "9"), "the model has layers -4 to 3, got [9]"),
+        (("--window", "3"), "greater than or equal to 16"),
+        (("--tensor-parallel", "3"), "does not go with 2 KV heads"),
+        (("--dtype", "int4"), "--dtype must be auto or one of"),
+    ],
+)
+def test_wrong_options(run: Run, tiny_model: Path, options: tuple[str, ...], message: str) -> None:
+    base = ("plan", tiny_model, "--kv-memory", "1GiB", "--context", "4k")
+    text = " ".join(run(*base, *options, code=2).replace("\u2502", " ").split())
+    assert message in text
+
+
+def test_a_folder_without_a_config(run: Run, tmp_path: Path) -> None:
+    run("plan", tmp_path, "--kv-memory", "1GiB", "--context", "4k", code=2)
+
+
+def shape_of(name: str, **fields: object) -> KVShape:
+    return read_shape(getattr(transformers, name)(**fields))
+
+
+def test_layers_with_a_window_of_their_own_stay_as_they_are() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    shape = shape_of("Gemma2Config", num_hidden_layers=4, layer_types=kinds * 2)
+    assert shape.full == (1, 3)
+    assert (shape.sliding, shape.sliding_window, shape.num_kv_heads) == (2, 4096, 4)
+
+
+def test_kv_heads_of_other_families() -> None:
+    assert shape_of("FalconConfig").num_kv_heads == 1
+    assert shape_of("GPT2Config").num_kv_heads == 12
+    assert shape_of("Qwen3Config", num_key_value_heads=8).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("DeepseekV2Config", "caches latents"),
+        ("WhisperConfig", "encoder-decoder"),
+        ("JambaConfig", "recurrent layers"),
+        ("MambaConfig", "no attention heads"),
+        ("Gemma3nTextConfig", "shares KV between layers"),
+    ],
+)
+def test_what_the_arithmetic_does_not_cover(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        shape_of(name)

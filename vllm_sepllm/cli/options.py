@@ -1,0 +1,97 @@
+"""Options that several subcommands take, and what they turn into."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+from vllm_sepllm.cli.sizes import parse_bytes, parse_tokens
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
+
+T = TypeVar("T")
+
+DEFAULTS = SepLLMConfig()
+
+
+def _parser(parse: Callable[[str], T]) -> Callable[[str | int], T]:
+    """``parse`` for typer, which shows the message of a BadParameter alone."""
+
+    def parser(value: str | int) -> T:
+        try:
+            return parse(str(value))  # typer passes defaults through here as well
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    return parser
+
+
+def _parse_layers(text: str) -> str:
+    """The text itself, once it is known to be a list of integers."""
+    for item in text.split(","):
+        try:
+            int(item)
+        except ValueError:
+            raise ValueError(f"wanted layer indices such as 0,1,-1, got {text!r}") from None
+    return text
+
+
+as_bytes = _parser(parse_bytes)
+as_tokens = _parser(parse_tokens)
+
+Model = Annotated[str, typer.Argument(help="Model folder, or a name in the Hugging Face cache.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+InitialTokens = Annotated[int, typer.Option(min=0, help="Tokens at the start, always kept.")]
+Window = Annotated[int, typer.Option(min=1, help="Last tokens kept, the query included.")]
+MaxSeparators = Annotated[
+    int | None, typer.Option(min=0, help="Separators kept beyond the window; default: see README.")
+]
+KvMemory = Annotated[
+    int, typer.Option(parser=as_bytes, metavar="SIZE", help="For KV, on each device: 20GiB.")
+]
+Context = Annotated[
+    int, typer.Option(parser=as_tokens, metavar="TOKENS", help="Tokens of each request: 32k.")
+]
+FullLayers = Annotated[
+    str | None,
+    typer.Option(
+        parser=_parser(_parse_layers),
+        metavar="LAYERS",
+        help="Layers with full attention, such as 0,-1; write --full-layers=-1 for the last.",
+    ),
+]
+
+
+def layer_indices(text: str | None) -> tuple[int, ...]:
+    """What ``--full-layers`` says."""
+    return tuple(int(item) for item in text.split(",")) if text else ()
+
+
+def make_config(**given: object) -> SepLLMConfig:
+    """A validated configuration from options; None means the default.
+
+    Raises:
+        typer.BadParameter: with the words that ``--additional-config`` would be refused with.
+    """
+    wanted = {name: value for name, value in given.items() if value is not None}
+    try:
+        return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: wanted})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file, line breaks as they are.
+
+    Raises:
+        typer.BadParameter: if there is no such file, or it is no text, or it is empty.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if not text:
+        raise typer.BadParameter(f"{path} is empty; give a file with text")
+    return text

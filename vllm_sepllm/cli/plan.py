@@ -1,0 +1,232 @@
+"""``vllm-sepllm plan``: bytes and concurrent requests, full attention against sepllm."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from vllm_sepllm.cli import options
+from vllm_sepllm.cli.console import make_console, print_json, print_table
+from vllm_sepllm.cli.kv_sizes import (
+    DTYPE_BYTES,
+    Deployment,
+    Estimate,
+    KVShape,
+    check_layers,
+    estimate,
+    read_shape,
+)
+from vllm_sepllm.cli.sizes import format_bytes
+from vllm_sepllm.config import SepLLMConfig
+
+LABEL = "arithmetic, not a measurement"
+WINDOWS = (124, 252, 508, 1020)
+DENSITIES = (0.05, 0.13, 0.25)
+FULL_LAYERS = ((), (0, -1), (0, 1, -2, -1))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table of effects: ``setting`` differs from the plan in one value."""
+
+    setting: str
+    is_plan: bool
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that the command prints.
+
+    Attributes:
+        kind: always LABEL.
+        density: assumed share of separators among the tokens that left the window.
+        config: resolved, without the separators, which the arithmetic does not need.
+        worst: sepllm when every token is a separator.
+        effects: the same with one setting changed at a time.
+    """
+
+    kind: str
+    model: str
+    density: float
+    shape: KVShape
+    deployment: Deployment
+    config: dict[str, Any]
+    full: Estimate
+    sepllm: Estimate
+    worst: Estimate
+    effects: list[Row]
+
+
+def plan(
+    model: options.Model,
+    kv_memory: options.KvMemory,
+    context: options.Context,
+    density: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of separators beyond the window.")
+    ] = 0.13,
+    initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
+    window: options.Window = options.DEFAULTS.window,
+    max_separators: options.MaxSeparators = None,
+    full_layers: options.FullLayers = None,
+    tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share KV heads.")] = 1,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 16,
+    as_json: options.AsJson = False,
+) -> None:
+    """Bytes a request and concurrent requests, from the model's config alone. Arithmetic."""
+    shape = _load_shape(model)
+    kv_dtype = _resolved_dtype(dtype, shape)
+    deployment = Deployment(kv_memory, context, tensor_parallel, kv_dtype, block_size)
+    config = options.make_config(
+        initial_tokens=initial_tokens,
+        window=window,
+        max_separators=max_separators,
+        full_layers=options.layer_indices(full_layers),
+    )
+    try:
+        made = make_plan(model, shape, deployment, config, density)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if as_json:
+        print_json(asdict(made))
+    else:
+        _print(made)
+
+
+def make_plan(
+    model: str, shape: KVShape, deployment: Deployment, config: SepLLMConfig, density: float
+) -> Plan:
+    """All estimates for one model and deployment.
+
+    Raises:
+        ValueError: if the settings do not go with the model.
+    """
+    resolved = _resolve(config, shape, deployment.context)
+    return Plan(
+        kind=LABEL,
+        model=model,
+        density=density,
+        shape=shape,
+        deployment=deployment,
+        config=resolved.model_dump(mode="json", exclude={"separators"}),
+        full=estimate(shape, deployment, None, density),
+        sepllm=estimate(shape, deployment, resolved, density),
+        worst=estimate(shape, deployment, resolved, 1.0),
+        effects=list(effects(shape, deployment, config, density)),
+    )
+
+
+def _load_shape(model: str) -> KVShape:
+    from transformers import AutoConfig
+
+    try:
+        return read_shape(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"no plan for {model!r}: {reason}") from None
+
+
+def _resolved_dtype(dtype: str, shape: KVShape) -> str:
+    """``auto`` as vLLM takes it: the config's, but 16 bits for a model in float32."""
+    if dtype == "auto":
+        return shape.dtype if shape.dtype in ("bfloat16", "float16") else "bfloat16"
+    if dtype not in DTYPE_BYTES:
+        raise typer.BadParameter(f"--dtype must be auto or one of {list(DTYPE_BYTES)}, got {dtype}")
+    return dtype
+
+
+def _resolve(config: SepLLMConfig, shape: KVShape, context: int) -> SepLLMConfig:
+    resolved = config.resolve(separator_ids=(), num_layers=shape.num_layers, max_model_len=context)
+    check_layers(shape, resolved.full_layers)
+    return resolved
+
+
+def effects(
+    shape: KVShape, deployment: Deployment, config: SepLLMConfig, density: float
+) -> Iterator[Row]:
+    """The plan with one value changed at a time; values that the model cannot take are left out."""
+
+    def row(setting: str, changed: SepLLMConfig, density: float, is_plan: bool) -> Row:
+        resolved = _resolve(changed, shape, deployment.context)
+        return Row(setting, is_plan, estimate(shape, deployment, resolved, density))
+
+    for window in sorted({*WINDOWS, config.window}):
+        changed = config.model_copy(update={"window": window})
+        yield row(f"window {window}", changed, density, window == config.window)
+    for value in sorted({*DENSITIES, density}):
+        yield row(f"separators {value:.0%} of tokens", config, value, value == density)
+    for layers in sorted({*FULL_LAYERS, config.full_layers}, key=len):
+        changed = config.model_copy(update={"full_layers": layers})
+        name = ", ".join(map(str, layers)) or "none"
+        try:
+            yield row(f"full layers {name}", changed, density, layers == config.full_layers)
+        except ValueError:
+            continue  # fewer layers than that
+
+
+def _print(made: Plan) -> None:
+    console = make_console()
+    context = made.deployment.context
+    title = f"{made.model}: KV cache of a request of {context:,} tokens ({LABEL})"
+    print_table(console, title, _summary(made))
+    print_table(console, "One setting changed at a time (* is the plan)", _effects(made))
+    console.print(_assumptions(made), style="dim")
+
+
+def _summary(made: Plan) -> Table:
+    table = Table()
+    table.add_column("")
+    for name in ("full attention", "sepllm", "sepllm, every token a separator"):
+        table.add_column(name, justify="right")
+    columns = (made.full, made.sepllm, made.worst)
+    table.add_row("entries a layer", *(f"{e.entries:,}" for e in columns))
+    table.add_row("bytes a request", *(format_bytes(e.request_bytes) for e in columns))
+    memory = format_bytes(made.deployment.kv_memory)
+    table.add_row(f"requests at once in {memory}", *(f"{e.concurrent:,}" for e in columns))
+    table.add_row("share of full attention", *(_share(e, made) for e in columns))
+    return table
+
+
+def _share(estimated: Estimate, made: Plan) -> str:
+    return f"{estimated.request_bytes / made.full.request_bytes:.1%}"
+
+
+def _effects(made: Plan) -> Table:
+    table = Table()
+    table.add_column("setting")
+    for name in ("entries a layer", "bytes a request", "requests at once", "of full attention"):
+        table.add_column(name, justify="right")
+    kind = ""
+    for row in made.effects:
+        if kind and kind != row.setting.split()[0]:
+            table.add_section()
+        kind = row.setting.split()[0]
+        table.add_row(
+            f"{row.setting} *" if row.is_plan else row.setting,
+            f"{row.estimate.entries:,}",
+            format_bytes(row.estimate.request_bytes),
+            f"{row.estimate.concurrent:,}",
+            _share(row.estimate, made),
+        )
+    return table
+
+
+def _assumptions(made: Plan) -> str:
+    """What the numbers rest on, in sentences."""
+    shape, deployment, config = made.shape, made.deployment, made.config
+    lines = [
+        f"This is {LABEL}. It assumes that {made.density:.0%} of the tokens beyond the window are "
+        "separators; `vllm-sepllm separators MODEL FILE` counts them in your text.",
+        f"{len(shape.full)} of {shape.num_layers} layers have full attention, {shape.num_kv_heads} "
+        f"KV heads of {shape.head_size}, {deployment.dtype}, blocks of {deployment.block_size}, "
+        f"on each of {deployment.tensor_parallel} device(s).",
+        ", ".join(f"{name} {value}" for name, value in config.items()) + ".",
+        "Weights, activations and what vLLM pads when layers of several kinds share a pool are "
+        "not in it.",
+    ]
+    if 0 < shape.max_positions < deployment.context:
+        lines.append(f"The model's config ends at {shape.max_positions:,} positions.")
+    return "\n".join(lines)

@@ -1,0 +1,61 @@
+"""``vllm-sepllm show``: a page of a text with what the cache keeps of it at any position."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from vllm_sepllm.cli import options
+from vllm_sepllm.cli.console import make_console
+from vllm_sepllm.cli.page import build_page
+from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
+from vllm_sepllm.policy.separators import separator_ids
+from vllm_sepllm.policy.visibility import Policy
+
+
+def show(
+    model: options.Model,
+    file: Annotated[Path, typer.Argument(help="Text to show, UTF-8.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page to write [default: FILE-kept.html]")
+    ] = None,
+    separators: Annotated[str, typer.Option(help="Rule: paper or extended.")] = "extended",
+    initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
+    window: options.Window = options.DEFAULTS.window,
+    max_separators: options.MaxSeparators = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            parser=options.as_tokens, metavar="TOKENS", help="Show no more tokens than these."
+        ),
+    ] = 8192,
+) -> None:
+    """Write one HTML page: every token coloured by what becomes of it, at any position.
+
+    Without --max-separators no separator is forgotten.
+    """
+    text = options.read_text(file)
+    policy = Policy(initial_tokens, window, max_separators)
+    page = output or Path(f"{file.stem}-kept.html")
+    if page.resolve() == file.resolve():
+        raise typer.BadParameter(f"--output {page} is FILE itself; name another file")
+    tokenizer = load_tokenizer(model)
+    tokens = tokenise(tokenizer, text)
+    ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]
+    is_separator = np.isin(ids, _rule_ids(separators, tokenizer))
+    bound = "" if max_separators is None else f" (at most {max_separators:,})"
+    part = "" if len(ids) == len(tokens.ids) else f"the first of {len(tokens.ids):,}, "
+    subtitle = (
+        f"{len(ids):,} tokens of {Path(model).name}, {part}{initial_tokens} initial, "
+        f"window {window}, {separators} separators{bound}"
+    )
+    page.write_text(build_page(file.name, subtitle, pieces, is_separator, policy), "utf-8")
+    make_console().print(f"{page}: {subtitle}", markup=False, soft_wrap=True)
+
+
+def _rule_ids(rule: str, tokenizer: Any) -> tuple[int, ...]:
+    try:
+        return separator_ids(rule, tokenizer)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
