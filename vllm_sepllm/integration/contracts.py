@@ -80,6 +80,7 @@ REFUSALS = (
         _VLLM_CONFIG,
         "refused if on",
         *("diffusion_config", "speculative_config", "kv_transfer_config", "use_v2_model_runner"),
+        "kv_events_config",
     ),
     *_fields(
         _PARALLEL_CONFIG,
