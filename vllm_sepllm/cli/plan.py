@@ -104,7 +104,7 @@ def make_plan(
     Raises:
         ValueError: if the settings do not go with the model.
     """
-    resolved = _resolve(config, shape, deployment.context)
+    resolved = _resolve(config, shape, deployment)
     return Plan(
         kind=LABEL,
         model=model,
@@ -138,8 +138,13 @@ def _resolved_dtype(dtype: str, shape: KVShape) -> str:
     return dtype
 
 
-def _resolve(config: SepLLMConfig, shape: KVShape, context: int) -> SepLLMConfig:
-    resolved = config.resolve(separator_ids=(), num_layers=shape.num_layers, max_model_len=context)
+def _resolve(config: SepLLMConfig, shape: KVShape, deployment: Deployment) -> SepLLMConfig:
+    resolved = config.resolve(
+        separator_ids=(),
+        num_layers=shape.num_layers,
+        max_model_len=deployment.context,
+        block_size=deployment.block_size,
+    )
     check_layers(shape, resolved.full_layers)
     return resolved
 
@@ -150,7 +155,7 @@ def effects(
     """The plan with one value changed at a time; values that the model cannot take are left out."""
 
     def row(setting: str, changed: SepLLMConfig, density: float, is_plan: bool) -> Row:
-        resolved = _resolve(changed, shape, deployment.context)
+        resolved = _resolve(changed, shape, deployment)
         return Row(setting, is_plan, estimate(shape, deployment, resolved, density))
 
     for window in sorted({*WINDOWS, config.window}):
