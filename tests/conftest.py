@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # before anything imports vllm, transformers or triton; child processes inherit them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,6 +22,12 @@ if find_spec("torch"):
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before triton.jit decorates a kernel
+
+# wall-clock limits say more about the machine than about the code; with CI set, hypothesis loads
+# a profile of its own that has none either and draws the same examples every time
+settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+if "CI" not in os.environ:
+    settings.load_profile("local")
 
 
 @pytest.fixture(scope="session")
