@@ -45,7 +45,8 @@ def test_blocks_are_those_of_the_compact_length_at_every_step(
                 peak = max(held for *_, (held,) in watch.holdings)
                 assert peak == compact_blocks(made, prompt, len(prompt) + 7)
                 peaks[chunk, len(prompt)] = peak
-    print("peak blocks:", peaks)
+    full = [-(-(len(prompt) + 7) // BLOCK) for prompt in prompts]
+    print("peak blocks:", peaks, "full attention:", full)
     assert {n: p for (c, n), p in peaks.items() if c == 512} == {
         n: p for (c, n), p in peaks.items() if c == 2048
     }

@@ -60,18 +60,14 @@ class CheckpointRegistry:
         """The longest whole checkpoint of a request's first ``max_length`` tokens."""
         size = self._block_size
         for num_blocks in range(min(max_length // size, len(block_hashes)), 0, -1):
-            known = self._by_hash.get(block_hashes[num_blocks - 1])
-            if known is None:
-                continue
             first = num_blocks * size
-            best: Checkpoint | None = None
-            for checkpoint in self._whole(block_hashes[num_blocks - 1]):
-                end = checkpoint.position
-                is_prefix = end <= max_length and checkpoint.rest == tuple(token_ids[first:end])
-                if is_prefix and (best is None or end > best.position):
-                    best = checkpoint
-            if best is not None:
-                return best
+            found = [
+                c
+                for c in self._whole(block_hashes[num_blocks - 1])
+                if c.position <= max_length and c.rest == tuple(token_ids[first : c.position])
+            ]
+            if found:
+                return max(found, key=lambda c: c.position)
         return None
 
     def has(self, block_hash: BlockHash, rest: tuple[int, ...]) -> bool:

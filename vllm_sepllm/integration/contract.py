@@ -41,6 +41,11 @@ class Contract:
         return None
 
 
+def fields(owner: str, why: str, *names: str) -> tuple[Contract, ...]:
+    """A contract for each of several fields of ``owner``, "module:Qualified.name"."""
+    return tuple(Contract(f"{owner}.{name}", why) for name in names)
+
+
 def _has(owner: Any, name: str) -> bool:
     if hasattr(owner, name):
         return True

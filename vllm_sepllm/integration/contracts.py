@@ -4,13 +4,8 @@
 names what moved before any model is loaded. An entry goes with the last use of its name.
 """
 
-from vllm_sepllm.integration.contract import Contract
+from vllm_sepllm.integration.contract import Contract, fields
 from vllm_sepllm.integration.contracts_caching import CACHING
-
-
-def _fields(owner: str, why: str, *names: str) -> tuple[Contract, ...]:
-    return tuple(Contract(f"{owner}.{name}", why) for name in names)
-
 
 _CONFIG = "vllm.config"
 _CACHE_CONFIG = f"{_CONFIG}.cache:CacheConfig"
@@ -27,26 +22,26 @@ SELECTION = (
         "wrapped: every way to start an engine passes it",
         ("usage_context", "headless"),
     ),
-    *_fields(
+    *fields(
         _ENGINE_ARGS,
         "hidden from vLLM during create_engine_config, then put back",
         *("attention_backend", "attention_config", "block_size"),
     ),
-    *_fields(_ENGINE_ARGS, "refused if set", "scheduler_cls", "worker_cls"),
-    *_fields(_ENGINE_ARGS, "holds our configuration", "additional_config"),
+    *fields(_ENGINE_ARGS, "refused if set", "scheduler_cls", "worker_cls"),
+    *fields(_ENGINE_ARGS, "holds our configuration", "additional_config"),
     Contract(
         f"{_CONFIG}.attention:AttentionConfig.validate_backend_before",
         "called: turns what the user wrote into a member of AttentionBackendEnum",
         ("value",),
     ),
-    *_fields(f"{_CONFIG}.attention:AttentionConfig", "read", "backend", "backend_per_kind"),
+    *fields(f"{_CONFIG}.attention:AttentionConfig", "read", "backend", "backend_per_kind"),
     Contract(
         f"{_REGISTRY}:register_backend",
         "called with a new name",
         ("backend", "class_path", "is_mamba"),
     ),
     Contract(f"{_REGISTRY}:AttentionBackendEnum.__members__", "read: is our name there?"),
-    *_fields("vllm.platforms.interface:Platform", "read", "is_cpu", "device_name"),
+    *fields("vllm.platforms.interface:Platform", "read", "is_cpu", "device_name"),
     Contract(
         "vllm.platforms.cpu:CpuPlatform.get_attn_backend_cls",
         "wrapped: it ignores the backend's name; the first argument is ours",
@@ -59,35 +54,35 @@ SELECTION = (
         "called: separators are read from it; None with skip_tokenizer_init",
         ("model_config", "kwargs"),
     ),
-    *_fields(_VLLM_CONFIG, "read and written", "additional_config"),
-    *_fields(_SCHEDULER_CONFIG, "read and written", "scheduler_cls", "async_scheduling"),
-    *_fields(_SCHEDULER_CONFIG, "switched back off", "disable_hybrid_kv_cache_manager"),
-    *_fields(_PARALLEL_CONFIG, "read and written", "worker_cls", "pipeline_parallel_size"),
-    *_fields(_CACHE_CONFIG, "read", "block_size"),
-    *_fields(_MODEL_CONFIG, "read", "max_model_len"),
+    *fields(_VLLM_CONFIG, "read and written", "additional_config"),
+    *fields(_SCHEDULER_CONFIG, "read and written", "scheduler_cls", "async_scheduling"),
+    *fields(_SCHEDULER_CONFIG, "switched back off", "disable_hybrid_kv_cache_manager"),
+    *fields(_PARALLEL_CONFIG, "read and written", "worker_cls", "pipeline_parallel_size"),
+    *fields(_CACHE_CONFIG, "read", "block_size"),
+    *fields(_MODEL_CONFIG, "read", "max_model_len"),
     Contract(f"{_MODEL_CONFIG}.get_vocab_size", "called: bound of token ids", ()),
     Contract(f"{_MODEL_CONFIG}.get_total_num_hidden_layers", "called: range of full_layers", ()),
 )
 
 REFUSALS = (
-    *_fields(
+    *fields(
         _MODEL_CONFIG,
         "refused if on",
         *("runner_type", "is_encoder_decoder", "use_mla", "is_hybrid", "is_attention_free"),
         *("is_mm_prefix_lm", "rswa_window", "enable_prompt_embeds", "dtype"),
     ),
-    *_fields(
+    *fields(
         _VLLM_CONFIG,
         "refused if on",
         *("diffusion_config", "speculative_config", "kv_transfer_config", "use_v2_model_runner"),
         "kv_events_config",
     ),
-    *_fields(
+    *fields(
         _PARALLEL_CONFIG,
         "refused if on",
         *("decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching"),
     ),
-    *_fields(_CACHE_CONFIG, "refused if on", "kv_sharing_fast_prefill", "cache_dtype"),
+    *fields(_CACHE_CONFIG, "refused if on", "kv_sharing_fast_prefill", "cache_dtype"),
     Contract("vllm.v1.kv_cache_interface:is_quantized_kv_cache", "called", ("kv_cache_dtype",)),
     Contract(
         "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype",
@@ -109,8 +104,8 @@ LAYERS = (
         "called: which layer full_layers means",
         ("layer_name", "num_attn_module"),
     ),
-    *_fields(_ATTENTION, "replaced in layers that become ours", "attn_backend", "impl"),
-    *_fields(
+    *fields(_ATTENTION, "replaced in layers that become ours", "attn_backend", "impl"),
+    *fields(
         _ATTENTION,
         "read: which layers can become ours",
         *("attn_type", "sliding_window", "kv_sharing_target_layer_name"),
@@ -134,7 +129,7 @@ CACHE = (
         "called: our spec and its manager",
         ("manager_class", "uniform_type_base_spec"),
     ),
-    *_fields(f"{_SPEC}:KVCacheSpec", "read", "block_size", "page_size_bytes"),
+    *fields(f"{_SPEC}:KVCacheSpec", "read", "block_size", "page_size_bytes"),
     Contract(
         f"{_SPEC}:KVCacheSpec.max_memory_usage_bytes",
         "overridden: the longest request by its compact length",
@@ -163,8 +158,8 @@ CACHE = (
             *("drop_eagle_block", "alignment_tokens", "dcp_world_size", "pcp_world_size"),
         ),
     ),
-    *_fields(_MANAGER, "read", "req_to_blocks", "block_size"),
-    *_fields(_SCHEDULER, "read", "requests", "vllm_config", "kv_cache_manager"),
+    *fields(_MANAGER, "read", "req_to_blocks", "block_size"),
+    *fields(_SCHEDULER, "read", "requests", "vllm_config", "kv_cache_manager"),
     Contract("vllm.v1.core.kv_cache_manager:KVCacheManager.coordinator", "read"),
     Contract(
         "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.single_type_managers",
@@ -185,12 +180,12 @@ CACHE = (
         "overridden: forgets the request's separators",
         ("request", "delay_free_blocks"),
     ),
-    *_fields(
+    *fields(
         "vllm.v1.request:Request",
         "read: what the plan is made of",
         *("request_id", "num_computed_tokens", "_all_token_ids"),
     ),
-    *_fields(
+    *fields(
         "vllm.v1.core.sched.output:SchedulerOutput",
         "read; carries the plan as an attribute of ours",
         *("num_scheduled_tokens", "total_num_scheduled_tokens"),
@@ -223,9 +218,9 @@ ATTENTION = (
             *("output_scale", "output_block_scale"),
         ),
     ),
-    *_fields(f"{_BACKEND}:AttentionLayer", "read", "_k_scale_float", "_v_scale_float"),
+    *fields(f"{_BACKEND}:AttentionLayer", "read", "_k_scale_float", "_v_scale_float"),
     Contract(f"{_BACKEND}:AttentionMetadataBuilder.reorder_batch_threshold", "overridden"),
-    *_fields(
+    *fields(
         f"{_BACKEND}:CommonAttentionMetadata",
         "read, and replaced for the rows of vLLM's kernel",
         *("num_reqs", "num_actual_tokens", "query_start_loc", "query_start_loc_cpu", "seq_lens"),
@@ -248,7 +243,7 @@ CPU = (
         "vLLM calls it: gives each layer the isa that our implementation reads",
         ("layer_names",),
     ),
-    *_fields(
+    *fields(
         f"{_CPU}:CPUAttentionMetadataBuilder",
         "read",
         *("kv_cache_spec", "num_kv_heads", "head_dim", "block_size", "isa", "dtype"),
@@ -261,7 +256,7 @@ CPU = (
             *("output_scale", "output_block_scale"),
         ),
     ),
-    *_fields(
+    *fields(
         f"{_CPU}:CPUAttentionBackendImpl",
         "read: what a layer adds to softmax attention",
         *("num_heads", "num_kv_heads", "head_size", "scale", "kv_cache_dtype"),
@@ -280,11 +275,11 @@ CPU = (
         f"{_WORKER}.initialize_from_config", "overridden: binds builders", ("kv_cache_config",)
     ),
     Contract(f"{_WORKER}.execute_model", "overridden: hands on the plan", ("scheduler_output",)),
-    *_fields("vllm.v1.worker.worker_base:WorkerBase", "read", "vllm_config"),
-    *_fields("vllm.v1.worker.cpu_worker:CPUWorker", "read", "model_runner"),
-    *_fields(_RUNNER, "read: which request is in which row, and our builders", "attn_groups"),
-    *_fields(_RUNNER, "read: which request is in which row, and our builders", "input_batch"),
-    *_fields(_RUNNER, "set: all pipeline stages sort alike", "reorder_batch_threshold"),
+    *fields("vllm.v1.worker.worker_base:WorkerBase", "read", "vllm_config"),
+    *fields("vllm.v1.worker.cpu_worker:CPUWorker", "read", "model_runner"),
+    *fields(_RUNNER, "read: which request is in which row, and our builders", "attn_groups"),
+    *fields(_RUNNER, "read: which request is in which row, and our builders", "input_batch"),
+    *fields(_RUNNER, "set: all pipeline stages sort alike", "reorder_batch_threshold"),
     Contract("vllm.v1.worker.gpu_input_batch:InputBatch.req_ids", "read"),
     Contract("vllm.v1.worker.utils:AttentionGroup.metadata_builders", "read"),
 )

@@ -1,6 +1,6 @@
 """vLLM names that prefix caching relies on (see contracts.py)."""
 
-from vllm_sepllm.integration.contract import Contract
+from vllm_sepllm.integration.contract import Contract, fields
 
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
@@ -37,9 +37,8 @@ CACHING = (
         ("request_id", "block_idx", "source_block", "cow_block"),
     ),
     Contract(f"{_MANAGER}._get_num_evictable_blocks", "called", ("blocks",)),
-    *(
-        Contract(f"{_MANAGER}.{name}", "read")
-        for name in ("block_pool", "kv_cache_group_id", "enable_caching", "num_cached_block")
+    *fields(
+        _MANAGER, "read", "block_pool", "kv_cache_group_id", "enable_caching", "num_cached_block"
     ),
     Contract(f"{_POOL}.get_new_blocks", "called: a checkpoint's own blocks", ("num_blocks",)),
     Contract(f"{_POOL}.free_blocks", "called: they are evictable at once", ("ordered_blocks",)),
@@ -56,11 +55,10 @@ CACHING = (
     ),
     Contract(f"{_UTILS}:KVCacheBlock.block_hash", "read: whether a checkpoint is whole"),
     Contract("vllm.config.cache:CacheConfig.enable_prefix_caching", "read, and switched off"),
-    *(
-        Contract(f"{_REQUEST}.{name}", "read: where checkpoints are left")
-        for name in (
-            *("block_hashes", "num_prompt_tokens", "num_tokens", "max_tokens", "resumable"),
-            "mm_features",
-        )
+    *fields(
+        _REQUEST,
+        "read: where checkpoints are left",
+        *("block_hashes", "num_prompt_tokens", "num_tokens", "max_tokens", "resumable"),
+        "mm_features",
     ),
 )

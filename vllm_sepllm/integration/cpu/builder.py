@@ -199,6 +199,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             slots.append(self._slots(block_ids, kept.target))
         owners, source, target = (np.concatenate(part) for part in zip(*copies, strict=True))
         return PrefillRows(
+            layout=self._layout,
             chunks=chunk_rows,
             copies=self._copies(block_table, owners, source, target),
             tokens=torch.from_numpy(np.concatenate(tokens)),

@@ -6,7 +6,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
 from vllm_sepllm.integration.cpu.attention import TileAttention
-from vllm_sepllm.integration.cpu.kv_layout import CPUCacheLayout, probe_layout, split_cache
+from vllm_sepllm.integration.cpu.kv_layout import CPUCacheLayout, split_cache
 from vllm_sepllm.integration.cpu.metadata import (
     ChunkRows,
     LibraryRows,
@@ -96,9 +96,8 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
         rows: PrefillRows,
         output: torch.Tensor,
     ) -> None:
-        layout = self._layout(layer, kv_cache)
         for chunk in rows.chunks:
-            keys, values = self._chunk_keys(chunk, key, value, kv_cache, layout)
+            keys, values = self._chunk_keys(chunk, key, value, kv_cache, rows.layout)
             for tile in chunk.tiles:
                 queries = slice(chunk.first + tile.first, chunk.first + tile.last)
                 output[queries] = self._attend(
@@ -110,16 +109,6 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
         if rows.copies is not None:
             rows.copies.run(kv_cache)
         self._write(layer, key[rows.tokens], value[rows.tokens], kv_cache, rows.slots)
-
-    def _layout(self, layer: AttentionLayer, kv_cache: torch.Tensor) -> CPUCacheLayout:
-        # layer.isa is set by vLLM's CPU builder
-        return probe_layout(
-            self.num_kv_heads,
-            self.head_size,
-            kv_cache.shape[2],
-            kv_cache.dtype,
-            layer.isa,  # type: ignore[attr-defined]
-        )
 
     def _chunk_keys(
         self,

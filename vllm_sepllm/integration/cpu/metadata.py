@@ -6,6 +6,8 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
+from vllm_sepllm.integration.cpu.kv_layout import CPUCacheLayout
+
 
 @dataclass(frozen=True, slots=True)
 class SlotCopies:
@@ -80,12 +82,14 @@ class PrefillRows:
     """All prefill chunks of the step.
 
     Attributes:
+        layout: of the cache that the chunks read.
         chunks: they attend first, each on its own.
         copies: then separators that leave the ring go to the tail; None: there are none.
         tokens: [num_kept] int64 rows of the batch whose KV is kept, written last.
         slots: [num_kept] int64, where.
     """
 
+    layout: CPUCacheLayout
     chunks: list[ChunkRows]
     copies: SlotCopies | None
     tokens: torch.Tensor
