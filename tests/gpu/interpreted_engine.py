@@ -63,6 +63,7 @@ def run(rounds: list[list[list[int]]], max_tokens: int, **options: Any) -> Repor
     job = {"rounds": rounds, "max_tokens": max_tokens} | options
     environment = {
         "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",  # inductor would ask for the Triton driver
         "TRITON_INTERPRET": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -103,8 +104,11 @@ def _pretend(asynchronous: bool) -> None:
     triton.backends.backends["cpu"] = Backend
 
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention.backends import triton_attn
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    # one program a request and head instead of sixteen, or a token takes seconds
+    triton_attn.MIN_LAUNCH_GRID_SIZE_2D = 0
     register_backend(
         AttentionBackendEnum.CPU_ATTN,
         "vllm.v1.attention.backends.triton_attn.TritonAttentionBackend",

@@ -30,6 +30,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     _separators: "RequestSeparators"
     _interval: int
+    _num_staging: int
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
@@ -45,10 +46,16 @@ class SepLLMManager(SingleTypeKVCacheManager):
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
 
-    def bind(self, separators: "RequestSeparators", checkpoint_interval: int) -> None:
-        """Give the manager the requests' tokens; the scheduler does so before any request."""
+    def bind(
+        self, separators: "RequestSeparators", checkpoint_interval: int, num_staging: int
+    ) -> None:
+        """Give the manager the requests' tokens; the scheduler does so before any request.
+
+        ``num_staging`` are the entries of each request beyond its compact length.
+        """
         self._separators = separators
         self._interval = checkpoint_interval
+        self._num_staging = num_staging
 
     # ------------------------------------------------------------------ block accounting
 
@@ -61,6 +68,13 @@ class SepLLMManager(SingleTypeKVCacheManager):
         num_spilled = self._num_spilled(request_id, num_tokens)
         entries = layout.compact_length(self.policy, num_tokens, num_spilled)
         return cdiv(entries, self.block_size)
+
+    def _num_blocks_to_hold(self, request_id: str, num_tokens: int) -> int:
+        if not self._num_staging:
+            return self.num_blocks(request_id, num_tokens)
+        num_spilled = self._num_spilled(request_id, num_tokens)
+        entries = layout.compact_length(self.policy, num_tokens, num_spilled)
+        return cdiv(entries + self._num_staging, self.block_size)
 
     def get_num_blocks_to_allocate(
         self,
@@ -75,7 +89,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
     ) -> int:
         """See the base class; a hit also costs copies of the blocks that will be written."""
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        num_new = max(0, self.num_blocks(request_id, num_tokens) - held)
+        num_new = max(0, self._num_blocks_to_hold(request_id, num_tokens) - held)
         if new_computed_blocks:
             num_new += len(self._written_blocks(request_id, num_local_computed_tokens))
             num_new += self._get_num_evictable_blocks(new_computed_blocks)
@@ -86,7 +100,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
     ) -> list[KVCacheBlock]:
         """See the base class; ``num_tokens`` are the request's, not compact entries."""
         copies = self._copy_hit_blocks(request_id)
-        slots = self.num_blocks(request_id, num_tokens) * self.block_size
+        slots = self._num_blocks_to_hold(request_id, num_tokens) * self.block_size
         return copies + super().allocate_new_blocks(request_id, slots, slots)
 
     # ------------------------------------------------------------------ starting from a checkpoint
@@ -235,10 +249,12 @@ class SepLLMManager(SingleTypeKVCacheManager):
             self._keep_final_state(self._separators.request(request_id))
         self._to_copy.pop(request_id, None)
         self._wanted.pop(request_id, None)
+        self._separators.staged.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def _keep_final_state(self, request: Request) -> None:
-        position = request.num_computed_tokens
+        staged = self._separators.staged.get(request.request_id)
+        position = request.num_computed_tokens if staged is None else staged.position
         num_hashes = position // self.block_size
         token_ids = request._all_token_ids
         is_known = 0 < num_hashes <= len(request.block_hashes) and position <= len(token_ids)

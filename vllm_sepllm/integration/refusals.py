@@ -9,8 +9,14 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
 from vllm_sepllm.integration.backend_name import BACKEND_NAME
+from vllm_sepllm.integration.layers import FP8_CACHE_DTYPES
+from vllm_sepllm.integration.spec import max_proposed
+from vllm_sepllm.policy import staging
+
+# drafters with caches of their own, or none
+_DRAFTERS = ("ngram", "ngram_gpu", "draft_model")
 
 
 def check_not_selected(engine_args: EngineArgs) -> None:
@@ -77,6 +83,7 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
     """
     for is_unsupported, reason in (
         *_model_reasons(vllm_config),
+        *_speculative_reasons(vllm_config),
         *_parallel_reasons(vllm_config),
         *_cache_reasons(vllm_config),
     ):
@@ -121,10 +128,29 @@ def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "prompt embeddings, which have no token ids to find separators in: remove "
             "--enable-prompt-embeds",
         ),
+    ]
+
+
+def _speculative_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return []
+    window = SepLLMConfig.from_additional_config(vllm_config.additional_config).window
+    return [
         (
-            vllm_config.speculative_config is not None,
-            "speculative decoding yet, whose rejected tokens would overwrite live entries of the "
-            "cache: remove --speculative-config",
+            not vllm_config.use_v2_model_runner,
+            "speculative decoding under Model Runner V1, whose drafters go by token positions in "
+            "the cache: unset VLLM_USE_V2_MODEL_RUNNER, or remove --speculative-config",
+        ),
+        (
+            speculative.method not in _DRAFTERS,
+            f"speculative decoding with {speculative.method!r}, which shares layers or states with "
+            f"the model: use one of {list(_DRAFTERS)}, or remove --speculative-config",
+        ),
+        (
+            staging.num_entries(max_proposed(vllm_config)) > window,
+            f"{vllm_config.num_speculative_tokens} draft tokens with a window of {window}: set "
+            f"num_speculative_tokens to {window // 2 - 1} or less, or a larger window",
         ),
     ]
 
@@ -169,7 +195,7 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         ),
         (
             is_quantized_kv_cache(cache.cache_dtype)
-            and (current_platform.is_cpu() or cache.cache_dtype not in ("fp8", "fp8_e4m3")),
+            and (current_platform.is_cpu() or cache.cache_dtype not in FP8_CACHE_DTYPES),
             f"a KV cache in {cache.cache_dtype}: remove --kv-cache-dtype"
             + ("" if current_platform.is_cpu() else ", or set it to fp8"),
         ),

@@ -6,16 +6,15 @@ paged attention over compact lengths; the others are prefill chunks (policy/tile
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from vllm_sepllm.policy import checkpoint, decode, layout, prefill
 from vllm_sepllm.policy.plan import BatchRows
+from vllm_sepllm.policy.staging import commit_moves
 from vllm_sepllm.policy.tiles import PrefillRequests
 from vllm_sepllm.policy.visibility import IntArray, Policy
-
-_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,9 @@ class Moves:
         target: [num_moves], compact index.
     """
 
-    rows: IntArray = field(default_factory=_NONE.copy)
-    source: IntArray = field(default_factory=_NONE.copy)
-    target: IntArray = field(default_factory=_NONE.copy)
+    rows: IntArray
+    source: IntArray
+    target: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +42,9 @@ class Saves:
         slots: [num_saves], slot of the checkpoint's own blocks.
     """
 
-    rows: IntArray = field(default_factory=_NONE.copy)
-    source: IntArray = field(default_factory=_NONE.copy)
-    slots: IntArray = field(default_factory=_NONE.copy)
+    rows: IntArray
+    source: IntArray
+    slots: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +52,8 @@ class BatchStep:
     """What a step does to the caches of its rows, in this order.
 
     Attributes:
+        commit_spills: separators that leave the ring as proposed tokens are committed.
+        commits: proposed tokens that turned out right, staging -> ring.
         saves_before: entries that a checkpoint keeps, as they are before the step.
         spills: separators that leave the ring of a single-token row, ring -> tail.
         num_library: the first rows, served by the library.
@@ -68,6 +69,8 @@ class BatchStep:
         saves_after: entries that a checkpoint keeps, as they are after the step.
     """
 
+    commit_spills: Moves
+    commits: Moves
     saves_before: Saves
     spills: Moves
     num_library: int
@@ -97,6 +100,8 @@ def plan_batch(
     """
     num_new = np.diff(first)
     is_library = (num_new == 1) | (rows.start + num_new <= policy.num_dense)
+    for row, staged in enumerate(rows.staged):
+        is_library[row] &= staged is None
     num_rows = len(num_new)
     num_library = num_rows if is_library.all() else int(np.argmin(is_library))
     owner = np.zeros(num_tokens, dtype=np.int64)
@@ -112,9 +117,12 @@ def plan_batch(
     )
     copies = decode.spill_copies(policy, start, spilled, spills)
     chunks = [_chunk(policy, rows, row, first) for row in range(num_library, num_rows)]
-    moves = _write_survivors(chunks, num_library, first, target)
+    moves = _write_chunks(chunks, rows, num_library, first, target)
+    commit_spills, commits = _commits(policy, rows)
     before, tokens, slots, after = _snapshots(policy, rows, first, block_size)
     return BatchStep(
+        commit_spills=commit_spills,
+        commits=commits,
         saves_before=before,
         spills=Moves(copies.rows, copies.source, copies.target),
         num_library=num_library,
@@ -155,17 +163,39 @@ def _requests(
     )
 
 
-def _write_survivors(
-    chunks: Sequence[prefill.Chunk], first_row: int, first: IntArray, target: IntArray
+def _write_chunks(
+    chunks: Sequence[prefill.Chunk],
+    rows: BatchRows,
+    first_row: int,
+    first: IntArray,
+    target: IntArray,
 ) -> Moves:
     """Fill ``target`` for the chunks' tokens; return what moves inside their caches."""
     moved: list[IntArray] = []
     for row, chunk in enumerate(chunks, start=first_row):
+        staged = rows.staged[row] if rows.staged else None
+        if staged is not None:
+            target[first[row] : first[row + 1]] = staged.entry + np.arange(chunk.end - chunk.start)
+            continue
         kept = prefill.survivors(chunk)
         target[first[row] + kept.tokens] = kept.target
-        owner = np.full(len(kept.copy_source), row)
-        moved.append(np.stack([owner, kept.copy_source, kept.copy_target]))
-    return Moves(*np.concatenate(moved, axis=1)) if moved else Moves()
+        moved.append(_of_row(row, kept.copy_source, kept.copy_target))
+    return Moves(*_joined(moved))
+
+
+def _commits(policy: Policy, rows: BatchRows) -> tuple[Moves, Moves]:
+    spills: list[IntArray] = []
+    commits: list[IntArray] = []
+    for row, commit in enumerate(rows.commits):
+        if commit is not None:
+            moves = commit_moves(policy, commit)
+            spills.append(_of_row(row, moves.spill_source, moves.spill_target))
+            commits.append(_of_row(row, moves.source, moves.target))
+    return Moves(*_joined(spills)), Moves(*_joined(commits))
+
+
+def _of_row(row: int, *columns: IntArray) -> IntArray:
+    return np.stack([np.full(len(columns[0]), row), *columns])
 
 
 def _snapshots(
@@ -186,14 +216,13 @@ def _snapshots(
             if chunk.end - chunk.start == 1:
                 length = layout.compact_length(policy, chunk.end, chunk.num_spilled_after)
                 entries = np.flatnonzero(own[:length] >= 0)
-                after.append(np.stack([np.full(len(entries), row), entries, own[entries]]))
+                after.append(_of_row(row, entries, own[entries]))
                 continue
             part = checkpoint.snapshot(chunk, snap.position, block_size, list(snap.blocks))
-            owner = np.full(len(part.copy_source), row)
-            before.append(np.stack([owner, part.copy_source, own[part.copy_target]]))
+            before.append(_of_row(row, part.copy_source, own[part.copy_target]))
             tokens.append(part.tokens + first[row])
             slots.append(own[part.target])
-    return _joined(before), _flat(tokens), _flat(slots), _joined(after)
+    return Saves(*_joined(before)), _flat(tokens), _flat(slots), Saves(*_joined(after))
 
 
 def _own_slots(blocks: dict[int, int], block_size: int) -> IntArray:
@@ -204,10 +233,11 @@ def _own_slots(blocks: dict[int, int], block_size: int) -> IntArray:
     return slots.reshape(-1)
 
 
-def _joined(parts: list[IntArray]) -> Saves:
-    return Saves(*np.concatenate(parts, axis=1)) if parts else Saves()
+def _joined(parts: list[IntArray]) -> IntArray:
+    """Columns [3, num] of all rows, one after the other."""
+    return np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), dtype=np.int64)
 
 
 def _flat(parts: list[IntArray]) -> IntArray:
-    return np.concatenate(parts) if parts else _NONE
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 

@@ -121,6 +121,9 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         )
         slots = self._slots[: common.num_actual_tokens]
         self._entry_slots(step.rows, step.target, common, slots)
+        # in this order: each step of it may overwrite what the one before has read
+        self._run(self._move_entries(step.commit_spills, common))
+        self._run(self._move_entries(step.commits, common))
         self._run(self._save_entries(step.saves_before, common))
         self._run(self._move_entries(step.spills, common))
         if (after := self._save_entries(step.saves_after, common)) is not None:

@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_sepllm.config import SepLLMConfig
@@ -37,7 +38,10 @@ class GPUWorkerMixin(Worker):
         """
         super().load_model(*args, **kwargs)
         config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
-        for layer in sepllm_layers(self.vllm_config, config):
+        speculator = self.model_runner.speculator if self.use_v2_model_runner else None
+        is_model = isinstance(speculator, DraftModelSpeculator)
+        drafting = speculator.draft_attn_layer_names if is_model else ()
+        for layer in sepllm_layers(self.vllm_config, config, drafting=drafting):
             name = layer.attn_backend.get_name()
             if name not in WRAPPED:
                 raise ValueError(
