@@ -121,10 +121,37 @@ def _pretend(asynchronous: bool) -> None:
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
+    from vllm.v1.worker.gpu.spec_decode.ngram import speculator
+
+    speculator._ngram_finalize_kernel = _FinishDrafts()
+
     from vllm_sepllm.integration import refusals, resolve
 
     resolve._CPU_WORKER = "tests.gpu.interpreted_worker.InterpretedWorker"
     refusals._parallel_reasons = lambda vllm_config: []
+
+
+class _FinishDrafts:
+    """Stands in for vLLM's ``_ngram_finalize_kernel``, whose masks the interpreter refuses."""
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return self._run
+
+    @staticmethod
+    def _run(
+        token_ids: Any, _stride: int, idx_mapping: Any, total_len: Any, num_sampled: Any,
+        last_sampled: Any, scratch: Any, _scratch_stride: int, drafts: Any, max_model_len: int,
+        num_blocks: int, num_drafts: int, *_powers: int, **_options: int,
+    ) -> None:  # fmt: skip
+        for row, request in enumerate(idx_mapping.tolist()):
+            drafts[row] = last_sampled[request]
+            score = int(scratch[row, :num_blocks].max())
+            if score == 0 or int(num_sampled[row]) == 0:
+                continue
+            length, position = divmod(score - 1, max_model_len + 1)
+            start = position + length
+            found = token_ids[request, start : min(start + num_drafts, int(total_len[request]))]
+            drafts[row, : len(found)] = found
 
 
 def _main(job: dict[str, Any]) -> None:
