@@ -17,7 +17,9 @@ ALLOWED = {
     f"{US}/config.py": {"pydantic", f"{US}.policy"},
     f"{US}/reference.py": {"torch", "numpy", f"{US}.policy"},
     "csrc_triton": {"torch", "triton", f"{US}.kernels"},
-    f"{US}/ops.py": {"torch", "numpy", f"{US}.policy", f"{US}.reference", f"{US}.kernels"},
+    f"{US}/checks.py": {"torch", f"{US}.kernels"},
+    f"{US}/ops.py": {"torch", "numpy"}
+    | {f"{US}.{part}" for part in ("policy", "checks", "reference", "kernels")},
     f"{US}/integration": {"torch", "numpy", "packaging", "vllm"}
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", *PUBLIC_VLLM}

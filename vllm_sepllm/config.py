@@ -35,6 +35,8 @@ class SepLLMConfig(BaseModel):
             window, rounded up, so that the checkpoints of a long text, of which each holds the
             ring, stay an eighth of what full attention would cache. Others are left where
             prompts begin alike, at the end of each prompt and of each request.
+        decode_backend: vLLM's attention backend that decodes on a GPU, by its name. None: the one
+            that vLLM would choose without us; on ROCm TRITON_ATTN.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +51,7 @@ class SepLLMConfig(BaseModel):
     max_separators: Count | None = None
     full_layers: tuple[StrictInt, ...] = ()
     checkpoint_interval: Annotated[StrictInt, Field(ge=1)] | None = None
+    decode_backend: Annotated[str, Field(strict=True, min_length=1)] | None = None
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "SepLLMConfig":

@@ -5,6 +5,12 @@ from typing import Literal
 
 import torch
 
+from vllm_sepllm.checks import (
+    check_activations,
+    check_block_table,
+    check_cache,
+    check_logits_and_tables,
+)
 from vllm_sepllm.kernels.arguments import Logits, PagedCache, SpillTable
 from vllm_sepllm.policy.tiles import PrefillTiles, rank_bound
 from vllm_sepllm.policy.visibility import Policy
@@ -22,13 +28,6 @@ __all__ = [
 ]
 
 Impl = Literal["triton", "reference"]
-FP8_DTYPES = (
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-)
-QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +162,7 @@ def entry_slots(
         )
     if not (entries.is_contiguous() and out.is_contiguous()):
         raise ValueError("entries and out must be contiguous")
-    _check_block_table("block_table", block_table)
+    check_block_table("block_table", block_table)
     for name, tensor in (("block_table", block_table), ("out", out)):
         if tensor.device != entries.device:
             raise ValueError(f"{name} is on {tensor.device}, entries on {entries.device}")
@@ -174,14 +173,6 @@ def entry_slots(
     from vllm_sepllm.kernels import slots as kernel
 
     return kernel.launch(entries, block_table, block_size, out)
-
-
-def _check_block_table(name: str, table: torch.Tensor) -> None:
-    if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
-        raise ValueError(
-            f"{name} must be int32 [num_rows, max_blocks] with contiguous rows, got "
-            f"{table.dtype} {tuple(table.shape)}"
-        )
 
 
 def prefill(
@@ -214,9 +205,9 @@ def prefill(
 
     The tables are not range-checked: reading them would stall the device.
     """
-    _check_activations(query, key, value, out)
-    _check_cache(query, key, cache)
-    _check_logits_and_tables(query, cache, metadata, logits)
+    check_activations(query, key, value, out)
+    check_cache(query, key, cache)
+    check_logits_and_tables(query, cache, metadata.tiles, logits)
     if impl == "reference":
         _prefill_reference(query, key, value, cache, metadata, logits, out)
     else:
@@ -264,74 +255,3 @@ def _prefill_triton(
     tables = (metadata.tiles, metadata.requests, metadata.separators, metadata.until)
     numbers = (policy.initial_tokens, policy.window, rank_bound(policy))
     kernel.launch(query, key, value, cache, tables, numbers, logits, out, tuning)
-
-
-def _check_activations(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
-) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("out", out)):
-        if tensor.dim() != 3 or tensor.stride()[1:] != (tensor.shape[2], 1):
-            raise ValueError(
-                f"{name} must be [num_tokens, heads, head_size] with contiguous heads, got shape "
-                f"{tuple(tensor.shape)}, strides {tensor.stride()}"
-            )
-    dtypes = [query.dtype, key.dtype, value.dtype]
-    if query.dtype not in QUERY_DTYPES or dtypes != [query.dtype] * 3:
-        raise ValueError(
-            f"query, key and value must share bfloat16, float16 or float32, got {dtypes}"
-        )
-    shapes = [tuple(tensor.shape) for tensor in (query, key, value, out)]
-    if shapes[1] != shapes[2] or key.shape[2] != query.shape[2] or shapes[3] != shapes[0]:
-        raise ValueError(
-            "key and value must be alike and share head_size with query, out be like query, got "
-            f"{shapes}"
-        )
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(
-            f"query heads must be a multiple of KV heads, got {query.shape[1]} and {key.shape[1]}"
-        )
-
-
-def _check_cache(query: torch.Tensor, key: torch.Tensor, cache: PagedCache) -> None:
-    wanted = tuple(key.shape[1:])
-    for name, part in (("key", cache.key), ("value", cache.value)):
-        if part.dim() != 4 or (part.shape[1], part.shape[3]) != wanted:
-            raise ValueError(
-                f"cache.{name} must be [num_blocks, {wanted[0]}, block_size, {wanted[1]}], got "
-                f"{tuple(part.shape)}"
-            )
-    layouts = [(part.stride(), part.dtype) for part in (cache.key, cache.value)]
-    if layouts[0] != layouts[1]:
-        raise ValueError(f"cache.key and cache.value must share strides and dtype, got {layouts}")
-    is_fp8 = cache.key.dtype in FP8_DTYPES
-    if not is_fp8 and cache.key.dtype != query.dtype:
-        raise ValueError(
-            f"cache.key must be {query.dtype} or fp8, got {cache.key.dtype}: view uint8 storage "
-            "as the platform's fp8 dtype"
-        )
-    if is_fp8 != (cache.scales is not None):
-        raise ValueError(
-            f"cache.scales must be given for an fp8 cache and no other, got {cache.key.dtype} "
-            f"{'without' if cache.scales is None else 'with'} scales"
-        )
-    for scale in cache.scales or ():
-        if (scale.numel(), scale.dtype, scale.device) != (1, torch.float32, query.device):
-            raise ValueError(
-                f"cache.scales must be float32 scalars on {query.device}, got {scale.dtype} "
-                f"{tuple(scale.shape)} on {scale.device}"
-            )
-
-
-def _check_logits_and_tables(
-    query: torch.Tensor, cache: PagedCache, metadata: PrefillMetadata, logits: Logits
-) -> None:
-    table, sinks = cache.block_table, logits.sinks
-    _check_block_table("cache.block_table", table)
-    if sinks is not None and (sinks.shape != (query.shape[1],) or not sinks.is_contiguous()):
-        raise ValueError(f"logits.sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
-    if logits.soft_cap < 0:
-        raise ValueError(f"logits.soft_cap must be >= 0 (0: none), got {logits.soft_cap}")
-    others = {"cache": cache.key, "block_table": table, "metadata": metadata.tiles}
-    for name, tensor in others.items():
-        if tensor.device != query.device:
-            raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")

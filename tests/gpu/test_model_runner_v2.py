@@ -46,9 +46,7 @@ def check(path: Path, rounds: list[list[list[int]]], report: Report, wanted: Rul
     """Every token and log-probability is the oracle's, and full attention's are others."""
     num_unlike_full = 0
     for asked, answered in zip(rounds, report.rounds, strict=True):
-        for prompt, tokens, logprobs in zip(
-            asked, answered.tokens, answered.logprobs, strict=True
-        ):
+        for prompt, tokens, logprobs in zip(asked, answered.tokens, answered.logprobs, strict=True):
             assert len(tokens) == MAX_TOKENS
             chosen = torch.tensor(tokens)
             for reference in (wanted, None):

@@ -1,6 +1,7 @@
 """Whatever sepllm cannot serve exactly is refused at start-up: what, why, what to do instead."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ pytest.importorskip("vllm")
 import vllm.config.vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+
+from vllm_sepllm.integration.refusals import _speculative_reasons
 
 Models = Callable[[str], str]
 
@@ -64,7 +67,7 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     ({"enable_prompt_embeds": True}, "prompt embeddings", "remove --enable-prompt-embeds"),
     (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
-        "speculative decoding yet",
+        "speculative decoding under Model Runner V1",
         "remove --speculative-config",
     ),
     ({"diffusion_config": {"canvas_length": 32}}, "diffusion language models", ELSEWHERE),
@@ -94,7 +97,7 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "remove --kv-events-config",
     ),
     ({"kv_sharing_fast_prefill": True}, "fast prefill", "remove --kv-sharing-fast-prefill"),
-    ({"kv_cache_dtype": "fp8"}, "quantised KV cache", "remove --kv-cache-dtype"),
+    ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8", "remove --kv-cache-dtype"),
     (
         {"kv_cache_dtype": "bfloat16"},
         "KV cache in bfloat16 for a model in torch.float32, which vLLM's CPU kernels misread",
@@ -199,7 +202,34 @@ def test_model_runner_v2(models: Models, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
-    check_sentence(refusal(models("llama")), "CPU platform only so far", "serve without")
+    check_sentence(refusal(models("llama")), "runs on CUDA, ROCm and x86 CPUs", "serve without")
+
+
+def test_a_choice_of_backends_that_the_platform_lacks(models: Models) -> None:
+    policy = ADDITIONAL_CONFIG["sepllm"] | {"decode_backend": "FLASHINFER"}
+    text = refusal(models("llama"), additional_config={"sepllm": policy})
+    check_sentence(text, "vLLM has one attention backend on CPU", "remove decode_backend")
+
+
+@pytest.mark.parametrize(
+    ("speculative", "what", "remedy"),
+    [
+        ({"method": "eagle"}, "speculative decoding with 'eagle'", "use one of"),
+        ({"num_speculative_tokens": 9}, "9 draft tokens with a window of 16", "7 or less"),
+    ],
+)
+def test_speculative_decoding_on_gpus(speculative: dict[str, Any], what: str, remedy: str) -> None:
+    """On a CPU vLLM has no runner for it, so the rows are asked directly."""
+    drafts = SimpleNamespace(**({"method": "ngram", "num_speculative_tokens": 2} | speculative))
+    vllm_config: Any = SimpleNamespace(
+        speculative_config=drafts,
+        num_speculative_tokens=drafts.num_speculative_tokens,
+        use_v2_model_runner=True,
+        additional_config={"sepllm": {"window": 16}},
+    )
+    found = [text for is_unsupported, text in _speculative_reasons(vllm_config) if is_unsupported]
+    assert len(found) == 1
+    check_sentence(f"sepllm does not support {found[0]}", what, remedy)
 
 
 @pytest.mark.parametrize("additional", [ADDITIONAL_CONFIG, {"sepllm": {}}, {"sepllm": None}])

@@ -6,6 +6,10 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 BACKEND_NAME = "SEPLLM"
+# GPU backends that we wrap: their caches are rows [num_blocks, num_kv_heads, block_size,
+# 2 * head_size] in any order of strides, which our kernels read. ROCM_ATTN cuts keys into vectors,
+# ROCM_AITER_FA may shuffle.
+WRAPPED_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
 _BACKEND_PATH = "vllm_sepllm.integration.selected.SepLLMBackend"
 
 

@@ -6,6 +6,7 @@ names what moved before any model is loaded. An entry goes with the last use of 
 
 from vllm_sepllm.integration.contract import Contract, fields
 from vllm_sepllm.integration.contracts_caching import CACHING
+from vllm_sepllm.integration.contracts_gpu import GPU
 
 _CONFIG = "vllm.config"
 _CACHE_CONFIG = f"{_CONFIG}.cache:CacheConfig"
@@ -284,4 +285,4 @@ CPU = (
     Contract("vllm.v1.worker.utils:AttentionGroup.metadata_builders", "read"),
 )
 
-CONTRACTS = (*SELECTION, *REFUSALS, *LAYERS, *CACHE, *CACHING, *ATTENTION, *CPU)
+CONTRACTS = (*SELECTION, *REFUSALS, *LAYERS, *CACHE, *CACHING, *ATTENTION, *CPU, *GPU)

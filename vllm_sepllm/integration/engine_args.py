@@ -14,9 +14,11 @@ from typing import Any
 from vllm.config import AttentionConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration import refusals
-from vllm_sepllm.integration.backend_name import register_backend_name
+from vllm_sepllm.integration.backend_name import WRAPPED_BACKENDS, register_backend_name
 from vllm_sepllm.integration.resolve import apply_selection
 
 # The default of vLLM's CPU platform is 128, in which a compact cache wastes 64 entries on average.
@@ -58,6 +60,28 @@ def _is_selected(engine_args: EngineArgs) -> bool:
     return sepllm in (named, engine_args.attention_config.backend)
 
 
+def _decode_backend(engine_args: EngineArgs) -> AttentionBackendEnum | None:
+    """The backend to wrap; None: vLLM chooses.
+
+    Raises:
+        ValueError: if the platform has no choice, or we cannot wrap the one that the user names.
+    """
+    named = SepLLMConfig.from_additional_config(engine_args.additional_config).decode_backend
+    if named is None:
+        # vLLM may choose one whose cache is not made of rows
+        return AttentionBackendEnum.TRITON_ATTN if current_platform.is_rocm() else None
+    if current_platform.is_cpu():
+        raise ValueError(
+            f"sepllm's decode_backend {named!r} is for GPUs: vLLM has one attention backend on CPU; remove "
+            "decode_backend"
+        )
+    if named.upper() not in WRAPPED_BACKENDS:
+        raise ValueError(
+            f"sepllm's decode_backend must be one of {list(WRAPPED_BACKENDS)}, got {named!r}"
+        )
+    return AttentionBackendEnum[named.upper()]
+
+
 @contextmanager
 def _selection_applied(engine_args: EngineArgs) -> Iterator[None]:
     """Show vLLM the arguments it would get without us; the user's own come back afterwards.
@@ -68,7 +92,9 @@ def _selection_applied(engine_args: EngineArgs) -> Iterator[None]:
     names = ("attention_backend", "attention_config", "block_size", "async_scheduling")
     saved = {name: getattr(engine_args, name) for name in names}
     engine_args.attention_backend = None
-    engine_args.attention_config = replace(engine_args.attention_config, backend=None)
+    engine_args.attention_config = replace(
+        engine_args.attention_config, backend=_decode_backend(engine_args)
+    )
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = _CPU_BLOCK_SIZE
     if engine_args.speculative_config is not None:

@@ -47,7 +47,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self._fresh: list[KVCacheBlock] = []
 
     def bind(
-        self, separators: "RequestSeparators", checkpoint_interval: int, num_staging: int
+        self, separators: "RequestSeparators", checkpoint_interval: int, num_staging: int = 0
     ) -> None:
         """Give the manager the requests' tokens; the scheduler does so before any request.
 

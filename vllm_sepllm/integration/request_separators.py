@@ -7,7 +7,7 @@ from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separator_index import SeparatorIndex
-from vllm_sepllm.policy.staging import Commit, Staged, stage
+from vllm_sepllm.policy.staging import Commit, Staged, propose
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 
@@ -48,26 +48,12 @@ class RequestSeparators:
     def propose(
         self, request_id: str, start: int, num_drafts: int, max_tokens: int
     ) -> tuple[Commit | None, Staged | None]:
-        """Follow the proposals of a request through its next step.
-
-        Args:
-            request_id: the request.
-            start: tokens computed before the step: those that turned out right are.
-            num_drafts: that the step proposes behind its certain token.
-            max_tokens: most tokens that a step may propose.
-
-        Returns:
-            What the step commits first, and where it leaves its own proposals. Tokens whose place
-            nobody else has yet go there directly, as in stock vLLM.
-        """
-        policy, index = self.policy, self.index(request_id)
-        num_spilled = self.count_below(request_id, layout.num_left_window(policy, start))
-        commit = staged = None
-        if (last := self.staged.pop(request_id, None)) is not None:
-            before = self.count_below(request_id, layout.num_left_window(policy, last.position))
-            commit = Commit(last, start, before, index.positions(before, num_spilled))
-        if num_drafts and start + 1 + num_drafts > policy.num_dense:
-            staged = stage(policy, start, num_spilled, max_tokens)
+        """Follow the proposals of a request through its next step (policy/staging.py)."""
+        index = self.index(request_id)
+        self.count_below(request_id, layout.num_left_window(self.policy, start))
+        last = self.staged.pop(request_id, None)
+        commit, staged = propose(self.policy, index, last, start, num_drafts, max_tokens)
+        if staged is not None:
             self.staged[request_id] = staged
         return commit, staged
 

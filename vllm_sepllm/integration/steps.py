@@ -87,6 +87,6 @@ def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:
         start=np.array([start[name] for name in names], dtype=np.int64),
         num_spilled=np.zeros(len(names), dtype=np.int64),
         spills=np.zeros(len(names), dtype=np.bool_),
-        separators={row: nothing for row in range(len(names))},
+        separators=dict.fromkeys(range(len(names)), nothing),
         snapshots={},
     )

@@ -112,9 +112,8 @@ def plan_batch(
     target[:until] = layout.ring_index(policy, position)
 
     of_library = slice(num_library)
-    start, spilled, spills = (
-        part[of_library] for part in (rows.start, rows.num_spilled, rows.spills)
-    )
+    start, spilled = rows.start[of_library], rows.num_spilled[of_library]
+    spills = rows.spills[of_library]
     copies = decode.spill_copies(policy, start, spilled, spills)
     chunks = [_chunk(policy, rows, row, first) for row in range(num_library, num_rows)]
     moves = _write_chunks(chunks, rows, num_library, first, target)
@@ -147,9 +146,7 @@ def _chunk(policy: Policy, rows: BatchRows, row: int, first: IntArray) -> prefil
     return prefill.Chunk(policy, start, end, int(rows.num_spilled[row]), separators)
 
 
-def _requests(
-    chunks: Sequence[prefill.Chunk], first_row: int, first: IntArray
-) -> PrefillRequests:
+def _requests(chunks: Sequence[prefill.Chunk], first_row: int, first: IntArray) -> PrefillRequests:
     counts = [len(chunk.separators) for chunk in chunks]
     table_row = np.arange(first_row, first_row + len(chunks))
     return PrefillRequests(
@@ -240,4 +237,3 @@ def _joined(parts: list[IntArray]) -> IntArray:
 
 def _flat(parts: list[IntArray]) -> IntArray:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
-

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separator_index import SeparatorIndex
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
 
@@ -74,9 +75,38 @@ def num_entries(max_tokens: int) -> int:
     return 2 * max_tokens
 
 
-def stage(policy: Policy, start: int, num_spilled: int, max_tokens: int) -> Staged:
-    """Where a step that begins at position ``start`` leaves its proposals."""
-    return Staged(start, layout.compact_length(policy, start, num_spilled) + max_tokens)
+def propose(
+    policy: Policy,
+    index: SeparatorIndex,
+    last: Staged | None,
+    start: int,
+    num_drafts: int,
+    max_tokens: int,
+) -> tuple[Commit | None, Staged | None]:
+    """Follow the proposals of a request through a step.
+
+    Args:
+        policy: a, n and s.
+        index: of the request, with its tokens up to start - window taken in.
+        last: what the step before proposed.
+        start: tokens computed before the step: the proposals before it were right.
+        num_drafts: that the step proposes behind its certain token.
+        max_tokens: most tokens that a step may propose.
+
+    Returns:
+        What the step commits first, and where it leaves its own proposals. Without drafts its
+        token is certain, and before the window is full no entry is overwritten: both go to the
+        cache directly, as in stock vLLM.
+    """
+    num_spilled = index.count_below(layout.num_left_window(policy, start))
+    commit = staged = None
+    if last is not None:
+        before = index.count_below(layout.num_left_window(policy, last.position))
+        commit = Commit(last, start, before, index.positions(before, num_spilled))
+    if num_drafts and start + 1 + num_drafts > policy.num_dense:
+        entry = layout.compact_length(policy, start, num_spilled) + max_tokens
+        staged = Staged(start, entry)
+    return commit, staged
 
 
 def commit_moves(policy: Policy, commit: Commit) -> CommitMoves:

@@ -47,6 +47,12 @@ class PrefillRequests:
     separators: IntArray
     separators_start: IntArray
 
+    @classmethod
+    def lone_token(cls) -> "PrefillRequests":
+        """A request's first token alone: what a warm-up runs."""
+        zero, none = np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        return cls(zero, zero, zero, zero + 1, zero, none, np.zeros(2, dtype=np.int64))
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiles:

@@ -10,10 +10,6 @@ from vllm_sepllm.integration.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.policy.visibility import Policy
 
-# Their caches are rows [num_blocks, num_kv_heads, block_size, 2 * head_size] in any order of
-# strides, which our kernels read; ROCM_ATTN splits keys into vectors, ROCM_AITER_FA may shuffle.
-WRAPPED = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
-
 
 @cache
 def wrap_backend(wrapped: type[AttentionBackend], policy: Policy) -> type[AttentionBackend]:
@@ -21,7 +17,7 @@ def wrap_backend(wrapped: type[AttentionBackend], policy: Policy) -> type[Attent
 
     A class per policy, because vLLM passes no configuration to ``customize_spec``.
     """
-    builder = _wrap_builder(wrapped.get_builder_cls())
+    builder = _wrap_builder(wrapped.get_builder_cls())  # type: ignore[no-untyped-call]
 
     def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
         """The spec that vLLM and the wrapped backend made for the layer, under our policy."""

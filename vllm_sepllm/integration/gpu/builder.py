@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import vllm.utils.torch_utils as vllm_torch
+from numpy.typing import NDArray
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -26,7 +27,7 @@ from vllm_sepllm.integration.gpu.metadata import (
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import CurrentStep
 from vllm_sepllm.policy import batch
-from vllm_sepllm.policy.tiles import plan_tiles
+from vllm_sepllm.policy.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.visibility import IntArray
 
 RequestIds = Callable[[CommonAttentionMetadata], Sequence[str]]
@@ -60,6 +61,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             heads, spec.num_kv_heads, spec.head_size, model.dtype
         )
         self._step: CurrentStep | None = None
+        self._is_capturing = False
 
     def bind(
         self, step: CurrentStep, request_ids: RequestIds, caches: Sequence[torch.Tensor]
@@ -75,6 +77,28 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         self._request_ids = request_ids
         self._spills = ops.SpillTable.build(caches)
 
+    def warm_up(self, layers: Sequence[Any]) -> None:
+        """Compile our kernels, on one made-up token and without writing anything.
+
+        Args:
+            layers: of the group; they may differ in what they add to attention.
+        """
+        one = PrefillRequests.lone_token()
+        tables = plan_tiles(one, self._policy, self._tile_tokens)
+        packed = self._upload(tables.packed, torch.int32)
+        metadata = ops.PrefillMetadata.from_packed(tables, self._policy, packed)
+        table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+        slot = self._slots[:1].fill_(-1)
+        ops.entry_slots(self._upload(np.full((2, 1), -1)), table, self._block_size, slot)
+        ops.spill(self._spills, torch.zeros_like(slot), slot)
+        for layer in layers:
+            size = (1, layer.num_heads, layer.head_size)
+            query = torch.zeros(size, dtype=layer.dtype, device=self.device)
+            key = query[:, : layer.num_kv_heads].contiguous()
+            layer.impl.prefill(
+                layer, query, key, key, layer.kv_cache, PrefillRows(metadata, table, None), query
+            )
+
     @classmethod
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
@@ -89,7 +113,11 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
     ) -> SepLLMGPUMetadata:
         """The metadata whose buffers a graph captures; each later step fills them."""
         common = self._in_buffers(common_attn_metadata)
-        metadata = super().build_for_cudagraph_capture(common)
+        self._is_capturing = True  # the wrapped builder calls build, and means its own
+        try:
+            metadata = super().build_for_cudagraph_capture(common)
+        finally:
+            self._is_capturing = False
         rows = LibraryRows(common.num_actual_tokens, metadata)
         return SepLLMGPUMetadata(common.slot_mapping, rows, None, None)
 
@@ -110,9 +138,11 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         Launches the step's spills, which concern entries that exist before it.
         """
         common = common_attn_metadata
+        if self._is_capturing:
+            return self._build_wrapped(common)  # type: ignore[no-any-return]
         if self._step is None or self._step.is_dummy:
             common = self._in_buffers(common)
-            library = LibraryRows(common.num_actual_tokens, super().build(0, common))
+            library = LibraryRows(common.num_actual_tokens, self._build_wrapped(common))
             return SepLLMGPUMetadata(common.slot_mapping, library, None, None)
         rows = self._step.rows(self._request_ids(common))
         first = common.query_start_loc_cpu[: len(rows.start) + 1].numpy().astype(np.int64)
@@ -135,7 +165,10 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             snapshot=self._snapshot(step),
         )
 
-    def _upload(self, array: IntArray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    def _build_wrapped(self, common: CommonAttentionMetadata) -> Any:
+        return super().build(0, common)  # type: ignore[safe-super]  # the wrapped builder's
+
+    def _upload(self, array: NDArray[Any], dtype: torch.dtype = torch.int64) -> torch.Tensor:
         """An array on the device, through pinned memory and without waiting."""
         # by attribute: vLLM's CPU platform replaces the function
         return vllm_torch.async_tensor_h2d(array, device=self.device, dtype=dtype)
@@ -158,7 +191,9 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         source, target = self._entry_slots(rows, compact, common, out).chunk(2)
         return SlotMoves(source, target)
 
-    def _save_entries(self, saves: batch.Saves, common: CommonAttentionMetadata) -> SlotMoves | None:
+    def _save_entries(
+        self, saves: batch.Saves, common: CommonAttentionMetadata
+    ) -> SlotMoves | None:
         if len(saves.rows) == 0:
             return None
         out = torch.empty(len(saves.rows), dtype=torch.int64, device=self.device)
@@ -189,7 +224,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             max_query_len=step.max_query_len,
             slot_mapping=self._slots[:num_tokens],
         )
-        return LibraryRows(num_tokens, super().build(0, part))
+        return LibraryRows(num_tokens, self._build_wrapped(part))
 
     def _prefill(
         self, common: CommonAttentionMetadata, step: batch.BatchStep

@@ -19,7 +19,7 @@ class SepLLMGPUImpl(AttentionImpl[SepLLMGPUMetadata]):
     supports_quant_query_input = False
 
     def __init__(self, wrapped: Any) -> None:
-        """``wrapped`` is the layer's AttentionImpl, of a backend in ``backend.WRAPPED``."""
+        """``wrapped`` is the layer's AttentionImpl, of a backend in WRAPPED_BACKENDS."""
         self.wrapped = wrapped
         self.num_heads = wrapped.num_heads
         self.num_kv_heads = wrapped.num_kv_heads
@@ -58,7 +58,7 @@ class SepLLMGPUImpl(AttentionImpl[SepLLMGPUMetadata]):
             return output.fill_(0)
         step = attn_metadata
         if step.prefill is not None:
-            self._prefill(layer, query, key, value, kv_cache, step.prefill, output)
+            self.prefill(layer, query, key, value, kv_cache, step.prefill, output)
         if step.snapshot is not None:
             tokens, slots = step.snapshot.tokens, step.snapshot.slots
             self.wrapped.do_kv_cache_update(layer, key[tokens], value[tokens], kv_cache, slots)
@@ -80,7 +80,7 @@ class SepLLMGPUImpl(AttentionImpl[SepLLMGPUMetadata]):
         quantised: torch.Tensor = flat.view(query.shape)
         return quantised
 
-    def _prefill(
+    def prefill(
         self,
         layer: AttentionLayer,
         query: torch.Tensor,
@@ -90,7 +90,8 @@ class SepLLMGPUImpl(AttentionImpl[SepLLMGPUMetadata]):
         rows: PrefillRows,
         output: torch.Tensor,
     ) -> None:
-        keys, values = kv_cache.split(self.head_size, dim=-1)
+        """The chunks of a step: attention, then the copies that make room for their survivors."""
+        keys, values = kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
         scales = None
         if self._is_fp8:
             fp8 = current_platform.fp8_dtype()

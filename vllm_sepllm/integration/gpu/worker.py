@@ -1,6 +1,6 @@
 """vLLM's GPU worker with SepLLM layers in the model, Model Runner V1 and V2."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,11 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.gpu.backend import WRAPPED, wrap_backend
+from vllm_sepllm.integration.backend_name import WRAPPED_BACKENDS
+from vllm_sepllm.integration.gpu.backend import wrap_backend
 from vllm_sepllm.integration.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.integration.gpu.impl import SepLLMGPUImpl
 from vllm_sepllm.integration.layers import sepllm_layers
@@ -29,25 +31,26 @@ class GPUWorkerMixin(Worker):
 
     vllm_config: VllmConfig
 
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, then put ours around the implementation of each chosen layer.
 
         Raises:
             ValueError: if a layer cannot be served exactly, or its backend stores KV in an order
                 that our kernels do not read.
         """
-        super().load_model(*args, **kwargs)
+        super().load_model(load_dummy_weights=load_dummy_weights)
         config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
-        speculator = self.model_runner.speculator if self.use_v2_model_runner else None
-        is_model = isinstance(speculator, DraftModelSpeculator)
-        drafting = speculator.draft_attn_layer_names if is_model else ()
+        runner: Any = self.model_runner  # vLLM types it as Model Runner V1's
+        drafting: Collection[str] = ()
+        if self.use_v2_model_runner and isinstance(runner.speculator, DraftModelSpeculator):
+            drafting = runner.speculator.draft_attn_layer_names
         for layer in sepllm_layers(self.vllm_config, config, drafting=drafting):
             name = layer.attn_backend.get_name()
-            if name not in WRAPPED:
+            if name not in WRAPPED_BACKENDS:
                 raise ValueError(
                     f"sepllm cannot wrap the attention backend {name}, whose cache its kernels do "
                     f'not read; set {{"sepllm": {{"decode_backend": ...}}}} to one of '
-                    f"{list(WRAPPED)} in --additional-config"
+                    f"{list(WRAPPED_BACKENDS)} in --additional-config"
                 )
             layer.attn_backend = wrap_backend(layer.attn_backend, config.policy)
             layer.impl = SepLLMGPUImpl(layer.impl)
@@ -56,24 +59,33 @@ class GPUWorkerMixin(Worker):
         """Allocate as vLLM does, then show builders and layers their caches and the plan."""
         super().initialize_from_config(kv_cache_config)
         self._step = CurrentStep()
+        self._builders: list[tuple[GPUBuilderMixin, list[Attention]]] = []
         layers = self.vllm_config.compilation_config.static_forward_context
         for groups in self.model_runner.attn_groups:
             for group in groups:
                 own = [layers[name] for name in group.layer_names]
                 for builder in group.metadata_builders:
                     if isinstance(builder, GPUBuilderMixin):
-                        caches = _bind_layers(own)
-                        builder.bind(self._step, self._request_ids, caches)
+                        builder.bind(self._step, self._request_ids, _bind_layers(own))
+                        self._builders.append((builder, own))
 
     def _request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """The requests of a batch, row by row; rows that pad a CUDA graph have none."""
-        runner = self.model_runner
+        runner: Any = self.model_runner
         if self.use_v2_model_runner:
             assert common.req_idx is not None, "Model Runner V2 says whose rows they are"
             names = runner.req_states.index_to_req_id
             return [names[index] for index in common.req_idx.tolist()]
         request_ids: list[str] = runner.input_batch.req_ids
         return request_ids[: common.num_reqs]
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        """Compile our kernels before the first request, and let vLLM make up steps of its own."""
+        for builder, layers in self._builders:
+            builder.warm_up(layers)
+        with self._step.warm_up():
+            times: CompilationTimes = super().compile_or_warm_up_model()
+            return times
 
     def execute_model(
         self, scheduler_output: SchedulerOutput

@@ -1,0 +1,170 @@
+"""What a CUDA graph captures stays where it is, and its padding writes and reads nothing."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_sepllm.integration.gpu.backend import _wrap_builder
+from vllm_sepllm.integration.spec import SepLLMSpec
+from vllm_sepllm.integration.steps import CurrentStep, attach_plan
+from vllm_sepllm.policy.plan import StepPlanBuilder
+from vllm_sepllm.policy.separator_index import SeparatorIndex
+from vllm_sepllm.policy.visibility import Policy
+
+POLICY = Policy(2, 6, 8)
+BLOCK_SIZE, NUM_BLOCKS = 4, 20
+FLAGS = np.array([False, True])
+
+
+@dataclass
+class LibraryMetadata:
+    """What the wrapped builder was asked for."""
+
+    common: CommonAttentionMetadata
+
+
+class LibraryBuilder(AttentionMetadataBuilder[LibraryMetadata]):
+    """Stands for a backend whose graphs replay anything."""
+
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> LibraryMetadata:
+        return LibraryMetadata(common_attn_metadata)
+
+
+@pytest.fixture
+def cache() -> torch.Tensor:
+    return torch.arange(NUM_BLOCKS * 2 * BLOCK_SIZE * 16, dtype=torch.float32).view(
+        NUM_BLOCKS, 2, BLOCK_SIZE, 16
+    )
+
+
+@pytest.fixture
+def builder(cache: torch.Tensor) -> Any:
+    full = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=2, head_size=8, dtype=torch.float32
+    )
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=8),
+        model_config=SimpleNamespace(
+            dtype=torch.float32, get_num_attention_heads=lambda parallel: 4
+        ),
+        parallel_config=None,
+    )
+    made = _wrap_builder(LibraryBuilder)(
+        SepLLMSpec.from_full_attention(full, POLICY), ["layer"], config, torch.device("cpu")
+    )
+    made.bind(CurrentStep(), lambda common: [str(i) for i in common.req_idx], [cache])
+    return made
+
+
+def common(lengths: list[int], num_tokens: int, num_reqs: int, num_rows: int) -> Any:
+    """A batch of ``num_rows`` rows in a graph for ``num_reqs`` requests."""
+    first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    first = np.concatenate([first, np.full(num_reqs - num_rows, first[-1])]).astype(np.int32)
+    table = torch.arange(1, 1 + num_reqs * 4, dtype=torch.int32).view(num_reqs, 4)
+    return CommonAttentionMetadata(
+        query_start_loc=torch.from_numpy(first),
+        query_start_loc_cpu=torch.from_numpy(first),
+        seq_lens=torch.zeros(num_reqs, dtype=torch.int32),
+        num_reqs=num_reqs,
+        num_actual_tokens=num_tokens,
+        max_query_len=max(lengths),
+        max_seq_len=999,
+        block_table_tensor=table,
+        slot_mapping=torch.full((num_tokens,), -1),
+        req_idx=np.arange(num_rows),
+    )
+
+
+def step(
+    builder: Any, starts: list[int], lengths: list[int], num_tokens: int, num_reqs: int
+) -> Any:
+    """Build the metadata of a step of requests whose every fifth token is a separator."""
+    plan = StepPlanBuilder(POLICY)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tokens = [int(i % 5 == 4) for i in range(start + length)]
+        plan.add(str(row), SeparatorIndex(POLICY, FLAGS), tokens, start, length)
+    output = SchedulerOutput.make_empty()
+    output.total_num_scheduled_tokens = sum(lengths)
+    attach_plan(output, plan.build())
+    with builder._step.of(output):
+        return builder.build(0, common(lengths, num_tokens, num_reqs, len(starts)))
+
+
+def test_full_graphs_are_for_decode_alone(builder: Any) -> None:
+    support = type(builder).get_cudagraph_support(None, None)
+    assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def test_a_captured_graph_reads_what_later_steps_fill(builder: Any) -> None:
+    captured = builder.build_for_cudagraph_capture(common([1] * 4, 4, 4, 4))
+    library = captured.library.metadata.common
+    later = step(builder, [3, 20, 11], [1, 1, 1], num_tokens=4, num_reqs=4)
+    assert later.slots.data_ptr() == captured.slots.data_ptr()
+    now = later.library.metadata.common
+    assert now.seq_lens.data_ptr() == library.seq_lens.data_ptr()
+    assert now.slot_mapping.data_ptr() == library.slot_mapping.data_ptr()
+    assert later.library.num_tokens == captured.library.num_tokens == 4
+    # a + n = 8; separators at 4, 9, 14, ...: of the second row 4, 9 and 14 are far, of the third 4
+    assert now.seq_lens.tolist() == [4, 8 + 3, 8 + 1, 0]
+    assert now.seq_lens_cpu_upper_bound.tolist() == [4, 11, 9, 0]
+    assert now.max_seq_len == 11
+    # tables [1..4], [5..8], [9..12]; entries 3, 2 + 18 % 6, 2 + 9 % 6; the padding goes nowhere
+    assert captured.slots.tolist() == [1 * 4 + 3, 5 * 4 + 2, 10 * 4 + 1, -1]
+
+
+def test_spills_run_before_the_forward(builder: Any, cache: torch.Tensor) -> None:
+    """Token 20 overwrites token 14, a separator: entry 2 moves to entry 8 + 2 first."""
+    before = cache.clone()
+    step(builder, [20], [1], num_tokens=1, num_reqs=1)
+    assert torch.equal(cache[3, :, 2], before[1, :, 2])
+    cache[3, :, 2] = before[3, :, 2]
+    assert torch.equal(cache, before)
+
+
+def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
+    made = step(builder, [20, 0, 30], [1, 5, 7], num_tokens=13, num_reqs=3)
+    assert made.library.num_tokens == 1 + 5  # the second is inside a + n
+    part = made.library.metadata.common
+    assert (part.num_reqs, part.num_actual_tokens, part.max_query_len) == (2, 6, 5)
+    assert part.query_start_loc.tolist() == [0, 1, 6]
+    assert part.seq_lens.tolist() == [11, 5]
+    assert made.prefill.metadata.requests[:, :4].tolist() == [[2, 30, 37, 6]]
+    # of positions 30 .. 36 the window keeps the last six
+    assert (made.slots[6:] == -1).tolist() == [True] + [False] * 6
+
+
+def test_runs_without_requests_write_nothing(builder: Any, cache: torch.Tensor) -> None:
+    before = cache.clone()
+    made = builder.build(0, common([3, 2], 5, 2, 2))
+    assert made.slots.tolist() == [-1] * 5
+    assert made.prefill is None
+    layer = SimpleNamespace(
+        num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
+        impl=SimpleNamespace(prefill=lambda *arguments: None),
+    )  # fmt: skip
+    builder.warm_up([layer])
+    assert torch.equal(cache, before)
