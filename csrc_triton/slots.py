@@ -11,7 +11,8 @@ import triton.language as tl
 _BLOCK = 256
 
 
-@triton.jit
+# the number of entries differs step by step: no variant of it may be compiled while serving
+@triton.jit(do_not_specialize=["num_entries"])
 def slots_kernel(
     entries_ptr,  # [2, num_entries] int64: row of the block table, compact index; negative: none
     block_table_ptr,  # [num_rows, max_blocks] int32

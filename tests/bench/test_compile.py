@@ -36,8 +36,9 @@ def check(rows: list[dict]) -> None:
 
 
 def test_main_variants_use_tensor_cores_and_spill_nothing() -> None:
-    rows = compile_table("--variant", "bf16 head 128", "--variant", "8-byte units, row 64")
-    assert len(rows) == 2 * len(TENSOR_CORE)
+    names = ("bf16 head 128", "8-byte units, row 64", "blocks of 16")
+    rows = compile_table(*(argument for name in names for argument in ("--variant", name)))
+    assert len(rows) == len(names) * len(TENSOR_CORE)
     check(rows)
 
 

@@ -27,6 +27,7 @@ from triton.compiler import ASTSource
 
 from vllm_sepllm.bench.gpus import TARGETS, Target
 from vllm_sepllm.kernels.prefill import prefill_kernel
+from vllm_sepllm.kernels.slots import slots_kernel
 from vllm_sepllm.kernels.spill import spill_kernel
 from vllm_sepllm.kernels.tuning import Tuning, tuning_for
 
@@ -39,7 +40,7 @@ class Variant:
     """Arguments that select one compilation of a kernel.
 
     Attributes:
-        kernel: "prefill" or "spill".
+        kernel: "prefill", "spill" or "slots".
         name: what the table calls it.
         head_size: of the prefill kernel; elements a row of the spill kernel.
         dtype: Triton's name of the query's type; the unit that spill copies.
@@ -70,6 +71,7 @@ VARIANTS = (
     *(Variant("prefill", f"fp32 head {size}", size, "fp32") for size in (128, 256)),
     Variant("spill", "8-byte units, row 64", 64, "i64"),
     Variant("spill", "2-byte units, row 96", 96, "i16"),
+    Variant("slots", "blocks of 16", 1, "i64"),
 )
 
 
@@ -116,7 +118,7 @@ def compile_variant(variant: Variant, target_name: str) -> Result:
         tuning = tuning_for(variant.head_size, element_bytes, GROUP, target.family)
         source = _prefill_source(variant, target, tuning)
     else:
-        source = _spill_source(variant)
+        source = _spill_source(variant) if variant.kernel == "spill" else _slots_source()
     options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
     built = triton.compile(
         source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
@@ -205,6 +207,12 @@ def _spill_source(variant: Variant) -> ASTSource:
         "UNIT": {"i64": tl.int64, "i16": tl.int16}[variant.dtype],
     }
     return _source(spill_kernel, types, constants)
+
+
+def _slots_source() -> ASTSource:
+    types = {"entries_ptr": "*i64", "block_table_ptr": "*i32", "out_ptr": "*i64"}
+    types |= {"num_entries": "i32", "stride_table": "i32"}
+    return _source(slots_kernel, types, {"BLOCK_SIZE": 16, "BLOCK": 256})
 
 
 def _nvidia_usage(built: Any) -> tuple[int, int, int]:

@@ -72,8 +72,8 @@ def _decode_backend(engine_args: EngineArgs) -> AttentionBackendEnum | None:
         return AttentionBackendEnum.TRITON_ATTN if current_platform.is_rocm() else None
     if current_platform.is_cpu():
         raise ValueError(
-            f"sepllm's decode_backend {named!r} is for GPUs: vLLM has one attention backend on CPU; remove "
-            "decode_backend"
+            f"sepllm's decode_backend {named!r} is for GPUs: vLLM has one attention backend on "
+            "CPU; remove decode_backend"
         )
     if named.upper() not in WRAPPED_BACKENDS:
         raise ValueError(
