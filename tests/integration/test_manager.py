@@ -13,7 +13,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups, is_kv_cache_spec_un
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.integration.coordinator import bind_managers
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.policy.visibility import Policy
@@ -52,9 +52,7 @@ def make_manager(
         enable_caching=False,
     )
     separators = RequestSeparators(policy, np.array([False, True]), requests)
-    for single in manager.coordinator.single_type_managers:
-        assert isinstance(single, SepLLMManager)
-        single.bind(separators, 256)
+    bind_managers(manager.coordinator, separators, 256)
     return manager
 
 

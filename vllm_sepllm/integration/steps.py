@@ -21,6 +21,14 @@ def attach_plan(scheduler_output: SchedulerOutput, plan: StepPlan) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupSnapshot:
+    """A PlannedSnapshot as one KV cache group sees it: compact block index -> block id."""
+
+    position: int
+    blocks: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class BatchRows:
     """The plan in the order of the model runner's batch; arrays are [num_requests]."""
 
@@ -28,7 +36,7 @@ class BatchRows:
     num_spilled: IntArray
     spills: BoolArray
     separators: tuple[IntArray | None, ...]
-    snapshots: tuple[tuple[PlannedSnapshot, ...], ...]
+    snapshots: tuple[tuple[GroupSnapshot, ...], ...]
 
 
 class CurrentStep:
@@ -63,8 +71,8 @@ class CurrentStep:
         """Whether vLLM runs the model without requests: profiling, warm-up, graph capture."""
         return self._plan is None
 
-    def rows(self, num_requests: int) -> BatchRows:
-        """The plan of the batch's first ``num_requests`` rows."""
+    def rows(self, num_requests: int, group_id: int) -> BatchRows:
+        """The plan of the batch's first ``num_requests`` rows for a KV cache group."""
         plan = self._plan
         assert plan is not None, "there is no plan outside a step"
         order = np.array([plan.rows[r] for r in self._request_ids()[:num_requests]], dtype=np.int64)
@@ -73,5 +81,12 @@ class CurrentStep:
             num_spilled=plan.num_spilled[order],
             spills=plan.spills[order],
             separators=tuple(plan.separators.get(row) for row in order.tolist()),
-            snapshots=tuple(plan.snapshots.get(row, ()) for row in order.tolist()),
+            snapshots=tuple(
+                _of_group(plan.snapshots.get(row, ()), group_id) for row in order.tolist()
+            ),
         )
+
+
+def _of_group(planned: Sequence[PlannedSnapshot], group_id: int) -> tuple[GroupSnapshot, ...]:
+    parts = (GroupSnapshot(p.position, p.blocks[group_id]) for p in planned)
+    return tuple(part for part in parts if part.blocks)

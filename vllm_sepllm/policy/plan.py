@@ -16,11 +16,12 @@ class PlannedSnapshot:
 
     Attributes:
         position: tokens of the request that it stands for; the step passes or reaches it.
-        blocks: compact block index -> block id, those that the checkpoint has to itself.
+        blocks: KV cache group -> compact block index -> block id, those that the checkpoint has
+            to itself.
     """
 
     position: int
-    blocks: dict[int, int]
+    blocks: dict[int, dict[int, int]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,9 +46,10 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         )
         self._step: CurrentStep | None = None
 
-    def bind(self, step: CurrentStep) -> None:
-        """Say where the plan of each step is found; the worker does so before the first."""
+    def bind(self, step: CurrentStep, group_id: int) -> None:
+        """Say where the plan of each step is found, and for which KV cache group this builds."""
         self._step = step
+        self._group_id = group_id
 
     def build(  # type: ignore[override]  # the metadata of this backend, not of the wrapped one
         self,
@@ -61,7 +62,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if self._step.is_dummy:
             return None
         common = common_attn_metadata
-        rows = self._step.rows(common.num_reqs)
+        rows = self._step.rows(common.num_reqs, self._group_id)
         first = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
         block_table = common.block_table_tensor.numpy()
         num_new = np.diff(first)
