@@ -25,12 +25,14 @@ def assert_same(answers: list[Answer], others: list[Answer]) -> None:
         assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
-def workload(excerpt: Callable[[int, int], list[int]], seed: int) -> list[list[list[int]]]:
+def workload(
+    excerpt: Callable[[int, int], list[int]], seed: int, num_rounds: int = 5
+) -> list[list[list[int]]]:
     """Rounds of prompts: shared prefixes cut anywhere, continuations, resends."""
     pick = random.Random(seed)
     rounds: list[list[list[int]]] = []
     known: list[list[int]] = [excerpt(0, 700)]
-    for _ in range(5):
+    for _ in range(num_rounds):
         prompts = []
         for _ in range(4):
             base = pick.choice(known)
