@@ -135,13 +135,15 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.apart[name] = max(1, apart)
         if apart == 4:
             self.separators.others.add(name)
+        # layers of other kinds are found by vLLM's hashes, which do not know the policy
+        needs_salt = apart == 2 or (apart == 4 and len(self.ours) < self.kv.num_kv_cache_groups)
         self.requests[name] = Request(
             name,
             [*shared, *own],
             SamplingParams(max_tokens=30),
             None,
             block_hasher=self.hasher,
-            cache_salt="salt" if apart == 2 else None,
+            cache_salt=f"salt {apart}" if needs_salt else None,
             lora_request=LoRARequest("adapter", 1, "path") if apart == 3 else None,
         )
 

@@ -28,7 +28,11 @@ class RequestSeparators:
         return self._requests[request_id]
 
     def salt(self, request_id: str) -> bytes:
-        """The policy of the request, separators included, as 32 bytes."""
+        """The policy of the request, separators included, as 32 bytes.
+
+        It keeps SepLLM layers apart. Layers of other kinds are found by vLLM's hashes: a request
+        with a policy of its own would need it in its ``cache_salt``, too.
+        """
         return self._salt
 
     def salted(self, request: Request) -> list[BlockHash]:
