@@ -71,6 +71,7 @@ def test_answers_are_those_without_caching(
     for caching in (False, True):
         with engine(four_layers_path, **common, enable_prefix_caching=caching) as made:
             results[caching] = [made.generate(prompts, 40) for prompts in rounds]
+    assert not any(a.num_cached_tokens for answers in results[False] for a in answers)
     hits = sum(a.num_cached_tokens for answers in results[True] for a in answers)
     total = sum(len(p) for prompts in rounds for p in prompts)
     print(f"{hits} of {total} prompt tokens were hits")
