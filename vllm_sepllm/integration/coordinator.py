@@ -8,7 +8,10 @@ from vllm_sepllm.integration.request_separators import RequestSeparators
 
 
 def bind_managers(
-    coordinator: KVCacheCoordinator, separators: RequestSeparators, checkpoint_interval: int
+    coordinator: KVCacheCoordinator,
+    separators: RequestSeparators,
+    checkpoint_interval: int,
+    num_staging: int = 0,
 ) -> PrefixCache:
     """Give the managers of all SepLLM groups the requests' tokens and one prefix cache.
 
@@ -16,6 +19,7 @@ def bind_managers(
         coordinator: the scheduler's.
         separators: of its requests.
         checkpoint_interval: tokens between regular checkpoints.
+        num_staging: entries of each request beyond its compact length (policy/staging.py).
     """
     every = coordinator.single_type_managers
     managers = [m for m in every if isinstance(m, SepLLMManager)]
@@ -23,7 +27,7 @@ def bind_managers(
     alignment = 1 if are_alone else coordinator.scheduler_block_size
     cache = PrefixCache(managers, separators, checkpoint_interval, alignment)
     for number, manager in enumerate(managers):
-        manager.bind(separators, cache, is_first=number == 0)
+        manager.bind(separators, cache, num_staging, is_first=number == 0)
     if isinstance(coordinator, HybridKVCacheCoordinator):
         _answer_by_instance(coordinator)
     return cache

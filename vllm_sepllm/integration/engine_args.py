@@ -65,12 +65,15 @@ def _selection_applied(engine_args: EngineArgs) -> Iterator[None]:
     The model is built with the platform's own backend, which the worker then wraps, so vLLM must
     not look for a backend of our name: the CPU platform would ignore it, others resolve it.
     """
-    names = ("attention_backend", "attention_config", "block_size")
+    names = ("attention_backend", "attention_config", "block_size", "async_scheduling")
     saved = {name: getattr(engine_args, name) for name in names}
     engine_args.attention_backend = None
     engine_args.attention_config = replace(engine_args.attention_config, backend=None)
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = _CPU_BLOCK_SIZE
+    if engine_args.speculative_config is not None:
+        # which drafts are right decides where the next step begins, and the plan needs to know it
+        engine_args.async_scheduling = False
     try:
         yield
     finally:

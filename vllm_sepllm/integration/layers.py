@@ -1,16 +1,23 @@
 """Which attention layers of a loaded model become SepLLM layers."""
 
+from collections.abc import Collection
 from typing import NoReturn
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_sepllm.config import SepLLMConfig
 
+# one scale a tensor and the platform's own fp8 format: what the prefill kernel dequantises
+FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
 
-def sepllm_layers(vllm_config: VllmConfig, config: SepLLMConfig) -> list[Attention]:
+
+def sepllm_layers(
+    vllm_config: VllmConfig, config: SepLLMConfig, *, drafting: Collection[str] = ()
+) -> list[Attention]:
     """The decoder layers with plain causal full attention that ``full_layers`` does not name.
 
     Layers of other kinds (sliding window, chunked local, cross attention) keep vLLM's own
@@ -19,11 +26,13 @@ def sepllm_layers(vllm_config: VllmConfig, config: SepLLMConfig) -> list[Attenti
     Args:
         vllm_config: the worker's, with the model loaded.
         config: resolved.
+        drafting: names of a draft model's layers, which stay as they are.
 
     Raises:
         ValueError: if a layer cannot be served exactly, or if no layer is left for sepllm.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
+    layers = {name: layer for name, layer in layers.items() if name not in drafting}
     chosen = {name: layer for name, layer in layers.items() if _is_chosen(name, layer, config)}
     for name, layer in chosen.items():
         _check_layer(name, layer)
@@ -51,14 +60,18 @@ def _is_chosen(name: str, layer: Attention, config: SepLLMConfig) -> bool:
 def _check_layer(name: str, layer: Attention) -> None:
     if layer.kv_sharing_target_layer_name is not None:
         _refuse(name, "shares the KV of another layer, which sepllm does not support")
-    # the field of the CPU platform's implementation
+    # a field of every implementation that we wrap
     if layer.impl.alibi_slopes is not None:  # type: ignore[attr-defined]
         _refuse(name, "uses ALiBi, whose bias needs distances that a compact cache does not keep")
     if layer.head_size_v != layer.head_size:
         _refuse(name, "has K and V of different head sizes, which sepllm does not support")
     # a checkpoint may ask for it layer by layer, unseen by VllmConfig
-    if layer.kv_cache_torch_dtype != layer.dtype:
-        _refuse(name, "quantises its KV cache, which sepllm does not support yet")
+    if layer.kv_cache_torch_dtype != layer.dtype and not _is_read(layer.kv_cache_dtype):
+        _refuse(name, f"keeps its KV cache in {layer.kv_cache_dtype}, which sepllm does not read")
+
+
+def _is_read(kv_cache_dtype: str) -> bool:
+    return not current_platform.is_cpu() and kv_cache_dtype in FP8_CACHE_DTYPES
 
 
 def _refuse(name: str, reason: str) -> NoReturn:

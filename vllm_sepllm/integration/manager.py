@@ -27,6 +27,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     _separators: "RequestSeparators"
     _cache: "PrefixCache"
+    _num_staging: int
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
@@ -39,11 +40,24 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self._overwritten: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []
 
     def bind(
-        self, separators: "RequestSeparators", cache: "PrefixCache", *, is_first: bool
+        self,
+        separators: "RequestSeparators",
+        cache: "PrefixCache",
+        num_staging: int,
+        *,
+        is_first: bool,
     ) -> None:
-        """Give the manager the requests' tokens; the scheduler does so before any request."""
+        """Give the manager the requests' tokens; the scheduler does so before any request.
+
+        Args:
+            separators: of the scheduler's requests.
+            cache: shared by the managers of all SepLLM groups.
+            num_staging: entries of each request beyond its compact length.
+            is_first: of those managers; it speaks for all.
+        """
         self._separators = separators
         self._cache = cache
+        self._num_staging = num_staging
         self._is_first = is_first
 
     # ------------------------------------------------------------------ block accounting
@@ -58,6 +72,13 @@ class SepLLMManager(SingleTypeKVCacheManager):
         entries = layout.compact_length(self.policy, num_tokens, num_spilled)
         return cdiv(entries, self.block_size)
 
+    def _num_blocks_to_hold(self, request_id: str, num_tokens: int) -> int:
+        if not self._num_staging:
+            return self.num_blocks(request_id, num_tokens)
+        num_spilled = self._num_spilled(request_id, num_tokens)
+        entries = layout.compact_length(self.policy, num_tokens, num_spilled)
+        return cdiv(entries + self._num_staging, self.block_size)
+
     def get_num_blocks_to_allocate(
         self,
         request_id: str,
@@ -71,7 +92,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
     ) -> int:
         """See the base class; a hit also costs copies of the blocks that will be written."""
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        num_new = max(0, self.num_blocks(request_id, num_tokens) - held)
+        num_new = max(0, self._num_blocks_to_hold(request_id, num_tokens) - held)
         if new_computed_blocks:
             num_new += len(self.written_blocks(request_id, num_local_computed_tokens))
             num_new += self._get_num_evictable_blocks(new_computed_blocks)
@@ -87,7 +108,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
             self._note_overwritten(request, num_tokens)
             if self._is_first:
                 self._cache.note_step(request)
-        slots = self.num_blocks(request_id, num_tokens) * self.block_size
+        slots = self._num_blocks_to_hold(request_id, num_tokens) * self.block_size
         return copies + super().allocate_new_blocks(request_id, slots, slots)
 
     # ------------------------------------------------------------------ starting from a prefix
@@ -201,6 +222,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         if self._is_first:
             self._cache.request_leaves(request_id)
         self._to_copy.pop(request_id, None)
+        self._separators.staged.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(

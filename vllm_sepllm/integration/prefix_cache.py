@@ -120,7 +120,9 @@ class PrefixCache:
 
     def note_step(self, request: Request) -> None:
         """The request takes part in the step that is being scheduled."""
-        if self._is_enabled and self._standing is not None:
+        # proposals that turned out right reach the cache in this step only
+        is_settled = request.request_id not in self._separators.staged
+        if self._standing is not None and is_settled:
             self._standing.note(request)
 
     def plan_copies(self) -> None:
@@ -220,7 +222,8 @@ class PrefixCache:
             self._standing.forget(request_id)
 
     def _keep_final_state(self, request: Request) -> None:
-        position = request.num_computed_tokens
+        staged = self._separators.staged.get(request.request_id)
+        position = request.num_computed_tokens if staged is None else staged.position
         num_hashes = position // self._pool.hash_block_size
         token_ids = request._all_token_ids
         is_known = 0 < num_hashes <= len(request.block_hashes) and position <= len(token_ids)

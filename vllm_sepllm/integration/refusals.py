@@ -9,8 +9,14 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
 from vllm_sepllm.integration.backend_name import BACKEND_NAME
+from vllm_sepllm.integration.layers import FP8_CACHE_DTYPES
+from vllm_sepllm.integration.spec import max_proposed
+from vllm_sepllm.policy import staging
+
+# drafters with caches of their own, or none
+_DRAFTERS = ("ngram", "ngram_gpu", "draft_model")
 
 
 def check_not_selected(engine_args: EngineArgs) -> None:
@@ -54,10 +60,10 @@ def check_engine_args(engine_args: EngineArgs) -> None:
             f"sepllm needs its own worker, which wraps the attention layers, but "
             f"worker_cls={engine_args.worker_cls!r} is set; remove it or do not select sepllm"
         )
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError(
-            f"sepllm runs on vLLM's CPU platform only so far, this is "
-            f"{current_platform.device_name}; serve without --attention-backend sepllm"
+            f"sepllm runs on CUDA, ROCm and x86 CPUs, this is {current_platform.device_name}; "
+            "serve without --attention-backend sepllm"
         )
 
 
@@ -77,6 +83,7 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
     """
     for is_unsupported, reason in (
         *_model_reasons(vllm_config),
+        *_speculative_reasons(vllm_config),
         *_parallel_reasons(vllm_config),
         *_cache_reasons(vllm_config),
     ):
@@ -121,10 +128,29 @@ def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "prompt embeddings, which have no token ids to find separators in: remove "
             "--enable-prompt-embeds",
         ),
+    ]
+
+
+def _speculative_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return []
+    window = SepLLMConfig.from_additional_config(vllm_config.additional_config).window
+    return [
         (
-            vllm_config.speculative_config is not None,
-            "speculative decoding yet, whose rejected tokens would overwrite live entries of the "
-            "cache: remove --speculative-config",
+            not vllm_config.use_v2_model_runner,
+            "speculative decoding under Model Runner V1, whose drafters go by token positions in "
+            "the cache: unset VLLM_USE_V2_MODEL_RUNNER, or remove --speculative-config",
+        ),
+        (
+            speculative.method not in _DRAFTERS,
+            f"speculative decoding with {speculative.method!r}, which shares layers or states with "
+            f"the model: use one of {list(_DRAFTERS)}, or remove --speculative-config",
+        ),
+        (
+            staging.num_entries(max_proposed(vllm_config)) > window,
+            f"{vllm_config.num_speculative_tokens} draft tokens with a window of {window}: set "
+            f"num_speculative_tokens to {window // 2 - 1} or less, or a larger window",
         ),
     ]
 
@@ -143,7 +169,7 @@ def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "splitting a batch into micro-batches: remove --enable-dbo and --ubatch-size",
         ),
         (
-            vllm_config.use_v2_model_runner,
+            current_platform.is_cpu() and vllm_config.use_v2_model_runner,
             "vLLM's Model Runner V2 on CPU yet: unset VLLM_USE_V2_MODEL_RUNNER",
         ),
     ]
@@ -168,16 +194,19 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "fast prefill with KV sharing: remove --kv-sharing-fast-prefill",
         ),
         (
-            is_quantized_kv_cache(cache.cache_dtype),
-            f"a quantised KV cache yet ({cache.cache_dtype}): remove --kv-cache-dtype",
+            is_quantized_kv_cache(cache.cache_dtype)
+            and (current_platform.is_cpu() or cache.cache_dtype not in FP8_CACHE_DTYPES),
+            f"a KV cache in {cache.cache_dtype}: remove --kv-cache-dtype"
+            + ("" if current_platform.is_cpu() else ", or set it to fp8"),
         ),
         (
-            kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
+            current_platform.is_cpu()
+            and kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
             f"a KV cache in {cache.cache_dtype} for a model in {model.dtype}, which vLLM's CPU "
             "kernels misread: remove --kv-cache-dtype",
         ),
         (
-            cache.block_size % 32 != 0,
+            current_platform.is_cpu() and cache.block_size % 32 != 0,
             f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
             "tokens: set --block-size 32, or leave it out",
         ),

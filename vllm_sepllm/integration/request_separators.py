@@ -7,7 +7,9 @@ import numpy as np
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
+from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separator_index import SeparatorIndex
+from vllm_sepllm.policy.staging import Commit, Staged, stage
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 
@@ -22,6 +24,8 @@ class RequestSeparators:
         self._requests = requests
         self._indices: dict[str, SeparatorIndex] = {}
         self._salt = sha256(repr(policy).encode() + self._flags.tobytes()).digest()
+        # request -> what its last step proposed, until its next step or its blocks are freed
+        self.staged: dict[str, Staged] = {}
 
     def request(self, request_id: str) -> Request:
         """The scheduler's request."""
@@ -56,6 +60,32 @@ class RequestSeparators:
     def truncate(self, request_id: str, num_tokens: int) -> None:
         """The request's tokens from position ``num_tokens`` on were replaced."""
         self.index(request_id).truncate(num_tokens)
+
+    def propose(
+        self, request_id: str, start: int, num_drafts: int, max_tokens: int
+    ) -> tuple[Commit | None, Staged | None]:
+        """Follow the proposals of a request through its next step.
+
+        Args:
+            request_id: the request.
+            start: tokens computed before the step: those that turned out right are.
+            num_drafts: that the step proposes behind its certain token.
+            max_tokens: most tokens that a step may propose.
+
+        Returns:
+            What the step commits first, and where it leaves its own proposals. Tokens whose place
+            nobody else has yet go there directly, as in stock vLLM.
+        """
+        policy, index = self.policy, self.index(request_id)
+        num_spilled = self.count_below(request_id, layout.num_left_window(policy, start))
+        commit = staged = None
+        if (last := self.staged.pop(request_id, None)) is not None:
+            before = self.count_below(request_id, layout.num_left_window(policy, last.position))
+            commit = Commit(last, start, before, index.positions(before, num_spilled))
+        if num_drafts and start + 1 + num_drafts > policy.num_dense:
+            staged = stage(policy, start, num_spilled, max_tokens)
+            self.staged[request_id] = staged
+        return commit, staged
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""

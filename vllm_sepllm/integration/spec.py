@@ -10,6 +10,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
 from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.policy import staging
 from vllm_sepllm.policy.layout import max_compact_length
 from vllm_sepllm.policy.visibility import Policy
 
@@ -42,4 +43,22 @@ class SepLLMSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of this layer that the longest request needs if every token is a separator."""
         longest = max_compact_length(self.policy, vllm_config.model_config.max_model_len)
+        longest += staging.num_entries(max_proposed(vllm_config))
         return cdiv(longest, self.block_size) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Width of the block table: staging of a short request can pass its own length."""
+        longest = max_len + staging.num_entries(max_proposed(vllm_config))
+        return super().max_num_blocks_per_req(vllm_config, longest)
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """No: vLLM's goes by token position, past the end of a compact row."""
+        return False
+
+
+def max_proposed(vllm_config: VllmConfig) -> int:
+    """Most tokens that a step of speculative decoding proposes, the certain one included; or 0."""
+    if vllm_config.speculative_config is None:
+        return 0
+    return 1 + vllm_config.num_speculative_tokens

@@ -7,6 +7,7 @@ import numpy as np
 
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separator_index import SeparatorIndex
+from vllm_sepllm.policy.staging import Commit, Staged
 from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
 
@@ -25,6 +26,14 @@ class PlannedSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupSnapshot:
+    """A PlannedSnapshot as one KV cache group sees it: compact block index -> block id."""
+
+    position: int
+    blocks: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One row per scheduled request, in any order.
 
@@ -36,6 +45,8 @@ class StepPlan:
         separators: row -> positions of the separators in [max(a, i0-n), i1), for rows of several
             tokens and rows with snapshots.
         snapshots: row -> checkpoints that the step leaves; rows without any are absent.
+        commits: row -> tokens of the step before that turned out right (policy/staging.py).
+        staged: row -> where the step leaves its proposals.
     """
 
     rows: dict[str, int]
@@ -44,6 +55,43 @@ class StepPlan:
     spills: BoolArray
     separators: dict[int, IntArray]
     snapshots: dict[int, tuple[PlannedSnapshot, ...]]
+    commits: dict[int, Commit] = field(default_factory=dict)
+    staged: dict[int, Staged] = field(default_factory=dict)
+
+    def of(self, request_ids: Sequence[str], group_id: int) -> "BatchRows":
+        """The rows of these requests, in their order, for a KV cache group."""
+        rows = [self.rows[r] for r in request_ids]
+        order = np.array(rows, dtype=np.int64)
+        return BatchRows(
+            start=self.start[order],
+            num_spilled=self.num_spilled[order],
+            spills=self.spills[order],
+            separators=tuple(self.separators.get(row) for row in rows),
+            snapshots=tuple(_of_group(self.snapshots.get(row, ()), group_id) for row in rows),
+            commits=tuple(self.commits.get(row) for row in rows) if self.commits else (),
+            staged=tuple(self.staged.get(row) for row in rows) if self.staged else (),
+        )
+
+
+def _of_group(planned: Sequence[PlannedSnapshot], group_id: int) -> tuple[GroupSnapshot, ...]:
+    parts = (GroupSnapshot(p.position, p.blocks[group_id]) for p in planned)
+    return tuple(part for part in parts if part.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The plan in the order of a model runner's batch; arrays are [num_requests].
+
+    ``commits`` and ``staged`` are empty where nothing is proposed.
+    """
+
+    start: IntArray
+    num_spilled: IntArray
+    spills: BoolArray
+    separators: tuple[IntArray | None, ...]
+    snapshots: tuple[tuple[GroupSnapshot, ...], ...]
+    commits: tuple[Commit | None, ...] = ()
+    staged: tuple[Staged | None, ...] = ()
 
 
 @dataclass(slots=True)
@@ -57,6 +105,8 @@ class StepPlanBuilder:
     _spills: list[bool] = field(default_factory=list)
     _separators: dict[int, IntArray] = field(default_factory=dict)
     _snapshots: dict[int, tuple[PlannedSnapshot, ...]] = field(default_factory=dict)
+    _commits: dict[int, Commit] = field(default_factory=dict)
+    _staged: dict[int, Staged] = field(default_factory=dict)
 
     def add(
         self,
@@ -92,6 +142,32 @@ class StepPlanBuilder:
         if snapshots:
             self._snapshots[row] = snapshots
 
+    def add_proposing(
+        self,
+        request_id: str,
+        index: SeparatorIndex,
+        token_ids: Sequence[int],
+        start: int,
+        commit: Commit | None,
+        staged: Staged | None,
+    ) -> None:
+        """Add a request whose step is decided by speculative decoding.
+
+        Every row lists its separators, those of one token too: rows with drafts come before them
+        in a batch, and what follows a prefill row is one. Drafts are never far from their queries,
+        so it does not matter whether they are separators: ``token_ids`` must be known up to start.
+        """
+        row = len(self._rows)
+        known = min(len(token_ids), start + 1)
+        self.add(request_id, index, token_ids, start, 1)
+        first = index.count_below(layout.num_left_window(self.policy, start))
+        index.extend(token_ids, known)
+        self._separators[row] = index.positions(first, index.count_below(known))
+        if commit is not None:
+            self._commits[row] = commit
+        if staged is not None:
+            self._staged[row] = staged
+
     def build(self) -> StepPlan:
         """The plan of the rows added so far."""
         return StepPlan(
@@ -101,4 +177,6 @@ class StepPlanBuilder:
             spills=np.array(self._spills, dtype=np.bool_),
             separators=self._separators,
             snapshots=self._snapshots,
+            commits=self._commits,
+            staged=self._staged,
         )

@@ -38,12 +38,12 @@ class SepLLMCPUWorker(CPUWorker):
         # vLLM sorts a batch if one of the worker's builders asks for it; a pipeline stage without
         # a SepLLM layer has to sort alike, or the rows of two stages do not match
         runner.reorder_batch_threshold = SepLLMCPUMetadataBuilder.reorder_batch_threshold
-        self._step = CurrentStep(lambda: runner.input_batch.req_ids)
+        self._step = CurrentStep()
         for group_id, groups in enumerate(runner.attn_groups):
             for group in groups:
                 for builder in group.metadata_builders:
                     if isinstance(builder, SepLLMCPUMetadataBuilder):
-                        builder.bind(self._step, group_id)
+                        builder.bind(self._step, lambda: runner.input_batch.req_ids, group_id)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput
