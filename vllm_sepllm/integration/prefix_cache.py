@@ -53,6 +53,8 @@ class PrefixCache:
         self._looked_up: tuple[Request, list[BlockHash]] | None = None
         # request -> positions at which its prefill leaves a checkpoint
         self._wanted: dict[str, tuple[int, ...]] = {}
+        # request -> tokens up to which its full blocks have their keys, if any has
+        self._kept_until: dict[str, int] = {}
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
 
@@ -161,10 +163,16 @@ class PrefixCache:
         self._fresh = []
 
     def _keep_dense(self, request: Request, start: int, end: int) -> None:
-        """Give the blocks that [start, end) fills their keys: nothing has been overwritten yet."""
+        """Give the blocks that are full at ``end`` their keys: nothing has been overwritten yet.
+
+        An asynchronous step fills a block before its last token is known, so it may be a later
+        step that gives the key.
+        """
         size = self._pool.hash_block_size
+        start = self._kept_until.setdefault(request.request_id, start)
         if start // size == end // size:
             return
+        self._kept_until[request.request_id] = end
         hashes = self._separators.salted(request)
         for manager in self._managers:
             blocks = manager.req_to_blocks[request.request_id]
@@ -218,6 +226,7 @@ class PrefixCache:
         if self._is_enabled and request_id in self._managers[0].req_to_blocks:
             self._keep_final_state(self._separators.request(request_id))
         self._wanted.pop(request_id, None)
+        self._kept_until.pop(request_id, None)
         if self._standing is not None:
             self._standing.forget(request_id)
 
