@@ -40,25 +40,15 @@ def run_rounds(
     return results
 
 
-@pytest.mark.parametrize(
-    ("full_layers", "num_groups"), [([0, -1], 1), ([0], 3)], ids=["first and last", "first"]
-)
 def test_answers_with_full_layers_are_those_without_caching(
-    four_layers_path: Path,
-    excerpt: Callable[[int, int], list[int]],
-    full_layers: list[int],
-    num_groups: int,
+    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
-    """Proves it over random shared prefixes: one hit for full attention and SepLLM layers.
-
-    With one layer of four full, vLLM makes three KV cache groups of the others.
-    """
-    config = {"window": 60, "full_layers": full_layers}
+    """Proves it over random shared prefixes: one hit for full attention and SepLLM layers."""
     run_rounds(
         four_layers_path,
         workload(excerpt, seed=2, num_rounds=3),
-        ["FullAttentionManager", *["SepLLMManager"] * num_groups],
-        **sepllm(**config),
+        ["FullAttentionManager", "SepLLMManager"],
+        **sepllm(window=60, full_layers=[0, -1]),
         max_num_batched_tokens=256,
         max_model_len=1024,
     )
@@ -84,10 +74,11 @@ def test_chats_with_full_layers_reuse_what_stock_reuses(
 ) -> None:
     """Proves 6 turns of 2 chats, preempted in between: equal answers, and stock vLLM's hits.
 
-    Stock vLLM finds all whole blocks that the turn before computed; all but its last token.
+    Stock vLLM finds all whole blocks that the turn before computed; all but its last token. With
+    one layer of four full, vLLM makes three KV cache groups of the others.
     """
     common = {"max_model_len": 1024, "max_num_batched_tokens": 256, "block_size": BLOCK}
-    ours = sepllm(window=60, full_layers=[0, -1], max_separators=100)
+    ours = sepllm(window=60, full_layers=[0], max_separators=100)
     chats = [excerpt(0, 150), excerpt(3000, 90)]
     turns: list[list[list[int]]] = []
     expected: list[Answer] = []
@@ -98,8 +89,9 @@ def test_chats_with_full_layers_reuse_what_stock_reuses(
             expected += answers
             news = excerpt(7000 + 100 * turn, 25)
             chats = [[*c, *a.token_ids, *news] for c, a in zip(chats, answers, strict=True)]
+        assert kinds_of(made) == ["FullAttentionManager", *["SepLLMManager"] * 3]
     hits = {}
-    for name, pool in {"roomy": {}, "tight": {"num_gpu_blocks_override": 40}}.items():
+    for name, pool in {"roomy": {}, "tight": {"num_gpu_blocks_override": 55}}.items():
         watch = Watch()
         with engine(four_layers_path, **common, **ours, **pool) as made:
             answers = [a for prompts in turns for a in made.generate(prompts, 40, watch=watch)]
