@@ -25,12 +25,14 @@ def assert_same(answers: list[Answer], others: list[Answer]) -> None:
         assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
-def workload(excerpt: Callable[[int, int], list[int]], seed: int) -> list[list[list[int]]]:
+def workload(
+    excerpt: Callable[[int, int], list[int]], seed: int, num_rounds: int = 5
+) -> list[list[list[int]]]:
     """Rounds of prompts: shared prefixes cut anywhere, continuations, resends."""
     pick = random.Random(seed)
     rounds: list[list[list[int]]] = []
     known: list[list[int]] = [excerpt(0, 700)]
-    for _ in range(5):
+    for _ in range(num_rounds):
         prompts = []
         for _ in range(4):
             base = pick.choice(known)
@@ -69,6 +71,7 @@ def test_answers_are_those_without_caching(
     for caching in (False, True):
         with engine(four_layers_path, **common, enable_prefix_caching=caching) as made:
             results[caching] = [made.generate(prompts, 40) for prompts in rounds]
+    assert not any(a.num_cached_tokens for answers in results[False] for a in answers)
     hits = sum(a.num_cached_tokens for answers in results[True] for a in answers)
     total = sum(len(p) for prompts in rounds for p in prompts)
     print(f"{hits} of {total} prompt tokens were hits")

@@ -1,6 +1,8 @@
 """Block accounting with vLLM's own pool and coordinator, no engine."""
 
+import inspect
 import math
+import re
 
 import numpy as np
 import pytest
@@ -8,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups, is_kv_cache_spec_uniform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.integration.coordinator import bind_managers
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.policy.visibility import Policy
@@ -52,9 +55,7 @@ def make_manager(
         enable_caching=False,
     )
     separators = RequestSeparators(policy, np.array([False, True]), requests)
-    for single in manager.coordinator.single_type_managers:
-        assert isinstance(single, SepLLMManager)
-        single.bind(separators, 256)
+    bind_managers(manager.coordinator, separators, 256)
     return manager
 
 
@@ -148,3 +149,9 @@ def test_layers_of_one_policy_merge_and_of_two_do_not() -> None:
 
 def test_vllm_keeps_its_own_managers() -> None:
     assert KVCacheSpecRegistry.get_manager_class(FULL).__name__ == "FullAttentionManager"
+
+
+def test_vllm_asks_a_group_for_no_more_than_a_manager_has() -> None:
+    """coordinator.py puts instances where the hybrid coordinator expects classes."""
+    asked = re.findall(r"manager_cls\.(\w+)", inspect.getsource(HybridKVCacheCoordinator))
+    assert set(asked) == {"find_longest_cache_hit", "supports_fine_grained_hash_lookup"}

@@ -1,9 +1,11 @@
 """Checkpoints under vLLM's real KVCacheManager and BlockPool, driven at random.
 
-The machine plays the scheduler and a worker whose memory holds labels instead of KV: what request
-prefix a slot was computed from. Every read of every step is compared with the rule, so a write
-into a shared block, a stale checkpoint or a wrong copy shows as a wrong label.
+The machine plays the scheduler; the worker's memory holds labels instead of KV, and every read is
+compared with the rule (labelled_worker.py).
 """
+
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,21 +17,46 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import Request
 
+from tests.integration.labelled_worker import BLOCK, LabelledWorker, Scheduled
+from vllm_sepllm.integration.coordinator import bind_managers
 from vllm_sepllm.integration.manager import SepLLMManager
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import SepLLMSpec
-from vllm_sepllm.policy import checkpoint, decode, layout, prefill
 from vllm_sepllm.policy.plan import StepPlanBuilder
-from vllm_sepllm.policy.visibility import Policy, visible_mask
+from vllm_sepllm.policy.visibility import Policy
 
-BLOCK = 4
-FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32)
+SIZES: dict[str, Any] = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
+FULL = FullAttentionSpec(block_size=BLOCK, **SIZES)
+SLIDING = SlidingWindowSpec(block_size=BLOCK, sliding_window=6, **SIZES)
+# blocks twice as large: hits end where both kinds of layers have a boundary
+WIDE = FullAttentionSpec(block_size=2 * BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+OTHERS: dict[str, list[KVCacheSpec]] = {
+    "alone": [],
+    "full": [FULL],
+    "sliding": [SLIDING],
+    "full and sliding": [FULL, SLIDING],
+    "wide": [WIDE],
+}
 FLAGS = np.array([False, True, False])
-# whose KV it is: what keeps it apart from equal tokens, then the tokens up to and including it
-Label = tuple[int, ...]
+
+
+class TwoPolicies(RequestSeparators):
+    """Says of some requests that they have another policy; all have the same, so labels agree."""
+
+    others: set[str]
+
+    def salt(self, request_id: str) -> bytes:
+        salt = super().salt(request_id)
+        return salt[::-1] if request_id in self.others else salt
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):
@@ -39,39 +66,46 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         policy=st.builds(
             Policy,
             initial_tokens=st.integers(0, 3),
-            window=st.sampled_from([5, 8, 9]),
+            window=st.sampled_from([5, 8, 9, 17]),
             max_separators=st.sampled_from([7, 9, 1000]),
         ),
         num_blocks=st.sampled_from([16, 30, 80]),
         interval=st.sampled_from([4, 16, 64]),
+        num_groups=st.integers(1, 2),
+        others=st.sampled_from(sorted(OTHERS)),
     )
-    def start(self, policy: Policy, num_blocks: int, interval: int) -> None:
+    def start(
+        self, policy: Policy, num_blocks: int, interval: int, num_groups: int, others: str
+    ) -> None:
         init_none_hash(sha256)
         self.policy = policy
         self.hasher = get_request_block_hasher(BLOCK, sha256)
         self.requests: dict[str, Request] = {}
         self.apart: dict[str, int] = {}
-        self.memory: dict[int, Label] = {}
         self.counter = 0
-        spec = SepLLMSpec.from_full_attention(FULL, policy)
+        specs = OTHERS[others] + [SepLLMSpec.from_full_attention(FULL, policy)] * num_groups
+        num_blocks *= len(specs)
+        groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
         self.kv = KVCacheManager(
-            KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+            KVCacheConfig(num_blocks, [], groups),
             max_model_len=512,
-            scheduler_block_size=BLOCK,
+            scheduler_block_size=max(spec.block_size for spec in specs),
             hash_block_size=BLOCK,
             enable_caching=True,
         )
         self.pool = self.kv.block_pool
-        (single,) = self.kv.coordinator.single_type_managers
-        assert isinstance(single, SepLLMManager)
-        self.manager = single
-        self.separators = RequestSeparators(policy, FLAGS, self.requests)
-        single.bind(self.separators, interval)
+        self.separators = TwoPolicies(policy, FLAGS, self.requests)
+        self.separators.others = set()
+        self.cache = bind_managers(self.kv.coordinator, self.separators, interval)
+        every = self.kv.coordinator.single_type_managers
+        self.ours = [m.kv_cache_group_id for m in every if isinstance(m, SepLLMManager)]
+        assert len(self.ours) == num_groups
+        self.worker = LabelledWorker(policy, self.kv, self.ours, self.apart)
 
     @rule(
         num_shared=st.integers(0, 70),
         own=st.lists(st.integers(0, 1), min_size=1, max_size=12),
-        apart=st.integers(0, 3),
+        apart=st.integers(0, 4),
     )
     def arrive(self, num_shared: int, own: list[int], apart: int) -> None:
         # a fixed text of zeros and ones that many requests begin with
@@ -79,130 +113,98 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.counter += 1
         name = f"r{self.counter}"
         self.apart[name] = max(1, apart)
+        if apart == 4:
+            self.separators.others.add(name)
+        # layers of other kinds are found by vLLM's hashes, which do not know the policy
+        needs_salt = apart == 2 or (apart == 4 and len(self.ours) < self.kv.num_kv_cache_groups)
         self.requests[name] = Request(
             name,
             [*shared, *own],
             SamplingParams(max_tokens=30),
             None,
             block_hasher=self.hasher,
-            cache_salt="salt" if apart == 2 else None,
+            cache_salt=f"salt {apart}" if needs_salt else None,
             lora_request=LoRARequest("adapter", 1, "path") if apart == 3 else None,
         )
 
     @precondition(lambda self: self.requests)
-    @rule(which=st.integers(0, 99), size=st.sampled_from([1, 1, 2, 5, 16, 40]))
-    def step(self, which: int, size: int) -> None:
-        request = self.pick(which)
+    @rule(
+        which=st.lists(st.integers(0, 99), min_size=1, max_size=3),
+        sizes=st.lists(st.sampled_from([1, 1, 2, 5, 16, 40]), min_size=3, max_size=3),
+        preempts=st.booleans(),
+    )
+    def step(self, which: list[int], sizes: list[int], preempts: bool) -> None:
+        """One step of the engine with up to three requests; who does not fit may push one out."""
+        chosen = {r.request_id: r for r in map(self.pick, which)}
+        scheduled: list[Scheduled] = []
+        for request, size in zip(chosen.values(), sizes, strict=False):
+            part = self.schedule(request, size)
+            if part is not None:
+                scheduled.append(part)
+            elif preempts and scheduled:
+                last = scheduled.pop().request
+                self.kv.free(last)
+                last.num_computed_tokens = 0
+        self.execute(scheduled)
+        for part in scheduled:
+            part.request.num_computed_tokens += part.size
+            if part.request.num_computed_tokens == part.request.num_tokens:
+                part.request.append_output_token_ids(part.request.num_tokens % 3 % 2)
+
+    def schedule(self, request: Request, size: int) -> Scheduled | None:
+        """What vLLM's scheduler does with a request, waiting or running."""
         hit = 0
         blocks = None
         if request.num_computed_tokens == 0:
-            with self.manager.looking_up(request):
+            with self.cache.looking_up(request):
                 blocks, hit, _ = self.kv.get_computed_blocks(request)
+            if hit and not self.cache.fits(self.kv, request, blocks, hit):
+                blocks, hit = self.kv.empty_kv_cache_blocks, 0
         size = min(size, request.num_tokens - request.num_computed_tokens - hit)
+        start = request.num_computed_tokens + hit
+        needed = self.kv.coordinator.get_num_blocks_to_allocate(
+            request.request_id, start + size, self.kv.empty_kv_cache_blocks.blocks, 0, 0, 0, 0
+        )
         free = self.pool.get_num_free_blocks()
         allocated = self.kv.allocate_slots(
             request, size, num_new_computed_tokens=hit, new_computed_blocks=blocks
         )
-        end = request.num_computed_tokens + hit + size
         if allocated is None:
-            held = len(self.kv.get_block_ids(request.request_id)[0])
-            needed = self.manager.num_blocks(request.request_id, end) - held
             assert needed > free, "a request was kept out that fits without the cache"
-            return
-        request.num_computed_tokens += hit
-        self.execute(request, size)
-        request.num_computed_tokens += size
-        if request.num_computed_tokens == request.num_tokens:
-            request.append_output_token_ids(request.num_tokens % 3 % 2)
+            return None
+        request.num_computed_tokens = start
+        return Scheduled(request, start, size)
 
-    def execute(self, request: Request, size: int) -> None:
+    def execute(self, scheduled: list[Scheduled]) -> None:
         """What scheduler and worker do with the step, in their order."""
-        start, name = request.num_computed_tokens, request.request_id
         copies, retained = self.kv.take_kv_cache_block_copies()
         self.pool.free_blocks(retained)
         # blocks that this step's checkpoints will share are filled by this very step
-        self.sealed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
-        snapshots = self.manager.take_snapshots(request, start, start + size)
-        taken = [block_id for planned in snapshots for block_id in planned.blocks.values()]
-        assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
-        self.manager.release_snapshots()
+        self.worker.sealed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
         builder = StepPlanBuilder(self.policy)
-        tokens = list(request.all_token_ids)
-        builder.add(name, self.separators.index(name), tokens, start, size, snapshots)
+        for part in scheduled:
+            end = part.start + part.size
+            part.snapshots = self.cache.take_snapshots(part.request, part.start, end)
+            tokens = list(part.request.all_token_ids)
+            index = self.separators.index(part.name)
+            builder.add(part.name, index, tokens, part.start, part.size, part.snapshots)
+        taken = [
+            block_id
+            for part in scheduled
+            for planned in part.snapshots
+            for blocks in planned.blocks.values()
+            for block_id in blocks.values()
+        ]
+        assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
+        self.cache.release_snapshots()
         plan = builder.build()
+        assert len({c.dst_block_id for c in copies}) == len(copies)
+        sources = {c.src_block_id for c in copies}
+        assert sources.isdisjoint(c.dst_block_id for c in copies), "a copy of a copy"
         for copy in copies:
-            for offset in range(BLOCK):
-                self.move(copy.src_block_id * BLOCK + offset, copy.dst_block_id * BLOCK + offset)
-        own = self.kv.get_block_ids(name)[0]
-        labels = [(self.apart[name], *tokens[: i + 1]) for i in range(start, start + size)]
-        separators = plan.separators.get(0, np.array([], dtype=np.int64))
-        chunk = prefill.Chunk(
-            self.policy, start, start + size, int(plan.num_spilled[0]), separators
-        )
-        for planned in snapshots:
-            self.fill(chunk, planned.position, planned.blocks, own, labels)
-        if size == 1:
-            self.decode(own, labels[0], plan.num_spilled, plan.spills)
-        else:
-            self.prefill(chunk, own, labels)
-
-    def fill(
-        self,
-        chunk: prefill.Chunk,
-        position: int,
-        blocks: dict[int, int],
-        own: list[int],
-        labels: list[Label],
-    ) -> None:
-        part = checkpoint.snapshot(chunk, position, BLOCK, list(blocks))
-        for source, target in zip(part.copy_source, part.copy_target, strict=True):
-            self.move(self.slot(own, source), self.slot(blocks, target))
-        for token, target in zip(part.tokens, part.target, strict=True):
-            self.memory[self.slot(blocks, target)] = labels[token]
-
-    def decode(
-        self, own: list[int], label: Label, num_spilled: np.ndarray, spills: np.ndarray
-    ) -> None:
-        start = np.array([len(label) - 2])
-        spilled = decode.spill_copies(self.policy, start, num_spilled, spills)
-        for source, target in zip(spilled.source, spilled.target, strict=True):
-            self.move(self.slot(own, source), self.slot(own, target))
-        self.write(own, int(layout.ring_index(self.policy, start)[0]), label)
-        length = decode.compact_lengths(self.policy, start + 1, num_spilled, spills)[0]
-        self.check_reads(label, [self.memory[self.slot(own, i)] for i in range(length)])
-
-    def prefill(self, chunk: prefill.Chunk, own: list[int], labels: list[Label]) -> None:
-        keys = [self.memory[self.slot(own, i)] for i in range(chunk.num_cached)] + labels
-        for tile in prefill.query_tiles(chunk, 7):
-            for row in range(tile.last - tile.first):
-                seen = tile.keys if tile.hidden is None else tile.keys[~tile.hidden[row]]
-                self.check_reads(labels[tile.first + row], [keys[k] for k in seen])
-        kept = prefill.survivors(chunk)
-        old = [self.memory[self.slot(own, s)] for s in kept.copy_source]
-        for label, target in zip(old, kept.copy_target, strict=True):
-            self.write(own, int(target), label)
-        for token, target in zip(kept.tokens, kept.target, strict=True):
-            self.write(own, int(target), labels[token])
-
-    def check_reads(self, query: Label, read: list[Label]) -> None:
-        mask = visible_mask(self.policy, np.array(query[1:]) == 1)[-1]
-        want = [query[: j + 2] for j in np.flatnonzero(mask)]
-        assert sorted(read, key=len) == want
-
-    @staticmethod
-    def slot(blocks: "list[int] | dict[int, int]", compact: int) -> int:
-        return blocks[int(compact) // BLOCK] * BLOCK + int(compact) % BLOCK
-
-    def move(self, source: int, target: int) -> None:
-        # a block's slots past its entries were never written
-        if source in self.memory:
-            self.memory[target] = self.memory[source]
-
-    def write(self, own: list[int], compact: int, label: Label) -> None:
-        block = self.pool.blocks[own[compact // BLOCK]]
-        assert block.ref_cnt == 1, "a shared block is written"
-        assert block.block_id not in self.sealed, "a block of a checkpoint is written"
-        self.memory[self.slot(own, compact)] = label
+            self.worker.copy_block(copy.src_block_id, copy.dst_block_id)
+        for part in scheduled:
+            self.worker.forward(part, plan)
 
     @precondition(lambda self: self.requests)
     @rule(which=st.integers(0, 99))
@@ -235,8 +237,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             return
         held: dict[int, int] = {}
         for name in self.requests:
-            for block_id in self.kv.get_block_ids(name)[0]:
-                held[block_id] = held.get(block_id, 0) + 1
+            for block_id in chain.from_iterable(self.kv.get_block_ids(name)):
+                if block_id != self.pool.null_block.block_id:
+                    held[block_id] = held.get(block_id, 0) + 1
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == held.get(block.block_id, 0), "leak or double free"
         num_free = self.pool.get_num_free_blocks()

@@ -107,7 +107,7 @@ def run(
             plan.add(request.name, request.index, request.token_ids, start, end - start, chosen)
     sizes = [action.num_drafts + action.num_new for action in actions]
     first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    rows = plan.build().of([request.name for request in requests])
+    rows = plan.build().of([request.name for request in requests], 0)
     padding = 3
     step = plan_batch(policy, rows, first, int(first[-1]) + padding, BLOCK_SIZE)
     slots = play(requests, step, first)
@@ -204,7 +204,7 @@ def test_checkpoints_hold_the_state_at_their_position(
     spilled = request.index.count_below(layout.num_left_window(policy, position))
     length = layout.compact_length(policy, position, spilled)
     blocks = {i: 10 + 3 * i for i in range(-(-length // BLOCK_SIZE))}
-    slots = run([request], [Action(num_new)], {"only": PlannedSnapshot(position, blocks)})
+    slots = run([request], [Action(num_new)], {"only": PlannedSnapshot(position, {0: blocks})})
     held = [slots[blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE] for i in range(length)]
     assert sorted(held) == np.flatnonzero(request.mask[position - 1]).tolist()  # type: ignore[type-var]
 

@@ -75,6 +75,23 @@ def test_blocks_that_are_not_written_are_full_and_past_the_ring(
         assert (i in own) is not safe
 
 
+@given(policies, st.integers(0, 60), st.integers(1, 40), st.sampled_from([1, 4, 7]))
+def test_overwritten_blocks_are_those_whose_entries_change(
+    policy: Policy, start: int, size: int, block_size: int
+) -> None:
+    """Entries are compared by the position they hold, before and after the step."""
+    cache = Cache(policy, [0] * (start + size))
+    while cache.num_tokens < start:
+        cache.step(min(5, start - cache.num_tokens), 128)
+    before = dict(cache.entries)
+    cache.step(size, 128)
+    changed = {i // block_size for i, held in before.items() if cache.entries[i] != held}
+    found = checkpoint.overwritten_blocks(policy, block_size, start, start + size)
+    assert changed <= set(found)
+    filled = {i // block_size for i in cache.entries if i not in before}
+    assert set(found) - changed <= filled
+
+
 def test_positions_are_the_multiples_and_the_wanted() -> None:
     def positions(start: int, end: int, *wanted: int) -> list[int]:
         return checkpoint.checkpoint_positions(start, end, interval=100, wanted=wanted)

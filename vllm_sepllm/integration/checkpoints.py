@@ -1,7 +1,7 @@
 """Which prefixes have a checkpoint in vLLM's block pool, and which were seen before."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -13,8 +13,10 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 
-# 32 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
+# 64 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
 _MAX_SEEN = 1 << 17
+
+State = Mapping[int, Sequence[KVCacheBlock]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,47 +26,58 @@ class Checkpoint:
     Attributes:
         position: how many tokens.
         rest: token ids after the last whole hash block.
-        blocks: its blocks in compact order, each with the key it had; a block that lost its key
-            was reused by the pool.
+        blocks: KV cache group -> its blocks in compact order, each with the key it had; a block
+            that lost its key was reused by the pool.
     """
 
     position: int
     rest: tuple[int, ...]
-    blocks: tuple[tuple[KVCacheBlock, BlockHashWithGroupId], ...]
+    blocks: dict[int, tuple[tuple[KVCacheBlock, BlockHashWithGroupId], ...]]
 
     @property
     def is_whole(self) -> bool:
         """Whether the pool still has every block: vLLM's own LRU decides."""
-        return all(block.block_hash == key for block, key in self.blocks)
+        return all(b.block_hash == key for group in self.blocks.values() for b, key in group)
+
+    def group(self, group_id: int) -> list[KVCacheBlock]:
+        """The blocks of one KV cache group."""
+        return [block for block, _ in self.blocks[group_id]]
 
 
 class CheckpointRegistry:
-    """Checkpoints by the vLLM block hash of their last whole block.
+    """Checkpoints by the hash of their last whole hash block.
 
     vLLM's hashes chain over all tokens before and are salted with LoRA, multimodal content and
-    cache_salt. A registry serves one policy, so nothing is shared across policies.
+    cache_salt; the caller adds the policy (RequestSeparators.salted).
     """
 
-    def __init__(self, block_pool: BlockPool, group_id: int, block_size: int) -> None:
+    def __init__(self, block_pool: BlockPool) -> None:
         self._pool = block_pool
-        self._group_id = group_id
-        self._block_size = block_size
+        self._hash_size = block_pool.hash_block_size
         self._by_hash: dict[BlockHash, list[Checkpoint]] = {}
         self._num_added = 0
         self._numbers = count()
         self._seen: OrderedDict[BlockHash, None] = OrderedDict()
 
     def find(
-        self, block_hashes: Sequence[BlockHash], token_ids: Sequence[int], max_length: int
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: Sequence[int],
+        max_length: int,
+        alignment: int = 1,
     ) -> Checkpoint | None:
-        """The longest whole checkpoint of a request's first ``max_length`` tokens."""
-        size = self._block_size
-        for num_blocks in range(min(max_length // size, len(block_hashes)), 0, -1):
-            first = num_blocks * size
+        """The longest whole checkpoint of a request's first ``max_length`` tokens.
+
+        Its position is a multiple of ``alignment``.
+        """
+        for number in range(min(max_length // self._hash_size, len(hashes)), 0, -1):
+            first = number * self._hash_size
             found = [
                 c
-                for c in self._whole(block_hashes[num_blocks - 1])
-                if c.position <= max_length and c.rest == tuple(token_ids[first : c.position])
+                for c in self._whole(hashes[number - 1])
+                if c.position <= max_length
+                and c.position % alignment == 0
+                and c.rest == tuple(token_ids[first : c.position])
             ]
             if found:
                 return max(found, key=lambda c: c.position)
@@ -85,14 +98,13 @@ class CheckpointRegistry:
         return whole
 
     def add(
-        self,
-        block_hash: BlockHash,
-        position: int,
-        rest: tuple[int, ...],
-        blocks: Sequence[KVCacheBlock],
+        self, block_hash: BlockHash, position: int, rest: tuple[int, ...], state: State
     ) -> None:
         """Remember a checkpoint; its blocks get keys and may be freed afterwards."""
-        keyed = tuple((block, self._key(block, position)) for block in blocks)
+        keyed = {
+            group_id: tuple((block, self._key(block, group_id, position)) for block in blocks)
+            for group_id, blocks in state.items()
+        }
         self._by_hash.setdefault(block_hash, []).append(Checkpoint(position, rest, keyed))
         self._num_added += 1
         if self._num_added > 2 * self._pool.num_gpu_blocks:
@@ -100,23 +112,23 @@ class CheckpointRegistry:
             for known in list(self._by_hash):
                 self._whole(known)
 
-    def _key(self, block: KVCacheBlock, position: int) -> BlockHashWithGroupId:
+    def _key(self, block: KVCacheBlock, group_id: int, position: int) -> BlockHashWithGroupId:
         """The block's key in vLLM's map of cached blocks, given now if it has none."""
         if block.block_hash is None:
             # content is found through checkpoints, so a number that never repeats will do
             name = BlockHash(b"sepllm" + next(self._numbers).to_bytes(26, "big"))
-            key = make_block_hash_with_group_id(name, self._group_id)
+            key = make_block_hash_with_group_id(name, group_id)
             self._pool._insert_block_hash(key, block, num_tokens=position)
         assert block.block_hash is not None
         return block.block_hash
 
-    def common_prefix(self, block_hashes: Sequence[BlockHash]) -> int:
-        """Tokens of the longest prefix, in whole blocks, that an earlier request had too.
+    def common_prefix(self, hashes: Sequence[BlockHash]) -> int:
+        """Tokens of the longest prefix, in whole hash blocks, that an earlier request had too.
 
         The request itself counts as seen from then on.
         """
         num_common = 0
-        for number, block_hash in enumerate(block_hashes, start=1):
+        for number, block_hash in enumerate(hashes, start=1):
             if block_hash in self._seen:
                 num_common = number
                 self._seen.move_to_end(block_hash)
@@ -124,4 +136,4 @@ class CheckpointRegistry:
                 self._seen[block_hash] = None
         while len(self._seen) > _MAX_SEEN:
             self._seen.popitem(last=False)
-        return num_common * self._block_size
+        return num_common * self._hash_size

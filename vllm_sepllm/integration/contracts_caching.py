@@ -2,6 +2,8 @@
 
 from vllm_sepllm.integration.contract import Contract, fields
 
+_COORDINATOR = "vllm.v1.core.kv_cache_coordinator"
+_KV = "vllm.v1.core.kv_cache_manager"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
 _UTILS = "vllm.v1.core.kv_cache_utils"
@@ -27,6 +29,33 @@ CACHING = (
         ("request_id",),
     ),
     Contract(
+        f"{_MANAGER}.take_pending_cow_copies",
+        "overridden: vLLM asks once all requests of a step are scheduled; we add copies of ours",
+        (),
+    ),
+    Contract(f"{_MANAGER}._pending_cow_copies", "extended: (source, copy), each with a reference"),
+    Contract(
+        f"{_COORDINATOR}:HybridKVCacheCoordinator.attention_groups",
+        "written: asks our managers in place of their class",
+    ),
+    *fields(
+        f"{_COORDINATOR}:SpecGroup",
+        "read and replaced: who finds the hits of which groups",
+        *("manager_cls", "group_ids"),
+    ),
+    Contract(f"{_COORDINATOR}:KVCacheCoordinator.scheduler_block_size", "read: where hits end"),
+    Contract(
+        f"{_COORDINATOR}:KVCacheCoordinator.get_num_blocks_to_allocate",
+        "called: does a request with its hit still fit?",
+        (
+            *("request_id", "num_tokens", "new_computed_blocks", "num_encoder_tokens"),
+            *("total_computed_tokens", "num_local_computed_tokens", "num_tokens_main_model"),
+            *("apply_admission_cap", "prefill_end"),
+        ),
+    ),
+    *fields(f"{_KV}:KVCacheManager", "read", "watermark_blocks", "empty_kv_cache_blocks"),
+    Contract(f"{_KV}:KVCacheBlocks.blocks", "read: a hit, block by block"),
+    Contract(
         f"{_MANAGER}.cache_blocks",
         "overridden: nothing is cached by token position",
         ("request", "num_tokens", "retention_interval", "replay_boundaries"),
@@ -41,6 +70,13 @@ CACHING = (
         _MANAGER, "read", "block_pool", "kv_cache_group_id", "enable_caching", "num_cached_block"
     ),
     Contract(f"{_POOL}.get_new_blocks", "called: a checkpoint's own blocks", ("num_blocks",)),
+    Contract(
+        f"{_POOL}.get_cached_block",
+        "called: blocks of at most a + n tokens are found as vLLM finds them",
+        ("block_hash", "kv_cache_group_ids"),
+    ),
+    Contract(f"{_POOL}.evict_blocks", "called: a block is overwritten", ("block_ids",)),
+    Contract(f"{_POOL}.hash_block_size", "read: tokens of each of a request's hashes"),
     Contract(f"{_POOL}.free_blocks", "called: they are evictable at once", ("ordered_blocks",)),
     Contract(f"{_POOL}.touch", "called: a hit's blocks are in use", ("blocks",)),
     Contract(f"{_POOL}.get_num_free_blocks", "called", ()),
@@ -53,8 +89,10 @@ CACHING = (
     Contract(
         f"{_UTILS}:make_block_hash_with_group_id", "called: such a key", ("block_hash", "group_id")
     ),
+    Contract(f"{_UTILS}:get_block_hash", "called: the hash in such a key", ("key",)),
     Contract(f"{_UTILS}:KVCacheBlock.block_hash", "read: whether a checkpoint is whole"),
-    Contract("vllm.config.cache:CacheConfig.enable_prefix_caching", "read, and switched off"),
+    Contract(f"{_UTILS}:KVCacheBlock.block_hash_num_tokens", "read: moved with the key"),
+    Contract(f"{_UTILS}:KVCacheBlock.ref_cnt", "raised while vLLM copies the block"),
     *fields(
         _REQUEST,
         "read: where checkpoints are left",

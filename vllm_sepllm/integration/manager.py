@@ -1,21 +1,19 @@
 """Counts the blocks of a request by its compact length instead of its tokens, and reuses them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashList, BlockHashWithGroupId, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.checkpoints import CheckpointRegistry
 from vllm_sepllm.policy import checkpoint, layout
-from vllm_sepllm.policy.plan import PlannedSnapshot
 
 if TYPE_CHECKING:
+    from vllm_sepllm.integration.prefix_cache import PrefixCache
     from vllm_sepllm.integration.request_separators import RequestSeparators
 
 
@@ -23,39 +21,44 @@ class SepLLMManager(SingleTypeKVCacheManager):
     """vLLM's accounting with one translation: tokens -> compact entries.
 
     The block table of a running request stays vLLM's own, append-only and shorter. Nothing is
-    freed in mid-request, and no block that a checkpoint shares is ever written: a checkpoint has
-    copies of the blocks that its request goes on to write, and so has a request that starts
-    from one.
+    freed in mid-request, and no block that others may find is ever written: what is kept for them
+    is copied first, and a request that starts from it has copies of the blocks it will write.
     """
 
     _separators: "RequestSeparators"
-    _interval: int
+    _cache: "PrefixCache"
     _num_staging: int
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
         self.policy = kv_cache_spec.policy  # type: ignore[attr-defined]  # a SepLLMSpec
-        self._checkpoints = CheckpointRegistry(
-            self.block_pool, self.kv_cache_group_id, self.block_size
-        )
-        self._looked_up: Request | None = None
-        # request -> positions at which its prefill leaves a checkpoint
-        self._wanted: dict[str, tuple[int, ...]] = {}
+        # of several groups, the one that speaks for all
+        self._is_first = True
         # request -> block indices of its hit that must become its own
         self._to_copy: dict[str, list[int]] = {}
-        # blocks of this step's checkpoints, held so that two of them do not get the same block
-        self._fresh: list[KVCacheBlock] = []
+        # blocks that others may find and that this step overwrites, with their keys
+        self._overwritten: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []
 
     def bind(
-        self, separators: "RequestSeparators", checkpoint_interval: int, num_staging: int = 0
+        self,
+        separators: "RequestSeparators",
+        cache: "PrefixCache",
+        num_staging: int,
+        *,
+        is_first: bool,
     ) -> None:
         """Give the manager the requests' tokens; the scheduler does so before any request.
 
-        ``num_staging`` are the entries of each request beyond its compact length.
+        Args:
+            separators: of the scheduler's requests.
+            cache: shared by the managers of all SepLLM groups.
+            num_staging: entries of each request beyond its compact length.
+            is_first: of those managers; it speaks for all.
         """
         self._separators = separators
-        self._interval = checkpoint_interval
+        self._cache = cache
         self._num_staging = num_staging
+        self._is_first = is_first
 
     # ------------------------------------------------------------------ block accounting
 
@@ -91,7 +94,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         num_new = max(0, self._num_blocks_to_hold(request_id, num_tokens) - held)
         if new_computed_blocks:
-            num_new += len(self._written_blocks(request_id, num_local_computed_tokens))
+            num_new += len(self.written_blocks(request_id, num_local_computed_tokens))
             num_new += self._get_num_evictable_blocks(new_computed_blocks)
         return num_new
 
@@ -100,21 +103,17 @@ class SepLLMManager(SingleTypeKVCacheManager):
     ) -> list[KVCacheBlock]:
         """See the base class; ``num_tokens`` are the request's, not compact entries."""
         copies = self._copy_hit_blocks(request_id)
+        request = self._separators.request(request_id)
+        if self.enable_caching:
+            self._note_overwritten(request, num_tokens)
+            if self._is_first:
+                self._cache.note_step(request)
         slots = self._num_blocks_to_hold(request_id, num_tokens) * self.block_size
         return copies + super().allocate_new_blocks(request_id, slots, slots)
 
-    # ------------------------------------------------------------------ starting from a checkpoint
+    # ------------------------------------------------------------------ starting from a prefix
 
-    @contextmanager
-    def looking_up(self, request: Request) -> Iterator[None]:
-        """Say whose prefix vLLM is about to look for: it passes hashes of whole blocks only."""
-        self._looked_up = request
-        try:
-            yield
-        finally:
-            self._looked_up = None
-
-    def find_longest_cache_hit(  # type: ignore[override]  # vLLM calls it on the instance
+    def find_longest_cache_hit(  # type: ignore[override]  # asked on the instance: coordinator.py
         self,
         block_hashes: BlockHashList,
         max_length: int,
@@ -126,21 +125,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         dcp_world_size: int = 1,
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
-        """The longest checkpoint of the request, unless taking it would keep the request out."""
-        request = self._looked_up
-        assert request is not None, "the scheduler says whose prefix is looked up"
-        self._want_checkpoints(request)
-        found = self._checkpoints.find(request.block_hashes, request._all_token_ids, max_length)
-        if found is None:
-            return ([],), 0
-        blocks = [block for block, _ in found.blocks]
-        needed = self.get_num_blocks_to_allocate(
-            request.request_id, request.num_tokens, blocks, 0, found.position, 0
-        )
-        # the copies make a hit dearer than a miss: in a full pool it must not keep anyone out
-        if needed > self.block_pool.get_num_free_blocks():
-            return ([],), 0
-        return (blocks,), found.position
+        """The longest prefix of the request, beyond a + n tokens the longest checkpoint."""
+        return self._cache.find(max_length, kv_cache_group_ids)
 
     def add_local_computed_blocks(
         self,
@@ -158,7 +144,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         blocks.extend(new_computed_blocks)
         # vLLM's mark of a request that is past its lookup
         self.num_cached_block[request_id] = len(blocks)
-        self._to_copy[request_id] = self._written_blocks(request_id, num_local_computed_tokens)
+        self._to_copy[request_id] = self.written_blocks(request_id, num_local_computed_tokens)
 
     def _copy_hit_blocks(self, request_id: str) -> list[KVCacheBlock]:
         """Replace the blocks the request will write by copies, made before the step's forward."""
@@ -169,7 +155,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
             copies.append(copy)
         return copies
 
-    def _written_blocks(self, request_id: str, num_tokens: int) -> list[int]:
+    def written_blocks(self, request_id: str, num_tokens: int) -> list[int]:
+        """Blocks of the request's state after ``num_tokens`` tokens that it would write later."""
         return checkpoint.written_blocks(
             self.policy,
             self.block_size,
@@ -191,83 +178,52 @@ class SepLLMManager(SingleTypeKVCacheManager):
         num_separators = self._separators.count_below(request.request_id, known)
         return request.resumable or num_separators + unknown > limit
 
-    # ------------------------------------------------------------------ leaving checkpoints
+    # ------------------------------------------------------------------ leaving prefixes
 
-    def _want_checkpoints(self, request: Request) -> None:
-        """Where requests like this one begin alike, and the last block of its prompt.
+    def state(
+        self, request_id: str, num_tokens: int, own: Mapping[int, KVCacheBlock] | None = None
+    ) -> list[KVCacheBlock]:
+        """Blocks of the request after ``num_tokens`` tokens, ``own`` in place of its own."""
+        blocks = self.req_to_blocks[request_id][: self.num_blocks(request_id, num_tokens)]
+        return [(own or {}).get(i, block) for i, block in enumerate(blocks)]
 
-        A request that has to wait is looked up again and again, but compared with others once.
-        """
-        if request.request_id in self._wanted:
+    def _note_overwritten(self, request: Request, num_tokens: int) -> None:
+        start = request.num_computed_tokens
+        # the ring goes round once over blocks that others may find
+        if (
+            num_tokens <= self.policy.num_dense
+            or start >= self.policy.num_dense + self.policy.window
+        ):
             return
-        common = self._checkpoints.common_prefix(request.block_hashes)
-        last = (request.num_prompt_tokens - 1) // self.block_size * self.block_size
-        self._wanted[request.request_id] = (common, last)
-
-    def take_snapshots(self, request: Request, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
-        """Blocks for the checkpoints that the step [start, end) passes; the step fills them."""
-        if not self.enable_caching:
-            return ()
-        wanted = self._wanted.get(request.request_id, ())
-        positions = checkpoint.checkpoint_positions(
-            start, end, interval=self._interval, wanted=wanted
-        )
-        planned = []
-        for position in positions:
-            blocks = self._snapshot_blocks(request, position)
-            if blocks:
-                planned.append(PlannedSnapshot(position, blocks))
-        return tuple(planned)
-
-    def release_snapshots(self) -> None:
-        """The step is planned: its checkpoints belong to nobody, so no admission waits for them."""
-        self.block_pool.free_blocks(self._fresh)
-        self._fresh = []
-
-    def _snapshot_blocks(self, request: Request, position: int) -> dict[int, int]:
-        """Compact block index -> block of the pool; empty: no checkpoint there."""
-        num_hashes = position // self.block_size
-        if not 0 < num_hashes <= len(request.block_hashes):
-            return {}
-        block_hash = request.block_hashes[num_hashes - 1]
-        if self._checkpoints.has(block_hash, ()):
-            return {}
-        own = self._written_blocks(request.request_id, position)
-        if len(own) > self.block_pool.get_num_free_blocks():
-            return {}
-        fresh = dict(zip(own, self.block_pool.get_new_blocks(len(own)), strict=True))
         blocks = self.req_to_blocks[request.request_id]
-        num_blocks = self.num_blocks(request.request_id, position)
-        state = [fresh.get(i, blocks[i]) for i in range(num_blocks)]
-        self._checkpoints.add(block_hash, position, (), state)
-        self._fresh.extend(fresh.values())
-        return {i: block.block_id for i, block in fresh.items()}
+        for i in checkpoint.overwritten_blocks(self.policy, self.block_size, start, num_tokens):
+            if i < len(blocks) and (key := blocks[i].block_hash) is not None:
+                self._overwritten.append((blocks[i], key))
+
+    def take_overwritten(self) -> list[KVCacheBlock]:
+        """Blocks that others may find and that this step overwrites; asked once per step."""
+        noted, self._overwritten = self._overwritten, []
+        # a request that was preempted since overwrites nothing
+        return [block for block, key in noted if block.ref_cnt > 0 and block.block_hash == key]
+
+    def copy_block(self, block: KVCacheBlock, copy: KVCacheBlock) -> None:
+        """Copy a block before the step's forward; vLLM keeps both until the worker has done so."""
+        block.ref_cnt += 1
+        self._pending_cow_copies.append((block, copy))
+
+    def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
+        """See the base class; vLLM asks once all requests of a step are scheduled."""
+        if self.enable_caching and self._is_first:
+            self._cache.plan_copies()
+        return super().take_pending_cow_copies()
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        """See the base class; the blocks of a request that ends are a checkpoint as they are."""
-        if self.enable_caching and request_id in self.req_to_blocks:
-            self._keep_final_state(self._separators.request(request_id))
+        """See the base class; the state of a request that ends is kept."""
+        if self._is_first:
+            self._cache.request_leaves(request_id)
         self._to_copy.pop(request_id, None)
-        self._wanted.pop(request_id, None)
         self._separators.staged.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
-
-    def _keep_final_state(self, request: Request) -> None:
-        staged = self._separators.staged.get(request.request_id)
-        position = request.num_computed_tokens if staged is None else staged.position
-        num_hashes = position // self.block_size
-        token_ids = request._all_token_ids
-        is_known = 0 < num_hashes <= len(request.block_hashes) and position <= len(token_ids)
-        # vLLM's hashes say what is behind a placeholder token, the token itself does not
-        if not is_known or request.mm_features or request.request_id in self._to_copy:
-            return
-        rest = tuple(token_ids[num_hashes * self.block_size : position])
-        block_hash = request.block_hashes[num_hashes - 1]
-        if self._checkpoints.has(block_hash, rest):
-            return
-        num_blocks = self.num_blocks(request.request_id, position)
-        blocks = self.req_to_blocks[request.request_id][:num_blocks]
-        self._checkpoints.add(block_hash, position, rest, blocks)
 
     def cache_blocks(
         self,
@@ -277,4 +233,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Nothing: blocks are cached as parts of checkpoints, not by token position."""
+        """Nothing: PrefixCache gives blocks their keys once the step is scheduled.
+
+        vLLM would do it here, and a request of the same step would copy what is not computed yet.
+        """

@@ -1,8 +1,10 @@
 """The separators of every live request, shared by the managers and the scheduler."""
 
 from collections.abc import Mapping
+from hashlib import sha256
 
 import numpy as np
+from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
@@ -21,12 +23,26 @@ class RequestSeparators:
         self._flags = np.append(flags, False)
         self._requests = requests
         self._indices: dict[str, SeparatorIndex] = {}
+        self._salt = sha256(repr(policy).encode() + self._flags.tobytes()).digest()
         # request -> what its last step proposed, until its next step or its blocks are freed
         self.staged: dict[str, Staged] = {}
 
     def request(self, request_id: str) -> Request:
         """The scheduler's request."""
         return self._requests[request_id]
+
+    def salt(self, request_id: str) -> bytes:
+        """The policy of the request, separators included, as 32 bytes.
+
+        It keeps SepLLM layers apart. Layers of other kinds are found by vLLM's hashes: a request
+        with a policy of its own would need it in its ``cache_salt``, too.
+        """
+        return self._salt
+
+    def salted(self, request: Request) -> list[BlockHash]:
+        """vLLM's hashes of the request's blocks, which no request of another policy has."""
+        salt = self.salt(request.request_id)
+        return [BlockHash(salt + block_hash) for block_hash in request.block_hashes]
 
     def index(self, request_id: str) -> SeparatorIndex:
         """The request's index, empty when first asked for."""

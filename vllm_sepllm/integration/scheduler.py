@@ -5,36 +5,27 @@ Nothing flows back from the workers: what is kept depends on token ids and posit
 
 from typing import Any
 
-from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, StreamingUpdate
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.integration.coordinator import bind_managers
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import max_proposed
 from vllm_sepllm.integration.steps import attach_plan
 from vllm_sepllm.policy import staging
-from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlanBuilder
+from vllm_sepllm.policy.plan import StepPlanBuilder
 from vllm_sepllm.policy.separators import flags
-
-# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
-logger = init_logger("vllm.plugins.sepllm")
 
 
 class _SepLLMMixin(Scheduler):
     """What the two schedulers share."""
 
-    def __init__(
-        self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any
-    ) -> None:
-        self._check_prefix_caching(vllm_config, kv_cache_config)
-        super().__init__(vllm_config, kv_cache_config, *args, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         separator_ids = [int(i) for i in config.separators]
@@ -42,27 +33,13 @@ class _SepLLMMixin(Scheduler):
             config.policy, flags(separator_ids, vocab_size), self.requests
         )
         self._max_proposed = max_proposed(self.vllm_config)
-        self._managers: list[SepLLMManager] = []
-        for manager in self.kv_cache_manager.coordinator.single_type_managers:
-            if isinstance(manager, SepLLMManager):
-                assert config.checkpoint_interval is not None, "resolved at start-up"
-                manager.bind(
-                    self._separators,
-                    config.checkpoint_interval,
-                    staging.num_entries(self._max_proposed),
-                )
-                self._managers.append(manager)
-
-    @staticmethod
-    def _check_prefix_caching(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-        """Switch prefix caching off where layers of two kinds would have to agree on a hit."""
-        cache_config = vllm_config.cache_config
-        if cache_config.enable_prefix_caching and len(kv_cache_config.kv_cache_groups) > 1:
-            cache_config.enable_prefix_caching = False
-            logger.warning(
-                "Prefix caching is off: sepllm does not support it yet for models that keep "
-                "layers of another kind (full_layers, sliding windows)."
-            )
+        assert config.checkpoint_interval is not None, "resolved at start-up"
+        self._prefix_cache = bind_managers(
+            self.kv_cache_manager.coordinator,
+            self._separators,
+            config.checkpoint_interval,
+            staging.num_entries(self._max_proposed),
+        )
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
@@ -78,9 +55,13 @@ class _SepLLMMixin(Scheduler):
                 request._all_token_ids,
                 request.num_computed_tokens,
                 num_new_tokens,
-                self._snapshots(request, num_new_tokens),
+                self._prefix_cache.take_snapshots(
+                    request,
+                    request.num_computed_tokens,
+                    request.num_computed_tokens + num_new_tokens,
+                ),
             )
-        self._managers[0].release_snapshots()
+        self._prefix_cache.release_snapshots()
         attach_plan(scheduler_output, plan.build())
         super()._update_after_schedule(scheduler_output)
 
@@ -103,19 +84,15 @@ class _SepLLMMixin(Scheduler):
             name, self._separators.index(name), request._all_token_ids, start, commit, staged
         )
 
-    def _snapshots(self, request: Request, num_new_tokens: int) -> tuple[PlannedSnapshot, ...]:
-        """Checkpoints that the step leaves; only a lone manager has prefix caching on."""
-        start = request.num_computed_tokens
-        end = start + num_new_tokens
-        if end > len(request._all_token_ids):  # an asynchronous step beyond the known tokens
-            return ()
-        return self._managers[0].take_snapshots(request, start, end)
-
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        with self._managers[0].looking_up(request):
+        with self._prefix_cache.looking_up(request):
             hit: tuple[KVCacheBlocks, int, int, bool]
             hit = super()._get_local_prefix_cache_hit(request)
-            return hit
+        blocks, num_tokens, _, _ = hit
+        kv = self.kv_cache_manager
+        if num_tokens and not self._prefix_cache.fits(kv, request, blocks, num_tokens):
+            return kv.empty_kv_cache_blocks, 0, 0, False
+        return hit
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """A streaming session drops its last sampled token and goes on with new input."""

@@ -69,10 +69,10 @@ class CurrentStep:
         """Whether vLLM runs the model without requests: profiling, warm-up, graph capture."""
         return self._plan is None
 
-    def rows(self, request_ids: Sequence[str]) -> BatchRows:
-        """The plan of these requests, in the order of the batch."""
+    def rows(self, request_ids: Sequence[str], group_id: int) -> BatchRows:
+        """The plan of these requests, in the order of the batch, for a KV cache group."""
         assert self._plan is not None, "there is no plan outside a step"
-        return self._plan.of(request_ids)
+        return self._plan.of(request_ids, group_id)
 
 
 def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:

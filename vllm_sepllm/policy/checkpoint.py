@@ -49,6 +49,13 @@ def written_blocks(
     ]
 
 
+def overwritten_blocks(policy: Policy, block_size: int, start: int, end: int) -> list[int]:
+    """Blocks in which the step [start, end) writes over tokens of the ring, ascending."""
+    a, n = policy.initial_tokens, policy.window
+    positions = range(max(start, policy.num_dense, end - n), end)
+    return sorted({(a + (p - a) % n) // block_size for p in positions})
+
+
 def snapshot(chunk: prefill.Chunk, position: int, block_size: int, blocks: list[int]) -> Snapshot:
     """What ``blocks`` of the state after ``position`` tokens hold, start < position <= end."""
     until = np.searchsorted(chunk.separators, position)

@@ -17,8 +17,17 @@ class PlannedSnapshot:
 
     Attributes:
         position: tokens of the request that it stands for; the step passes or reaches it.
-        blocks: compact block index -> block id, those that the checkpoint has to itself.
+        blocks: KV cache group -> compact block index -> block id, those that the checkpoint has
+            to itself.
     """
+
+    position: int
+    blocks: dict[int, dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSnapshot:
+    """A PlannedSnapshot as one KV cache group sees it: compact block index -> block id."""
 
     position: int
     blocks: dict[int, int]
@@ -49,8 +58,8 @@ class StepPlan:
     commits: dict[int, Commit] = field(default_factory=dict)
     staged: dict[int, Staged] = field(default_factory=dict)
 
-    def of(self, request_ids: Sequence[str]) -> "BatchRows":
-        """The rows of these requests, in their order."""
+    def of(self, request_ids: Sequence[str], group_id: int) -> "BatchRows":
+        """The rows of these requests, in their order, for a KV cache group."""
         rows = [self.rows[r] for r in request_ids]
         order = np.array(rows, dtype=np.int64)
         return BatchRows(
@@ -58,10 +67,15 @@ class StepPlan:
             num_spilled=self.num_spilled[order],
             spills=self.spills[order],
             separators=tuple(self.separators.get(row) for row in rows),
-            snapshots=tuple(self.snapshots.get(row, ()) for row in rows),
+            snapshots=tuple(_of_group(self.snapshots.get(row, ()), group_id) for row in rows),
             commits=tuple(self.commits.get(row) for row in rows) if self.commits else (),
             staged=tuple(self.staged.get(row) for row in rows) if self.staged else (),
         )
+
+
+def _of_group(planned: Sequence[PlannedSnapshot], group_id: int) -> tuple[GroupSnapshot, ...]:
+    parts = (GroupSnapshot(p.position, p.blocks[group_id]) for p in planned)
+    return tuple(part for part in parts if part.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +89,7 @@ class BatchRows:
     num_spilled: IntArray
     spills: BoolArray
     separators: tuple[IntArray | None, ...]
-    snapshots: tuple[tuple[PlannedSnapshot, ...], ...]
+    snapshots: tuple[tuple[GroupSnapshot, ...], ...]
     commits: tuple[Commit | None, ...] = ()
     staged: tuple[Staged | None, ...] = ()
 

@@ -76,7 +76,7 @@ def builder(cache: torch.Tensor) -> Any:
     made = _wrap_builder(LibraryBuilder)(
         SepLLMSpec.from_full_attention(full, POLICY), ["layer"], config, torch.device("cpu")
     )
-    made.bind(CurrentStep(), lambda common: [str(i) for i in common.req_idx], [cache])
+    made.bind(CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, [cache])
     return made
 
 

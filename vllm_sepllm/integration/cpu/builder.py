@@ -48,10 +48,16 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         )
         self._step: CurrentStep | None = None
 
-    def bind(self, step: CurrentStep, request_ids: Callable[[], Sequence[str]]) -> None:
-        """Say where the plan of each step is and whose rows the runner's batch has."""
+    def bind(
+        self, step: CurrentStep, request_ids: Callable[[], Sequence[str]], group_id: int
+    ) -> None:
+        """Say where the plan of each step is, whose rows the runner's batch has, and which group.
+
+        ``group_id`` is the KV cache group that this builds for.
+        """
         self._step = step
         self._request_ids = request_ids
+        self._group_id = group_id
 
     def build(  # type: ignore[override]  # the metadata of this backend, not of the wrapped one
         self,
@@ -64,7 +70,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if self._step.is_dummy:
             return None
         common = common_attn_metadata
-        rows = self._step.rows(self._request_ids()[: common.num_reqs])
+        rows = self._step.rows(self._request_ids()[: common.num_reqs], self._group_id)
         first = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
         block_table = common.block_table_tensor.numpy()
         num_new = np.diff(first)

@@ -39,11 +39,11 @@ class SepLLMCPUWorker(CPUWorker):
         # a SepLLM layer has to sort alike, or the rows of two stages do not match
         runner.reorder_batch_threshold = SepLLMCPUMetadataBuilder.reorder_batch_threshold
         self._step = CurrentStep()
-        for groups in runner.attn_groups:
+        for group_id, groups in enumerate(runner.attn_groups):
             for group in groups:
                 for builder in group.metadata_builders:
                     if isinstance(builder, SepLLMCPUMetadataBuilder):
-                        builder.bind(self._step, lambda: runner.input_batch.req_ids)
+                        builder.bind(self._step, lambda: runner.input_batch.req_ids, group_id)
 
     def execute_model(
         self, scheduler_output: SchedulerOutput

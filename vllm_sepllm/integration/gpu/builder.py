@@ -64,16 +64,22 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         self._is_capturing = False
 
     def bind(
-        self, step: CurrentStep, request_ids: RequestIds, caches: Sequence[torch.Tensor]
+        self,
+        step: CurrentStep,
+        request_ids: RequestIds,
+        group_id: int,
+        caches: Sequence[torch.Tensor],
     ) -> None:
         """Say where the plan of each step is, and which caches its spills move entries in.
 
         Args:
             step: of the worker.
             request_ids: gives the requests of a batch, row by row.
+            group_id: the KV cache group that this builds for.
             caches: one a layer of the group.
         """
         self._step = step
+        self._group_id = group_id
         self._request_ids = request_ids
         self._spills = ops.SpillTable.build(caches)
 
@@ -144,7 +150,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             common = self._in_buffers(common)
             library = LibraryRows(common.num_actual_tokens, self._build_wrapped(common))
             return SepLLMGPUMetadata(common.slot_mapping, library, None, None)
-        rows = self._step.rows(self._request_ids(common))
+        rows = self._step.rows(self._request_ids(common), self._group_id)
         first = common.query_start_loc_cpu[: len(rows.start) + 1].numpy().astype(np.int64)
         step = batch.plan_batch(
             self._policy, rows, first, common.num_actual_tokens, self._block_size

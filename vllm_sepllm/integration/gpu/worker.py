@@ -61,12 +61,13 @@ class GPUWorkerMixin(Worker):
         self._step = CurrentStep()
         self._builders: list[tuple[GPUBuilderMixin, list[Attention]]] = []
         layers = self.vllm_config.compilation_config.static_forward_context
-        for groups in self.model_runner.attn_groups:
+        for group_id, groups in enumerate(self.model_runner.attn_groups):
             for group in groups:
                 own = [layers[name] for name in group.layer_names]
                 for builder in group.metadata_builders:
                     if isinstance(builder, GPUBuilderMixin):
-                        builder.bind(self._step, self._request_ids, _bind_layers(own))
+                        caches = _bind_layers(own)
+                        builder.bind(self._step, self._request_ids, group_id, caches)
                         self._builders.append((builder, own))
 
     def _request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:

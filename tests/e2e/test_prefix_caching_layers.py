@@ -1,0 +1,103 @@
+"""Prefix caching where SepLLM layers and layers of other kinds must agree on one hit."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.engine import Answer, Watch, engine
+from tests.e2e.test_prefix_caching import assert_same, sepllm, workload
+from tests.integration.tiny_models import SEPARATORS, write_weights
+
+pytestmark = pytest.mark.slow
+
+BLOCK = 32
+
+
+def kinds_of(made: Any) -> list[str]:
+    return sorted(type(m).__name__ for m in made.managers)
+
+
+def run_rounds(
+    path: Path, rounds: list[list[list[int]]], kinds: list[str], **arguments: Any
+) -> dict[bool, list[list[Answer]]]:
+    """Answers with caching off and on; hits end at block boundaries and are in the metrics."""
+    results = {}
+    for caching in (False, True):
+        with engine(path, **arguments, enable_prefix_caching=caching) as made:
+            assert kinds_of(made) == kinds
+            assert made.scheduler.kv_cache_manager.enable_caching is caching
+            results[caching] = [made.generate(prompts, 24) for prompts in rounds]
+    hits = [a.num_cached_tokens for answers in results[True] for a in answers]
+    total = sum(len(p) for prompts in rounds for p in prompts)
+    print(f"{sum(hits)} of {total} prompt tokens were hits")
+    assert all(hit % BLOCK == 0 for hit in hits)
+    assert sum(hits) > 0.3 * total
+    for with_cache, without in zip(results[True], results[False], strict=True):
+        assert_same(with_cache, without)
+    return results
+
+
+def test_answers_with_full_layers_are_those_without_caching(
+    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
+) -> None:
+    """Proves it over random shared prefixes: one hit for full attention and SepLLM layers."""
+    run_rounds(
+        four_layers_path,
+        workload(excerpt, seed=2, num_rounds=3),
+        ["FullAttentionManager", "SepLLMManager"],
+        **sepllm(window=60, full_layers=[0, -1]),
+        max_num_batched_tokens=256,
+        max_model_len=1024,
+    )
+
+
+def test_answers_of_a_sliding_window_hybrid_are_those_without_caching(tmp_path: Path) -> None:
+    """Proves it for a tiny random Gemma 2: sliding layers of 64 beside SepLLM layers."""
+    numbers = random.Random(3)
+    text = [numbers.randrange(2, 128) for _ in range(8000)]
+    run_rounds(
+        write_weights("gemma2", tmp_path),
+        workload(lambda first, length: text[first % 7000 :][:length], seed=3, num_rounds=3),
+        ["SepLLMManager", "SlidingWindowManager"],
+        **sepllm(window=28, separators=SEPARATORS),
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=128,
+        max_model_len=1024,
+    )
+
+
+def test_chats_with_full_layers_reuse_what_stock_reuses(
+    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
+) -> None:
+    """Proves 6 turns of 2 chats, preempted in between: equal answers, and stock vLLM's hits.
+
+    Stock vLLM finds all whole blocks that the turn before computed; all but its last token. With
+    one layer of four full, vLLM makes three KV cache groups of the others.
+    """
+    common = {"max_model_len": 1024, "max_num_batched_tokens": 256, "block_size": BLOCK}
+    ours = sepllm(window=60, full_layers=[0], max_separators=100)
+    chats = [excerpt(0, 150), excerpt(3000, 90)]
+    turns: list[list[list[int]]] = []
+    expected: list[Answer] = []
+    with engine(four_layers_path, **common, **ours, enable_prefix_caching=False) as made:
+        for turn in range(6):
+            turns.append(chats)
+            answers = made.generate(chats, 40)
+            expected += answers
+            news = excerpt(7000 + 100 * turn, 25)
+            chats = [[*c, *a.token_ids, *news] for c, a in zip(chats, answers, strict=True)]
+        assert kinds_of(made) == ["FullAttentionManager", *["SepLLMManager"] * 3]
+    hits = {}
+    for name, pool in {"roomy": {}, "tight": {"num_gpu_blocks_override": 55}}.items():
+        watch = Watch()
+        with engine(four_layers_path, **common, **ours, **pool) as made:
+            answers = [a for prompts in turns for a in made.generate(prompts, 40, watch=watch)]
+        hits[name] = sum(a.num_cached_tokens for a in answers)
+        print(f"{name}: {hits[name]} tokens were hits, {watch.num_preemptions} preemptions")
+        assert_same(answers, expected)
+        assert (watch.num_preemptions > 0) is (name == "tight")
+    before = [len(c) + 40 - 1 for prompts in turns[:-1] for c in prompts]
+    assert hits["roomy"] == sum(n // BLOCK * BLOCK for n in before)

@@ -1,0 +1,48 @@
+"""Puts our managers to work under vLLM's KV cache coordinators."""
+
+from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
+
+from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.integration.prefix_cache import PrefixCache
+from vllm_sepllm.integration.request_separators import RequestSeparators
+
+
+def bind_managers(
+    coordinator: KVCacheCoordinator,
+    separators: RequestSeparators,
+    checkpoint_interval: int,
+    num_staging: int = 0,
+) -> PrefixCache:
+    """Give the managers of all SepLLM groups the requests' tokens and one prefix cache.
+
+    Args:
+        coordinator: the scheduler's.
+        separators: of its requests.
+        checkpoint_interval: tokens between regular checkpoints.
+        num_staging: entries of each request beyond its compact length (policy/staging.py).
+    """
+    every = coordinator.single_type_managers
+    managers = [m for m in every if isinstance(m, SepLLMManager)]
+    are_alone = len(managers) == len(every)
+    alignment = 1 if are_alone else coordinator.scheduler_block_size
+    cache = PrefixCache(managers, separators, checkpoint_interval, alignment)
+    for number, manager in enumerate(managers):
+        manager.bind(separators, cache, num_staging, is_first=number == 0)
+    if isinstance(coordinator, HybridKVCacheCoordinator):
+        _answer_by_instance(coordinator)
+    return cache
+
+
+def _answer_by_instance(coordinator: HybridKVCacheCoordinator) -> None:
+    """Let vLLM ask our managers for hits where several kinds of layers must agree on one.
+
+    Its other coordinator asks the manager; this one asks the manager's class, which knows no
+    checkpoints. An instance has all that it uses of the class (0.32: find_longest_cache_hit and
+    supports_fine_grained_hash_lookup), and its search already starts again with every shorter
+    candidate until all kinds agree, so a hit ends at a checkpoint that the other layers have too.
+    """
+    for number, group in enumerate(coordinator.attention_groups):
+        manager = coordinator.single_type_managers[group.group_ids[0]]
+        if isinstance(manager, SepLLMManager):
+            asked = group._replace(manager_cls=manager)  # type: ignore[arg-type]
+            coordinator.attention_groups[number] = asked
