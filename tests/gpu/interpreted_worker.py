@@ -12,7 +12,9 @@ class _WarmCPUWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         if self.use_v2_model_runner:
-            warmup_kernels(self.model_runner, self.execute_model, self.sample_tokens)
+            # without grammars: the interpreter refuses the masks of vLLM's kernel for them
+            sample = self.sample_tokens
+            warmup_kernels(self.model_runner, self.execute_model, lambda grammar: sample(None))
         return super().compile_or_warm_up_model()
 
 

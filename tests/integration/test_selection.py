@@ -138,6 +138,7 @@ def test_policy_is_resolved_once_for_every_process(llama: str) -> None:
             "separators": SEPARATORS,
             "max_separators": 128,  # a quarter of max_model_len
             "checkpoint_interval": 256,  # eight times initial_tokens + window
+            "decode_backend": None,
             "full_layers": [1],
         },
     }
