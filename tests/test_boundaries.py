@@ -18,7 +18,7 @@ ALLOWED = {
     f"{US}/reference.py": {"torch", "numpy", f"{US}.policy"},
     "csrc_triton": {"torch", "triton", f"{US}.kernels"},
     f"{US}/ops.py": {"torch", "numpy", f"{US}.policy", f"{US}.reference", f"{US}.kernels"},
-    f"{US}/integration": {"torch", "numpy", "packaging", "vllm"}
+    f"{US}/integration": {"torch", "numpy", "packaging", "vllm", "transformers"}
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", *PUBLIC_VLLM}
     | {f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"},
