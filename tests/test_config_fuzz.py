@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.policy.checkpoint import checkpoint_positions
 from vllm_sepllm.policy.layout import compact_length
 from vllm_sepllm.policy.plan import StepPlanBuilder
 from vllm_sepllm.policy.separator_index import SeparatorIndex
@@ -76,6 +77,9 @@ def usable(config: SepLLMConfig, num_layers: int, max_model_len: int) -> None:
     builder.add("request", index, token_ids, 0, 50)
     builder.add("other", index, token_ids, 50, 10)
     assert builder.build() is not None
+    assert config.checkpoint_interval
+    positions = checkpoint_positions(0, 600, interval=config.checkpoint_interval, wanted=())
+    assert len(positions) == 600 // config.checkpoint_interval
     assert 0 < compact_length(policy, max_model_len, 0) <= max_model_len
 
 

@@ -50,7 +50,7 @@ class SepLLMConfig(BaseModel):
     ) = "extended"
     max_separators: Count | None = None
     full_layers: tuple[StrictInt, ...] = ()
-    checkpoint_interval: Annotated[StrictInt, Field(ge=1, le=_MAX_TOKENS)] | None = None
+    checkpoint_interval: Annotated[StrictInt, Field(ge=1)] | None = None
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "SepLLMConfig":
