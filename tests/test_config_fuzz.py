@@ -41,6 +41,8 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "initial_tokens": st.integers(0, 40),
     "window": st.integers(16, 300),
     "separators": st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=9),
+    "preset": st.sampled_from([None, None, "streaming-llm", "fixed-interval"]),
+    "interval": st.none() | st.integers(1, 40),
     "max_separators": st.none() | st.integers(0, 300),
     "full_layers": st.lists(st.sampled_from([0, 1, -1, -2, 4]), max_size=2),
     "checkpoint_interval": st.none() | st.sampled_from([100, 128, 256, 512]),
