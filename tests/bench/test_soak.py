@@ -23,7 +23,15 @@ FIRST = Answer(["a", "b", "c"], [{"a": -0.1}, {"b": -0.5, "x": -0.5001}, {"c": -
     ],
 )
 def test_answers_are_compared_up_to_float_noise(tokens: str, expected: str) -> None:
-    assert verdict(FIRST, Answer(list(tokens), FIRST.best)) == expected
+    best = [
+        FIRST.best[i] | {token: FIRST.best[i].get(token, -9.0)} for i, token in enumerate(tokens)
+    ]
+    assert verdict(FIRST, Answer(list(tokens), best)) == expected
+
+
+def test_the_same_tokens_of_another_model_are_wrong() -> None:
+    other = [FIRST.best[0], {"b": -0.502}, FIRST.best[2]]
+    assert verdict(FIRST, Answer(["a", "b", "c"], other)) == "wrong"
 
 
 def test_growth_is_told_from_warming_up() -> None:

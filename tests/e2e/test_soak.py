@@ -1,4 +1,4 @@
-"""A short soak run (vllm_sepllm/bench/soak.py) over a tiny model."""
+"""A short soak run (vllm_sepllm/bench/soak.py); a longer one is for people."""
 
 import json
 import subprocess
@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_a_server_survives_random_traffic(tiny_path: Path) -> None:
+def test_a_server_survives_random_traffic(four_layers_path: Path) -> None:
     """Proves, over a served engine with a pool of four long requests: no fault, no lost or wrong
     answer (each against its replay from scratch), and no block held whenever nothing runs."""
-    command = [sys.executable, "-m", "vllm_sepllm.bench.soak", "--model", str(tiny_path)]
+    command = [sys.executable, "-m", "vllm_sepllm.bench.soak", "--model", str(four_layers_path)]
     done = subprocess.run(
         [*command, "--minutes", "0.5", "--seed", "1"], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["replayed"] > 20
+    assert report["near_ties"] <= report["replayed"] / 10
     assert report["sent"]["invalid"] > 0
     assert report["sent"]["disconnect in mid-answer"] > 0

@@ -20,10 +20,18 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 
-from vllm_sepllm.bench.soak_load import MAX_MODEL_LEN, MODEL_NAME, Client, Traffic, verdict
+from vllm_sepllm.bench.soak_load import (
+    MAX_MODEL_LEN,
+    MODEL_NAME,
+    Client,
+    ServerFault,
+    Traffic,
+    verdict,
+)
 from vllm_sepllm.demo.processes import serving
 
 START_SECONDS = 300.0
@@ -34,6 +42,13 @@ NUM_BLOCKS = 48
 POLICY = {"initial_tokens": 4, "window": 60, "max_separators": 256}
 # of the resident memory half-way; allocators keep some of what a new batch shape needed
 MAX_GROWTH = 0.05
+# field of the report -> vLLM's counter
+COUNTERS = {
+    "num_preemptions": "vllm:num_preemptions_total",
+    "num_prompt_tokens": "vllm:prompt_tokens_total",
+    "num_cached_tokens": "vllm:prefix_cache_hits_total",
+    "num_new_tokens": "vllm:generation_tokens_total",
+}
 
 
 @dataclass(slots=True)
@@ -142,7 +157,11 @@ async def run(
 async def _replay(client: Client, traffic: Traffic, report: Report) -> None:
     """Ask again for what finished, one request at a time, nothing of it cached."""
     for request, answer in traffic.tally.finished:
-        again = await client.ask(request, salt=client.fresh_salt())
+        try:
+            again = await client.ask(request, salt=client.fresh_salt())
+        except (ServerFault, httpx.HTTPError) as error:
+            report.faults.append(f"replay: {type(error).__name__} {error}")
+            continue
         found = verdict(answer, again)
         report.replayed += 1
         report.near_ties += found == "near tie"
@@ -188,16 +207,13 @@ def soak(model: Path, minutes: float, seed: int) -> Report:
     print(f"  the server's log is {log}", flush=True)
     with serving(serve_command(model, separators), log, START_SECONDS) as base_url:
         start = time.monotonic()
-        asyncio.run(run(base_url, vocab_size, separators, seed, report, 60 * minutes))
+        try:
+            asyncio.run(run(base_url, vocab_size, separators, seed, report, 60 * minutes))
+            for name, counter in COUNTERS.items():
+                setattr(report, name, int(metric(base_url, counter)))
+        except OSError as error:  # /metrics does not answer
+            report.faults.append(f"the server is gone: {error}")
         report.minutes = round((time.monotonic() - start) / 60, 2)
-        counters = {
-            "num_preemptions": "vllm:num_preemptions_total",
-            "num_prompt_tokens": "vllm:prompt_tokens_total",
-            "num_cached_tokens": "vllm:prefix_cache_hits_total",
-            "num_new_tokens": "vllm:generation_tokens_total",
-        }
-        for name, counter in counters.items():
-            setattr(report, name, int(metric(base_url, counter)))
     report.growth = growth(report.rss_mib)
     return report
 
@@ -211,15 +227,7 @@ def render(report: Report) -> Table:
     table.add_column("found", justify="right")
     for kind, number in report.sent.items():
         table.add_row(f"sent: {kind}", str(number))
-    for name in (
-        "replayed",
-        "near_ties",
-        "wrong",
-        "num_preemptions",
-        "num_prompt_tokens",
-        "num_cached_tokens",
-        "num_new_tokens",
-    ):
+    for name in ("replayed", "near_ties", "wrong", *COUNTERS):
         table.add_row(name.removeprefix("num_").replace("_", " "), str(getattr(report, name)))
     table.add_row("faults and losses", str(len(report.faults)))
     table.add_row("KV cache in use at rest", f"{report.kv_cache_usage:.2%}")

@@ -18,7 +18,7 @@ NUM_PEERS = 6
 BURST = 12
 ANSWER_SECONDS = 240
 # between batches of other sizes float32 sums differ by less than 1e-4 in a log-probability
-NEAR_TIE = 1e-3
+TOLERANCE = 1e-3
 SEPARATOR_SHARE = 0.15
 
 
@@ -44,10 +44,13 @@ class ServerFault(Exception):
 
 def verdict(first: Answer, again: Answer) -> str:
     """``same``, ``wrong``, or ``near tie``: they part at a token that float noise may decide."""
-    for one, two, best in zip(first.tokens, again.tokens, first.best, strict=False):
+    pairs = zip(first.tokens, again.tokens, first.best, again.best, strict=False)
+    for one, two, best, best_again in pairs:
         if one != two:
             gap = abs(best.get(one, math.inf) - best.get(two, -math.inf))
-            return "near tie" if gap < NEAR_TIE else "wrong"
+            return "near tie" if gap < TOLERANCE else "wrong"
+        if abs(best[one] - best_again[two]) > TOLERANCE:
+            return "wrong"
     return "same" if len(first.tokens) == len(again.tokens) else "wrong"
 
 
