@@ -157,6 +157,8 @@ class Traffic:
             "invalid": (4, self._invalid),
             "burst beyond the pool": (1, self._burst),
         }
+        # a short run sends each kind too
+        self._opening = list(self._kinds)
 
     async def run(self, seconds: float) -> None:
         """Send for a while, then wait for every answer."""
@@ -165,13 +167,18 @@ class Traffic:
 
         async def peer() -> None:
             while loop.time() < end:
-                kinds = list(self._kinds)
-                weights = [weight for weight, _ in self._kinds.values()]
-                (kind,) = self._random.choices(kinds, weights)
+                kind = self._next_kind()
                 self.tally.sent[kind] += 1
                 await self._guard(kind, self._kinds[kind][1]())
 
         await asyncio.gather(*(peer() for _ in range(NUM_PEERS)))
+
+    def _next_kind(self) -> str:
+        if self._opening:
+            return self._opening.pop()
+        weights = [weight for weight, _ in self._kinds.values()]
+        (kind,) = self._random.choices(list(self._kinds), weights)
+        return kind
 
     async def _guard(self, kind: str, action: Any) -> None:
         try:
