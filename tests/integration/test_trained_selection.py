@@ -42,7 +42,7 @@ def test_policy_comes_from_the_checkpoint(configure: Configure) -> None:
     windows = [2048, 64, 64, 2048]
     lists = {"prefill_loc_win_size_list": windows, "generate_win_loc_size_list": windows}
     config = configure(BY_LAYER | lists, attention_backend="sepllm")
-    assert config.additional_config["sepllm"] == {
+    expected = {
         "initial_tokens": 3,
         "window": 64,
         "separators": SEPARATORS,
@@ -50,6 +50,7 @@ def test_policy_comes_from_the_checkpoint(configure: Configure) -> None:
         "full_layers": [0, 3],
         "checkpoint_interval": 544,
     }
+    assert expected.items() <= config.additional_config["sepllm"].items()
 
 
 def test_what_the_user_sets_wins_with_a_warning(
