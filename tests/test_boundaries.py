@@ -20,10 +20,10 @@ ALLOWED = {
     f"{US}/checks.py": {"torch", f"{US}.kernels"},
     f"{US}/ops.py": {"torch", "numpy"}
     | {f"{US}.{part}" for part in ("policy", "checks", "reference", "kernels")},
-    f"{US}/integration": {"torch", "numpy", "packaging", "vllm"}
+    f"{US}/integration": {"torch", "numpy", "packaging", "vllm", "transformers"}
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
-    f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", *PUBLIC_VLLM}
-    | {f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"},
+    f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", "httpx", *PUBLIC_VLLM}
+    | {f"{US}.demo", f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"},
     f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
     | {f"{US}.{part}" for part in ("__version__", "config", "policy", "demo", "integration")},
     f"{US}/__main__.py": {f"{US}.cli"},

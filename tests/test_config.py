@@ -28,6 +28,7 @@ def test_unknown_key_is_refused_with_the_valid_ones() -> None:
     ("given", "message"),
     [
         ({"window": 15}, "window: Input should be greater than or equal to 16, got 15"),
+        ({"window": 2**30}, "window: Input should be less than or equal to 1073741823"),
         ({"window": "64"}, "window: Input should be a valid integer, got '64'"),
         ({"window": True}, "window: Input should be a valid integer, got True"),
         ({"initial_tokens": -1}, "initial_tokens: Input should be greater than or equal to 0"),

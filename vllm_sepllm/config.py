@@ -13,8 +13,10 @@ from vllm_sepllm.policy.visibility import Policy
 
 ADDITIONAL_CONFIG_KEY = "sepllm"
 MIN_WINDOW = 16
+# more tokens than any request has, and few enough that sums of them fit the kernels' 32 bits
+_MAX_TOKENS = 2**30 - 1
 
-Count = Annotated[StrictInt, Field(ge=0)]
+Count = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKENS)]
 
 
 class SepLLMConfig(BaseModel):
@@ -42,7 +44,7 @@ class SepLLMConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     initial_tokens: Count = 4
-    window: Annotated[StrictInt, Field(ge=MIN_WINDOW)] = 252
+    window: Annotated[StrictInt, Field(ge=MIN_WINDOW, le=_MAX_TOKENS)] = 252
     separators: (
         Literal["paper", "extended"]
         | tuple[StrictInt, ...]

@@ -62,10 +62,11 @@ def log_probabilities(path: Path, token_ids: Sequence[int], rule: Rule | None) -
     full = _bias(causal_mask(len(token_ids)))
     sparse = full if rule is None else _bias(sepllm_mask(token_ids, rule))
     handles = []
-    for index, layer in enumerate(model.model.layers):
+    attentions = [m for m in model.modules() if hasattr(m, "is_causal")]
+    for index, attention in enumerate(attentions):
         bias = full if rule is None or index in rule.full_layers else sparse
         handles.append(
-            layer.self_attn.register_forward_pre_hook(
+            attention.register_forward_pre_hook(
                 lambda _module, args, kwargs, bias=bias: (args, kwargs | {"attention_mask": bias}),
                 with_kwargs=True,
             )

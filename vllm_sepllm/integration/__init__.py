@@ -2,7 +2,7 @@
 
 
 def register() -> None:
-    """Announce our name to vLLM and watch for its selection; changes nothing until then.
+    """Announce our name and our model to vLLM and watch for our selection; no more until then.
 
     vLLM calls this in every process that it starts, possibly more than once. With a vLLM that we
     were not written for nothing is touched: whoever selects sepllm learns from vLLM that there is
@@ -15,9 +15,10 @@ def register() -> None:
     if reason := unsupported_vllm():
         logging.getLogger("vllm.plugins.sepllm").warning("sepllm is not available: %s", reason)
         return
-    from vllm_sepllm.integration import engine_args, selected
+    from vllm_sepllm.integration import engine_args, selected, trained_config
     from vllm_sepllm.integration.backend_name import register_backend_name
 
     register_backend_name()
     engine_args.install()
     selected.install()
+    trained_config.register_model()

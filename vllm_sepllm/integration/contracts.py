@@ -7,6 +7,7 @@ names what moved before any model is loaded. An entry goes with the last use of 
 from vllm_sepllm.integration.contract import Contract, fields
 from vllm_sepllm.integration.contracts_caching import CACHING
 from vllm_sepllm.integration.contracts_gpu import GPU
+from vllm_sepllm.integration.contracts_trained import TRAINED
 
 _CONFIG = "vllm.config"
 _CACHE_CONFIG = f"{_CONFIG}.cache:CacheConfig"
@@ -60,7 +61,7 @@ SELECTION = (
     *fields(_SCHEDULER_CONFIG, "switched back off", "disable_hybrid_kv_cache_manager"),
     *fields(_PARALLEL_CONFIG, "read and written", "worker_cls", "pipeline_parallel_size"),
     *fields(_CACHE_CONFIG, "read", "block_size"),
-    *fields(_MODEL_CONFIG, "read", "max_model_len"),
+    *fields(_MODEL_CONFIG, "read", "max_model_len", "hf_config"),
     Contract(f"{_MODEL_CONFIG}.get_vocab_size", "called: bound of token ids", ()),
     Contract(f"{_MODEL_CONFIG}.get_total_num_hidden_layers", "called: range of full_layers", ()),
 )
@@ -285,4 +286,14 @@ CPU = (
     Contract("vllm.v1.worker.utils:AttentionGroup.metadata_builders", "read"),
 )
 
-CONTRACTS = (*SELECTION, *REFUSALS, *LAYERS, *CACHE, *CACHING, *ATTENTION, *CPU, *GPU)
+CONTRACTS = (
+    *SELECTION,
+    *TRAINED,
+    *REFUSALS,
+    *LAYERS,
+    *CACHE,
+    *CACHING,
+    *ATTENTION,
+    *CPU,
+    *GPU,
+)

@@ -20,6 +20,7 @@ from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration import refusals
 from vllm_sepllm.integration.backend_name import WRAPPED_BACKENDS, register_backend_name
 from vllm_sepllm.integration.resolve import apply_selection
+from vllm_sepllm.integration.trained_config import check_served_as_trained
 
 # The default of vLLM's CPU platform is 128, in which a compact cache wastes 64 entries on average.
 # 32 is the smallest size for its kernels.
@@ -45,7 +46,9 @@ def _create_engine_config(
 ) -> VllmConfig:
     if not _is_selected(engine_args):
         refusals.check_not_selected(engine_args)
-        return original(engine_args, *args, **kwargs)
+        vllm_config = original(engine_args, *args, **kwargs)
+        check_served_as_trained(vllm_config)
+        return vllm_config
     refusals.check_engine_args(engine_args)
     with _selection_applied(engine_args):
         vllm_config = original(engine_args, *args, **kwargs)

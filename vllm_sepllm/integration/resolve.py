@@ -6,6 +6,7 @@ from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
+from vllm_sepllm.integration.trained_config import with_trained_policy
 from vllm_sepllm.policy.separators import separator_ids
 
 # vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
@@ -26,7 +27,9 @@ def apply_selection(vllm_config: VllmConfig) -> None:
     model_config = vllm_config.model_config
     additional_config = vllm_config.additional_config
     assert isinstance(additional_config, dict), "refusals.check_engine_args lets only a dict pass"
-    given = SepLLMConfig.from_additional_config(additional_config)
+    given = with_trained_policy(
+        SepLLMConfig.from_additional_config(additional_config), model_config
+    )
     resolved = given.resolve(
         separator_ids=_separator_ids(given, model_config),
         num_layers=model_config.get_total_num_hidden_layers(),

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
+# what has been run; docs/upgrading-vllm.md: how to check another, what is known of 0.33
 MIN_VLLM = Version("0.32")
 END_VLLM = Version("0.33")
 

@@ -82,7 +82,8 @@ def visible_mask(policy: Policy, is_separator: BoolArray) -> BoolArray:
         counted = is_separator & (np.arange(num_tokens) >= policy.initial_tokens)
         # rank of a separator: separators at positions in [a, j); num_left: those in [a, i-n]
         rank: IntArray = np.cumsum(counted) - counted
-        num_left = np.concatenate([np.zeros(policy.window, np.int64), np.cumsum(counted)])
+        num_inside = min(policy.window, num_tokens)
+        num_left = np.concatenate([np.zeros(num_inside, np.int64), np.cumsum(counted)])
         too_old = rank[None, :] < num_left[:num_tokens, None] - policy.max_separators
         kept &= ~(is_far & too_old)
     mask: BoolArray = kept & (key <= query)

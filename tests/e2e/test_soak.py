@@ -1,0 +1,25 @@
+"""A short soak run (vllm_sepllm/bench/soak.py); a longer one is for people."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_a_server_survives_random_traffic(four_layers_path: Path) -> None:
+    """Proves, over a served engine with a pool of four long requests: no fault, no lost or wrong
+    answer (each against its replay from scratch), and no block held whenever nothing runs."""
+    command = [sys.executable, "-m", "vllm_sepllm.bench.soak", "--model", str(four_layers_path)]
+    done = subprocess.run(
+        [*command, "--minutes", "0.3", "--seed", "1"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert len(report["sent"]) == 7, "each kind of request"
+    assert report["replayed"] >= 15  # a burst is twelve
+    assert report["near_ties"] <= report["replayed"] / 10

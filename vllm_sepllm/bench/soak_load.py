@@ -1,0 +1,267 @@
+"""Random requests for a server, and whether two answers to one request agree."""
+
+import asyncio
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+MODEL_NAME = "soak"
+MAX_MODEL_LEN = 2048
+MAX_NEW_TOKENS = 48
+NUM_PEERS = 6
+BURST = 12
+ANSWER_SECONDS = 240
+# between batches of other sizes float32 sums differ by less than 1e-4 in a log-probability
+TOLERANCE = 1e-3
+SEPARATOR_SHARE = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Greedy, exactly ``max_tokens`` long."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class Answer:
+    """Per position: the token as vLLM names it, and the log-probabilities of the best two."""
+
+    tokens: list[str] = field(default_factory=list)
+    best: list[dict[str, float]] = field(default_factory=list)
+
+
+class ServerFault(Exception):
+    """The server did what it must not do."""
+
+
+def verdict(first: Answer, again: Answer) -> str:
+    """``same``, ``wrong``, or ``near tie``: they part at a token that float noise may decide."""
+    pairs = zip(first.tokens, again.tokens, first.best, again.best, strict=False)
+    for one, two, best, best_again in pairs:
+        if one != two:
+            gap = abs(best.get(one, math.inf) - best.get(two, -math.inf))
+            return "near tie" if gap < TOLERANCE else "wrong"
+        if abs(best[one] - best_again[two]) > TOLERANCE:
+            return "wrong"
+    return "same" if len(first.tokens) == len(again.tokens) else "wrong"
+
+
+class Client:
+    """Speaks to a served model as strangers do, streams closed half-way included."""
+
+    def __init__(self, base_url: str) -> None:
+        limits = httpx.Limits(max_connections=None)
+        self._http = httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS, limits=limits)
+        self._url = f"{base_url}/completions"
+        self._salt = 0
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._http.aclose()
+
+    def fresh_salt(self) -> str:
+        """For a request that must find nothing in the prefix cache."""
+        self._salt += 1
+        return f"replay-{self._salt}"
+
+    async def ask(
+        self, request: Request, *, stop_after: int | None = None, salt: str | None = None
+    ) -> Answer:
+        """The answer, or its beginning: the connection is cut after ``stop_after`` pieces.
+
+        Raises:
+            ServerFault: if the status is not 200, the stream breaks off or is too short.
+        """
+        body: dict[str, Any] = {
+            "model": MODEL_NAME,
+            "prompt": list(request.prompt),
+            "max_tokens": request.max_tokens,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "logprobs": 2,
+            "return_tokens_as_token_ids": True,
+            "stream": True,
+        }
+        if salt is not None:
+            body["cache_salt"] = salt
+        answer = Answer()
+        async with self._http.stream("POST", self._url, json=body) as response:
+            if response.status_code != 200:
+                text = (await response.aread()).decode(errors="replace")
+                raise ServerFault(f"status {response.status_code}: {text[:300]}")
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    _add(answer, json.loads(line.removeprefix("data: ")))
+                if stop_after is not None and len(answer.tokens) >= stop_after:
+                    return answer
+        if len(answer.tokens) != request.max_tokens:
+            raise ServerFault(f"{len(answer.tokens)} tokens instead of {request.max_tokens}")
+        return answer
+
+    async def is_refused(self, content: bytes) -> bool:
+        """Whether a wrong body gets a 4xx."""
+        headers = {"content-type": "application/json"}
+        response = await self._http.post(self._url, content=content, headers=headers)
+        return 400 <= response.status_code < 500
+
+
+def _add(answer: Answer, event: dict[str, Any]) -> None:
+    if "error" in event:
+        raise ServerFault(f"in mid-stream: {str(event['error'])[:300]}")
+    for choice in event["choices"]:
+        logprobs = choice["logprobs"] or {"tokens": [], "top_logprobs": []}
+        answer.tokens += logprobs["tokens"]
+        answer.best += logprobs["top_logprobs"]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was sent and what came back.
+
+    Attributes:
+        sent: kind of request -> number.
+        finished: answers that are not checked yet.
+        faults: what the server must not do, one line each.
+    """
+
+    sent: Counter[str] = field(default_factory=Counter)
+    finished: list[tuple[Request, Answer]] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+class Traffic:
+    """Peers that send random requests; the same seed sends the same ones."""
+
+    def __init__(self, client: Client, vocab_size: int, separators: list[int], seed: int) -> None:
+        self._client = client
+        self._vocab_size = vocab_size
+        self._separators = separators
+        self._random = random.Random(seed)
+        self._earlier: list[tuple[int, ...]] = []
+        self.tally = Tally()
+        # kind -> (how often, what it does)
+        self._kinds: dict[str, tuple[int, Callable[[], Any]]] = {
+            "plain": (8, self._plain),
+            "prefix reuse": (6, self._prefix_reuse),
+            "repeated prompt": (3, self._repeated),
+            "disconnect in mid-answer": (4, self._disconnect),
+            "abort before the first token": (4, self._abort),
+            "invalid": (4, self._invalid),
+            "burst beyond the pool": (1, self._burst),
+        }
+        # a short run sends each kind too
+        self._opening = list(self._kinds)
+
+    async def run(self, seconds: float) -> None:
+        """Send for a while, then wait for every answer."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+
+        async def peer() -> None:
+            while loop.time() < end:
+                kind = self._next_kind()
+                self.tally.sent[kind] += 1
+                await self._guard(kind, self._kinds[kind][1]())
+
+        await asyncio.gather(*(peer() for _ in range(NUM_PEERS)))
+
+    def _next_kind(self) -> str:
+        if self._opening:
+            return self._opening.pop()
+        weights = [weight for weight, _ in self._kinds.values()]
+        (kind,) = self._random.choices(list(self._kinds), weights)
+        return kind
+
+    async def _guard(self, kind: str, action: Any) -> None:
+        try:
+            await action
+        except (ServerFault, httpx.HTTPError, json.JSONDecodeError) as error:
+            self.tally.faults.append(f"{kind}: {type(error).__name__} {error}")
+
+    # ------------------------------------------------------------------ prompts
+
+    def _tokens(self, num_tokens: int) -> tuple[int, ...]:
+        pick = self._random
+        return tuple(
+            pick.choice(self._separators)
+            if pick.random() < SEPARATOR_SHARE
+            else pick.randrange(self._vocab_size)
+            for _ in range(num_tokens)
+        )
+
+    def _request(self, prompt: tuple[int, ...]) -> Request:
+        self._earlier = [*self._earlier[-20:], prompt]
+        return Request(prompt, self._random.randint(1, MAX_NEW_TOKENS))
+
+    def _length(self) -> int:
+        """Short and long ones alike: uniform in the exponent."""
+        longest = MAX_MODEL_LEN - MAX_NEW_TOKENS
+        return min(longest, round(math.exp(self._random.uniform(0.0, math.log(longest)))))
+
+    async def _answer(self, request: Request) -> None:
+        self.tally.finished.append((request, await self._client.ask(request)))
+
+    # ------------------------------------------------------------------ kinds of requests
+
+    async def _plain(self) -> None:
+        await self._answer(self._request(self._tokens(self._length())))
+
+    async def _prefix_reuse(self) -> None:
+        base = self._random.choice(self._earlier or [self._tokens(300)])
+        kept = base[: self._random.randint(1, len(base))]
+        room = MAX_MODEL_LEN - MAX_NEW_TOKENS - len(kept)
+        tail = self._tokens(self._random.randint(0, min(200, room)))
+        await self._answer(self._request(kept + tail))
+
+    async def _repeated(self) -> None:
+        await self._answer(self._request(self._random.choice(self._earlier or [self._tokens(99)])))
+
+    async def _disconnect(self) -> None:
+        request = self._request(self._tokens(self._length()))
+        await self._client.ask(request, stop_after=self._random.randint(1, request.max_tokens))
+
+    async def _abort(self) -> None:
+        request = self._request(self._tokens(self._length()))
+        task = asyncio.create_task(self._client.ask(request))
+        await asyncio.wait([task], timeout=self._random.uniform(0.0, 0.3))
+        if not task.cancel():
+            self.tally.finished.append((request, task.result()))
+            return
+        await asyncio.wait([task])
+
+    async def _burst(self) -> None:
+        longest = MAX_MODEL_LEN - MAX_NEW_TOKENS
+        lengths = [self._random.randint(longest // 2, longest) for _ in range(BURST)]
+        requests = [self._request(self._tokens(n)) for n in lengths]
+        await asyncio.gather(*(self._guard("burst", self._answer(r)) for r in requests))
+
+    async def _invalid(self) -> None:
+        prompt = list(self._tokens(20))
+        wrong: dict[str, Any] = self._random.choice(
+            [
+                {"max_tokens": -1},
+                {"temperature": -1.0},
+                {"top_p": 2.0},
+                {"n": 0},
+                {"model": "no-such-model"},
+                {"prompt": {"text": 1}},
+                {"prompt": [self._vocab_size + 10**6]},
+                {"prompt": prompt * MAX_MODEL_LEN},
+                {"min_tokens": 9, "max_tokens": 8},
+                {"stream": "perhaps"},
+            ]
+        )
+        body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 4, "temperature": 0.0}
+        content = json.dumps(body | wrong).encode()
+        if self._random.random() < 0.1:
+            content, wrong = content[:-9], {"cut off": True}
+        if not await self._client.is_refused(content):
+            self.tally.faults.append(f"invalid: {str(wrong)[:80]} was not refused with 4xx")
