@@ -79,7 +79,7 @@ def test_selected_engine_is_ours_and_exact(
     the tokens are those of the mask, which full attention would not give."""
     report = reports[f"{how} {processes}"].result()
     assert report.scheduler == "SepLLMScheduler"
-    assert report.worker == "SepLLMCPUWorker"
+    assert report.workers == ["SepLLMCPUWorker"]
     assert len(report.layers) == 2
     for impl, backend, spec in report.layers.values():
         assert (impl, backend) == ("SepLLMCPUImpl", "SepLLMCPUBackend")
@@ -102,7 +102,7 @@ def test_engine_without_selection_is_stock(reports: dict[str, Future[Report]], m
     changed = {name for name in stock.config if stock.config[name] != ours.config[name]}
     assert changed <= PROCESS_FIELDS
     assert stock.scheduler == ours.scheduler == "Scheduler"
-    assert stock.worker == ours.worker == "CPUWorker"
+    assert stock.workers == ours.workers == ["CPUWorker"]
     assert stock.layers == ours.layers
     assert stock.tokens == ours.tokens
     for prompt, tokens in zip(prompts(), stock.tokens, strict=True):

@@ -274,7 +274,11 @@ CPU = (
     Contract(
         f"{_WORKER}.initialize_from_config", "overridden: binds builders", ("kv_cache_config",)
     ),
-    Contract(f"{_WORKER}.execute_model", "overridden: hands on the plan", ("scheduler_output",)),
+    Contract(
+        f"{_RUNNER}.execute_model",
+        "wrapped: hands on the plan; the worker and the Ray executor call it",
+        ("scheduler_output", "intermediate_tensors"),
+    ),
     *fields("vllm.v1.worker.worker_base:WorkerBase", "read", "vllm_config"),
     *fields("vllm.v1.worker.cpu_worker:CPUWorker", "read", "model_runner"),
     *fields(_RUNNER, "read: which request is in which row, and our builders", "attn_groups"),
