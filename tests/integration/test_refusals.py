@@ -60,6 +60,24 @@ def test_models(models: Models, kind: str, arguments: dict[str, Any], what: str)
     check_sentence(refusal(models(kind), **arguments), what, ELSEWHERE)
 
 
+def test_multimodal(models: Models) -> None:
+    """Images and speech are refused; text through the same model is not."""
+    text = refusal(models("qwen2-audio"))
+    check_sentence(text, "images, audio and video", "add --language-model-only")
+    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
+    model = models("qwen2-audio")
+    args = EngineArgs(model=model, language_model_only=True, **(ARGUMENTS | given))
+    assert args.create_engine_config().scheduler_config.scheduler_cls is not None
+
+
+def test_sleep_mode(models: Models) -> None:
+    """Stock vLLM refuses it on CPUs, and is left to."""
+    for selected in ({}, {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}):
+        args = EngineArgs(model=models("llama"), enable_sleep_mode=True, **(ARGUMENTS | selected))
+        with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+            args.create_engine_config()
+
+
 SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     ({"enable_prompt_embeds": True}, "prompt embeddings", "remove --enable-prompt-embeds"),
     (

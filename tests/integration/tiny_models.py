@@ -97,6 +97,16 @@ def _mamba() -> Any:
     return config
 
 
+def _qwen2_audio() -> Any:
+    """Speech before text."""
+    config = transformers.Qwen2AudioConfig(
+        text_config=_qwen2(),
+        audio_config={"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2},
+    )
+    config.architectures = ["Qwen2AudioForConditionalGeneration"]
+    return config
+
+
 def _gemma2() -> Any:
     """Alternating sliding and full layers, scores bounded by tanh."""
     return _config(
@@ -226,6 +236,7 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "deepseek": _deepseek,
     "whisper": _whisper,
     "mamba": _mamba,
+    "qwen2-audio": _qwen2_audio,
     "gemma2": _gemma2,
     "mistral": _mistral,
     "bloom": _bloom,
@@ -262,13 +273,15 @@ def write_weights(kind: str, folder: Path) -> Path:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Give the model in ``folder`` one word a token: ``w0`` to ``w127``. A server needs some."""
-    words = tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0")
-    tokenizer = tokenizers.Tokenizer(words)
+    """Give the model in ``folder`` a word a token, in text parted by blanks.
+
+    SEPARATORS are punctuation, which every rule finds; other tokens are ``w0`` to ``w127``.
+    """
+    vocabulary = {f"w{i}": i for i in range(128) if i not in SEPARATORS}
+    vocabulary |= dict(zip(".,;", SEPARATORS, strict=True))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="w0", eos_token="w1"
-    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1")
     fast.save_pretrained(folder)
 
 

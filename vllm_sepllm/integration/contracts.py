@@ -69,8 +69,9 @@ REFUSALS = (
         _MODEL_CONFIG,
         "refused if on",
         *("runner_type", "is_encoder_decoder", "use_mla", "is_hybrid", "is_attention_free"),
-        *("is_mm_prefix_lm", "rswa_window", "enable_prompt_embeds", "dtype"),
+        *("is_mm_prefix_lm", "rswa_window", "enable_prompt_embeds", "dtype", "multimodal_config"),
     ),
+    *fields(f"{_CONFIG}.multimodal:MultiModalConfig", "not refused if on", "language_model_only"),
     *fields(
         _VLLM_CONFIG,
         "refused if on",
