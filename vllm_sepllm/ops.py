@@ -15,6 +15,7 @@ __all__ = [
     "PagedCache",
     "PrefillMetadata",
     "SpillTable",
+    "entry_slots",
     "prefill",
     "prefill_tile_tokens",
     "spill",
@@ -127,6 +128,60 @@ def spill(
     from vllm_sepllm.kernels import spill as kernel
 
     return kernel.launch(table, src, dst)
+
+
+def entry_slots(
+    entries: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    out: torch.Tensor,
+    *,
+    impl: Impl = "triton",
+) -> None:
+    """Where compact entries lie in the paged cache: slot = block_id * block_size + offset.
+
+    Args:
+        entries: [2, num_entries] int64: row of the block table, then compact index; a negative
+            index stands for no entry.
+        block_table: [num_rows, max_blocks] int32, rows contiguous.
+        block_size: tokens a block.
+        out: [num_entries] int64; -1 where there is no entry.
+        impl: which implementation runs; there is no silent fallback.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device.
+
+    Rows and indices are not range-checked: reading them would stall the device.
+    """
+    if entries.dim() != 2 or entries.shape[0] != 2 or entries.dtype != torch.int64:
+        raise ValueError(
+            f"entries must be int64 [2, num_entries], got {entries.dtype} {tuple(entries.shape)}"
+        )
+    if out.shape != entries.shape[1:] or out.dtype != torch.int64:
+        raise ValueError(
+            f"out must be int64 [{entries.shape[1]}], got {out.dtype} {tuple(out.shape)}"
+        )
+    if not (entries.is_contiguous() and out.is_contiguous()):
+        raise ValueError("entries and out must be contiguous")
+    _check_block_table("block_table", block_table)
+    for name, tensor in (("block_table", block_table), ("out", out)):
+        if tensor.device != entries.device:
+            raise ValueError(f"{name} is on {tensor.device}, entries on {entries.device}")
+    if impl == "reference":
+        from vllm_sepllm import reference
+
+        return reference.entry_slots(entries, block_table, block_size, out)
+    from vllm_sepllm.kernels import slots as kernel
+
+    return kernel.launch(entries, block_table, block_size, out)
+
+
+def _check_block_table(name: str, table: torch.Tensor) -> None:
+    if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
+        raise ValueError(
+            f"{name} must be int32 [num_rows, max_blocks] with contiguous rows, got "
+            f"{table.dtype} {tuple(table.shape)}"
+        )
 
 
 def prefill(
@@ -271,11 +326,7 @@ def _check_logits_and_tables(
     query: torch.Tensor, cache: PagedCache, metadata: PrefillMetadata, logits: Logits
 ) -> None:
     table, sinks = cache.block_table, logits.sinks
-    if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
-        raise ValueError(
-            "cache.block_table must be int32 [num_rows, max_blocks] with contiguous rows, got "
-            f"{table.dtype} {tuple(table.shape)}"
-        )
+    _check_block_table("cache.block_table", table)
     if sinks is not None and (sinks.shape != (query.shape[1],) or not sinks.is_contiguous()):
         raise ValueError(f"logits.sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
     if logits.soft_cap < 0:

@@ -18,6 +18,18 @@ def spill(caches: Sequence[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) 
             cache[target // block_size, :, target % block_size] = row
 
 
+def entry_slots(
+    entries: torch.Tensor, block_table: torch.Tensor, block_size: int, out: torch.Tensor
+) -> None:
+    """Oracle of :func:`vllm_sepllm.ops.entry_slots`."""
+    for index, (row, compact) in enumerate(zip(*entries.tolist(), strict=True)):
+        if compact < 0:
+            out[index] = -1
+        else:
+            block_id = int(block_table[row, compact // block_size])
+            out[index] = block_id * block_size + compact % block_size
+
+
 def prefill(
     query: torch.Tensor,
     key: torch.Tensor,

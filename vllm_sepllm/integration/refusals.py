@@ -54,10 +54,10 @@ def check_engine_args(engine_args: EngineArgs) -> None:
             f"sepllm needs its own worker, which wraps the attention layers, but "
             f"worker_cls={engine_args.worker_cls!r} is set; remove it or do not select sepllm"
         )
-    if not current_platform.is_cpu():
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError(
-            f"sepllm runs on vLLM's CPU platform only so far, this is "
-            f"{current_platform.device_name}; serve without --attention-backend sepllm"
+            f"sepllm runs on CUDA, ROCm and x86 CPUs, this is {current_platform.device_name}; "
+            "serve without --attention-backend sepllm"
         )
 
 
@@ -149,7 +149,7 @@ def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "splitting a batch into micro-batches: remove --enable-dbo and --ubatch-size",
         ),
         (
-            vllm_config.use_v2_model_runner,
+            current_platform.is_cpu() and vllm_config.use_v2_model_runner,
             "vLLM's Model Runner V2 on CPU yet: unset VLLM_USE_V2_MODEL_RUNNER",
         ),
     ]
@@ -174,16 +174,19 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "fast prefill with KV sharing: remove --kv-sharing-fast-prefill",
         ),
         (
-            is_quantized_kv_cache(cache.cache_dtype),
-            f"a quantised KV cache yet ({cache.cache_dtype}): remove --kv-cache-dtype",
+            is_quantized_kv_cache(cache.cache_dtype)
+            and (current_platform.is_cpu() or cache.cache_dtype not in ("fp8", "fp8_e4m3")),
+            f"a KV cache in {cache.cache_dtype}: remove --kv-cache-dtype"
+            + ("" if current_platform.is_cpu() else ", or set it to fp8"),
         ),
         (
-            kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
+            current_platform.is_cpu()
+            and kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
             f"a KV cache in {cache.cache_dtype} for a model in {model.dtype}, which vLLM's CPU "
             "kernels misread: remove --kv-cache-dtype",
         ),
         (
-            cache.block_size % 32 != 0,
+            current_platform.is_cpu() and cache.block_size % 32 != 0,
             f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
             "tokens: set --block-size 32, or leave it out",
         ),

@@ -2,6 +2,7 @@
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
@@ -13,6 +14,7 @@ logger = init_logger("vllm.plugins.sepllm")
 _SCHEDULER = "vllm_sepllm.integration.scheduler.SepLLMScheduler"
 _ASYNC_SCHEDULER = "vllm_sepllm.integration.scheduler.SepLLMAsyncScheduler"
 _CPU_WORKER = "vllm_sepllm.integration.cpu.worker.SepLLMCPUWorker"
+_GPU_WORKER = "vllm_sepllm.integration.gpu.worker.SepLLMGPUWorker"
 
 
 def apply_selection(vllm_config: VllmConfig) -> None:
@@ -43,7 +45,9 @@ def apply_selection(vllm_config: VllmConfig) -> None:
     scheduler_config.scheduler_cls = (
         _ASYNC_SCHEDULER if scheduler_config.async_scheduling else _SCHEDULER
     )
-    vllm_config.parallel_config.worker_cls = _CPU_WORKER
+    vllm_config.parallel_config.worker_cls = (
+        _CPU_WORKER if current_platform.is_cpu() else _GPU_WORKER
+    )
     _log(given, resolved, vllm_config)
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlan
-from vllm_sepllm.policy.visibility import BoolArray, IntArray
+from vllm_sepllm.policy.plan import BatchRows, StepPlan
 
 # vLLM's SchedulerOutput has no field for plugins; it is a plain dataclass, so an attribute of our
 # own travels with it through every executor's pickling.
@@ -20,24 +19,22 @@ def attach_plan(scheduler_output: SchedulerOutput, plan: StepPlan) -> None:
     setattr(scheduler_output, _PLAN_ATTRIBUTE, plan)
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRows:
-    """The plan in the order of the model runner's batch; arrays are [num_requests]."""
-
-    start: IntArray
-    num_spilled: IntArray
-    spills: BoolArray
-    separators: tuple[IntArray | None, ...]
-    snapshots: tuple[tuple[PlannedSnapshot, ...], ...]
-
-
 class CurrentStep:
     """What the builders of one worker may ask about the step that is being executed."""
 
-    def __init__(self, request_ids: Callable[[], Sequence[str]]) -> None:
-        """``request_ids`` gives the request of each row of the runner's batch."""
-        self._request_ids = request_ids
+    def __init__(self) -> None:
         self._plan: StepPlan | None = None
+        self._afterwards: list[Callable[[], None]] = []
+        self._is_warm_up = False
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Accept steps that the worker makes up itself: they have requests, but no scheduler."""
+        self._is_warm_up = True
+        try:
+            yield
+        finally:
+            self._is_warm_up = False
 
     @contextmanager
     def of(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
@@ -47,7 +44,10 @@ class CurrentStep:
             RuntimeError: if tokens are scheduled without a plan: another scheduler is at work.
         """
         plan = getattr(scheduler_output, _PLAN_ATTRIBUTE, None)
-        if plan is None and scheduler_output.total_num_scheduled_tokens > 0:
+        is_run = scheduler_output.total_num_scheduled_tokens > 0
+        if plan is None and is_run and self._is_warm_up:
+            plan = _warm_up_plan(scheduler_output)
+        if plan is None and is_run:
             raise RuntimeError(
                 "sepllm's worker got a step without a plan: the engine does not run "
                 "SepLLMScheduler; select sepllm through EngineArgs, vllm.LLM or vllm serve"
@@ -55,23 +55,56 @@ class CurrentStep:
         self._plan = plan
         try:
             yield
+            for work in self._afterwards:
+                work()
         finally:
             self._plan = None
+            self._afterwards = []
+
+    def plan_runs_of(self, runner: Any) -> None:
+        """Make the plan current whenever the model runner executes a step of the scheduler's.
+
+        Not when the worker does: vLLM's Ray executor with compiled graphs calls the runner itself.
+        """
+        execute_model = runner.execute_model
+
+        def execute_model_with_plan(
+            scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
+        ) -> Any:
+            if dummy_run:  # Model Runner V2 makes up a step to warm up with
+                return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+            with self.of(scheduler_output):
+                return execute_model(scheduler_output, *args, **kwargs)
+
+        runner.execute_model = execute_model_with_plan
+
+    def afterwards(self, work: Callable[[], None]) -> None:
+        """Do ``work`` once the step's forward has been launched."""
+        self._afterwards.append(work)
 
     @property
     def is_dummy(self) -> bool:
         """Whether vLLM runs the model without requests: profiling, warm-up, graph capture."""
         return self._plan is None
 
-    def rows(self, num_requests: int) -> BatchRows:
-        """The plan of the batch's first ``num_requests`` rows."""
-        plan = self._plan
-        assert plan is not None, "there is no plan outside a step"
-        order = np.array([plan.rows[r] for r in self._request_ids()[:num_requests]], dtype=np.int64)
-        return BatchRows(
-            start=plan.start[order],
-            num_spilled=plan.num_spilled[order],
-            spills=plan.spills[order],
-            separators=tuple(plan.separators.get(row) for row in order.tolist()),
-            snapshots=tuple(plan.snapshots.get(row, ()) for row in order.tolist()),
-        )
+    def rows(self, request_ids: Sequence[str]) -> BatchRows:
+        """The plan of these requests, in the order of the batch."""
+        assert self._plan is not None, "there is no plan outside a step"
+        return self._plan.of(request_ids)
+
+
+def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:
+    """The plan of requests without a separator (vLLM: v1/worker/gpu/warmup.py makes such steps)."""
+    cached = scheduler_output.scheduled_cached_reqs
+    start = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    start |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    names = list(scheduler_output.num_scheduled_tokens)
+    nothing = np.zeros(0, dtype=np.int64)
+    return StepPlan(
+        rows={name: row for row, name in enumerate(names)},
+        start=np.array([start[name] for name in names], dtype=np.int64),
+        num_spilled=np.zeros(len(names), dtype=np.int64),
+        spills=np.zeros(len(names), dtype=np.bool_),
+        separators={row: nothing for row in range(len(names))},
+        snapshots={},
+    )

@@ -44,6 +44,28 @@ class StepPlan:
     separators: dict[int, IntArray]
     snapshots: dict[int, tuple[PlannedSnapshot, ...]]
 
+    def of(self, request_ids: Sequence[str]) -> "BatchRows":
+        """The rows of these requests, in their order."""
+        order = np.array([self.rows[r] for r in request_ids], dtype=np.int64)
+        return BatchRows(
+            start=self.start[order],
+            num_spilled=self.num_spilled[order],
+            spills=self.spills[order],
+            separators=tuple(self.separators.get(row) for row in order.tolist()),
+            snapshots=tuple(self.snapshots.get(row, ()) for row in order.tolist()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The plan in the order of a model runner's batch; arrays are [num_requests]."""
+
+    start: IntArray
+    num_spilled: IntArray
+    spills: BoolArray
+    separators: tuple[IntArray | None, ...]
+    snapshots: tuple[tuple[PlannedSnapshot, ...], ...]
+
 
 @dataclass(slots=True)
 class StepPlanBuilder:

@@ -1,5 +1,6 @@
 """Turns the step's plan into slots, compact lengths and query tiles."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,9 @@ from vllm_sepllm.integration.cpu.metadata import (
     TileTensors,
 )
 from vllm_sepllm.integration.spec import SepLLMSpec
-from vllm_sepllm.integration.steps import BatchRows, CurrentStep
+from vllm_sepllm.integration.steps import CurrentStep
 from vllm_sepllm.policy import checkpoint, decode, layout, prefill
+from vllm_sepllm.policy.plan import BatchRows
 from vllm_sepllm.policy.visibility import BoolArray, IntArray
 
 # the fastest of 64 to 512 for prefill at 8K with the window of 256 (2 cores, bf16 and fp32)
@@ -46,9 +48,10 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         )
         self._step: CurrentStep | None = None
 
-    def bind(self, step: CurrentStep) -> None:
-        """Say where the plan of each step is found; the worker does so before the first."""
+    def bind(self, step: CurrentStep, request_ids: Callable[[], Sequence[str]]) -> None:
+        """Say where the plan of each step is and whose rows the runner's batch has."""
         self._step = step
+        self._request_ids = request_ids
 
     def build(  # type: ignore[override]  # the metadata of this backend, not of the wrapped one
         self,
@@ -61,7 +64,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         if self._step.is_dummy:
             return None
         common = common_attn_metadata
-        rows = self._step.rows(common.num_reqs)
+        rows = self._step.rows(self._request_ids()[: common.num_reqs])
         first = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
         block_table = common.block_table_tensor.numpy()
         num_new = np.diff(first)

@@ -1,10 +1,8 @@
 """vLLM's CPU worker with SepLLM layers in the model."""
 
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -38,25 +36,10 @@ class SepLLMCPUWorker(CPUWorker):
         # vLLM sorts a batch if one of the worker's builders asks for it; a pipeline stage without
         # a SepLLM layer has to sort alike, or the rows of two stages do not match
         runner.reorder_batch_threshold = SepLLMCPUMetadataBuilder.reorder_batch_threshold
-        step = CurrentStep(lambda: runner.input_batch.req_ids)
-        runner.execute_model = _with_plan(step, runner.execute_model)
+        step = CurrentStep()
+        step.plan_runs_of(runner)
         for groups in runner.attn_groups:
             for group in groups:
                 for builder in group.metadata_builders:
                     if isinstance(builder, SepLLMCPUMetadataBuilder):
-                        builder.bind(step)
-
-
-def _with_plan(step: CurrentStep, execute_model: Callable[..., Any]) -> Callable[..., Any]:
-    """The runner's execute_model with the step's plan at hand.
-
-    Not the worker's: vLLM's Ray executor with compiled graphs calls the runner directly.
-    """
-
-    def execute_model_with_plan(
-        scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
-    ) -> Any:
-        with step.of(scheduler_output):
-            return execute_model(scheduler_output, *args, **kwargs)
-
-    return execute_model_with_plan
+                        builder.bind(step, lambda: runner.input_batch.req_ids)

@@ -1,0 +1,112 @@
+"""The GPU path end to end in Triton's interpreter: exact, whoever runs the model."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.e2e.oracle import Rule, log_probabilities
+from tests.gpu.interpreted_engine import Report, run
+from tests.integration.tiny_models import SEPARATORS, write_weights
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+POLICY = {"initial_tokens": 3, "window": 29, "separators": [*SEPARATORS, 17, 19, 23, 29, 31]}
+MAX_TOKENS = 24
+# float32 on both sides; what remains is the order of sums, as in tests/e2e/test_oracle.py
+TOLERANCE = 1e-3
+
+
+def prompts(*lengths: int) -> list[list[int]]:
+    """Most are several times the window; one token in sixteen is a separator."""
+    numbers = random.Random(0)
+    return [[numbers.randrange(2, 128) for _ in range(length)] for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights("llama", tmp_path_factory.mktemp("llama"))
+
+
+def rule(**policy: Any) -> Rule:
+    merged = POLICY | policy
+    return Rule(
+        initial_tokens=merged["initial_tokens"],
+        window=merged["window"],
+        separator_ids=frozenset(merged["separators"]),
+        max_separators=merged.get("max_separators"),
+        full_layers=frozenset(merged.get("full_layers", ())),
+    )
+
+
+def check(path: Path, rounds: list[list[list[int]]], report: Report, wanted: Rule) -> None:
+    """Every token and log-probability is the oracle's, and full attention's are others."""
+    num_unlike_full = 0
+    for asked, answered in zip(rounds, report.rounds, strict=True):
+        for prompt, tokens, logprobs in zip(
+            asked, answered.tokens, answered.logprobs, strict=True
+        ):
+            assert len(tokens) == MAX_TOKENS
+            chosen = torch.tensor(tokens)
+            for reference in (wanted, None):
+                every = log_probabilities(path, (prompt + tokens)[:-1], reference)
+                every = every[len(prompt) - 1 :]
+                if reference is None:
+                    num_unlike_full += int((every.argmax(dim=-1) != chosen).sum())
+                    continue
+                own = every[torch.arange(len(chosen)), chosen]
+                assert every.argmax(dim=-1).tolist() == tokens
+                assert float((own - torch.tensor(logprobs)).abs().max()) < TOLERANCE
+    assert num_unlike_full > 0
+
+
+def arguments(model: Path, policy: dict[str, Any], **llm: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "attention_backend": "sepllm",
+        "additional_config": {"sepllm": POLICY | policy},
+        "max_num_batched_tokens": 96,
+        **llm,
+    }
+
+
+def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
+    """Proves builder, kernels and checkpoints under Model Runner V2, with a tail that wraps.
+
+    Chunks of 96 tokens of up to three requests at once; the second round continues the first.
+    """
+    policy = {"max_separators": 5, "checkpoint_interval": 64}
+    first = prompts(200, 17, 90, 131)
+    second = [prompt + extra for prompt, extra in zip(first, prompts(40, 40, 40, 40), strict=True)]
+    rounds = [first, second]
+    report = run(rounds, MAX_TOKENS, llm=arguments(model, policy))
+    assert report.classes == {
+        "scheduler": "SepLLMScheduler",
+        "runner": "vllm.v1.worker.cpu.model_runner",
+        "impl": "SepLLMGPUImpl",
+        "backend": "SepLLMTritonAttentionBackend",
+    }
+    check(model, rounds, report, rule(max_separators=5))
+    assert sum(report.rounds[1].num_cached_tokens) > 200
+
+
+def test_v2_with_asynchronous_scheduling_and_preemption(model: Path) -> None:
+    """Proves that the plan needs settled tokens alone, and that nothing is lost in a tiny pool."""
+    rounds = [prompts(150, 120, 90, 131, 60, 77)]
+    llm = arguments(model, {}, num_gpu_blocks_override=12, enable_prefix_caching=False)
+    report = run(rounds, MAX_TOKENS, llm=llm, asynchronous=True)
+    assert report.classes["scheduler"] == "SepLLMAsyncScheduler"
+    assert report.num_preemptions > 0
+    check(model, rounds, report, rule(max_separators=256))
+
+
+def test_v1_runs_the_same_builder_and_layers(model: Path) -> None:
+    """Proves the GPU path under Model Runner V1, with a layer that keeps full attention."""
+    rounds = [prompts(200, 17, 131)]
+    policy = {"full_layers": [0]}
+    report = run(rounds, MAX_TOKENS, llm=arguments(model, policy), runner="v1")
+    assert report.classes["runner"] == "vllm.v1.worker.cpu_model_runner"
+    check(model, rounds, report, rule(max_separators=256, full_layers=[0]))

@@ -1,0 +1,207 @@
+"""Turns the step's plan into slots, compact lengths and prefill tiles on the device."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import vllm.utils.torch_utils as vllm_torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from vllm_sepllm import ops
+from vllm_sepllm.integration.gpu.metadata import (
+    LibraryRows,
+    PrefillRows,
+    SepLLMGPUMetadata,
+    SlotMoves,
+    SnapshotTokens,
+)
+from vllm_sepllm.integration.spec import SepLLMSpec
+from vllm_sepllm.integration.steps import CurrentStep
+from vllm_sepllm.policy import batch
+from vllm_sepllm.policy.tiles import plan_tiles
+from vllm_sepllm.policy.visibility import IntArray
+
+RequestIds = Callable[[CommonAttentionMetadata], Sequence[str]]
+
+
+class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
+    """Goes before the wrapped backend's builder, which serves the rows of the library.
+
+    What a CUDA graph captures stays at one address: the slots and the compact lengths. Everything
+    else is used outside graphs, in spills before the forward and in prefill, which runs eagerly
+    between the pieces of a piecewise graph.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # single-token rows first (Model Runner V1; V2 always sorts so)
+        self.reorder_batch_threshold = 1
+        spec = self.kv_cache_spec
+        assert isinstance(spec, SepLLMSpec), f"not a SepLLM layer: {spec}"
+        self._policy = spec.policy
+        self._block_size = spec.block_size
+        scheduler = self.vllm_config.scheduler_config
+        self._slots = torch.full(
+            (scheduler.max_num_batched_tokens,), -1, dtype=torch.int64, device=self.device
+        )
+        self._lengths = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=self.device)
+        model = self.vllm_config.model_config
+        heads = model.get_num_attention_heads(self.vllm_config.parallel_config)
+        assert isinstance(model.dtype, torch.dtype), "vLLM resolves the name of a dtype"
+        self._tile_tokens = ops.prefill_tile_tokens(
+            heads, spec.num_kv_heads, spec.head_size, model.dtype
+        )
+        self._step: CurrentStep | None = None
+
+    def bind(
+        self, step: CurrentStep, request_ids: RequestIds, caches: Sequence[torch.Tensor]
+    ) -> None:
+        """Say where the plan of each step is, and which caches its spills move entries in.
+
+        Args:
+            step: of the worker.
+            request_ids: gives the requests of a batch, row by row.
+            caches: one a layer of the group.
+        """
+        self._step = step
+        self._request_ids = request_ids
+        self._spills = ops.SpillTable.build(caches)
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
+    ) -> AttentionCGSupport:
+        """FULL graphs for decode alone, prefill in pieces: its tiles differ step by step."""
+        wrapped = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+        ours = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+        return min(wrapped, ours, key=lambda support: support.value)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SepLLMGPUMetadata:
+        """The metadata whose buffers a graph captures; each later step fills them."""
+        common = self._in_buffers(common_attn_metadata)
+        metadata = super().build_for_cudagraph_capture(common)
+        rows = LibraryRows(common.num_actual_tokens, metadata)
+        return SepLLMGPUMetadata(common.slot_mapping, rows, None, None)
+
+    def _in_buffers(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """A run without requests: nothing is written, lengths are vLLM's."""
+        slots = self._slots[: common.num_actual_tokens].fill_(-1)
+        lengths = self._lengths[: common.num_reqs].copy_(common.seq_lens)
+        return common.replace(seq_lens=lengths, slot_mapping=slots)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SepLLMGPUMetadata:
+        """See vLLM's AttentionMetadataBuilder.build.
+
+        Launches the step's spills, which concern entries that exist before it.
+        """
+        common = common_attn_metadata
+        if self._step is None or self._step.is_dummy:
+            common = self._in_buffers(common)
+            library = LibraryRows(common.num_actual_tokens, super().build(0, common))
+            return SepLLMGPUMetadata(common.slot_mapping, library, None, None)
+        rows = self._step.rows(self._request_ids(common))
+        first = common.query_start_loc_cpu[: len(rows.start) + 1].numpy().astype(np.int64)
+        step = batch.plan_batch(
+            self._policy, rows, first, common.num_actual_tokens, self._block_size
+        )
+        slots = self._slots[: common.num_actual_tokens]
+        self._entry_slots(step.rows, step.target, common, slots)
+        self._run(self._save_entries(step.saves_before, common))
+        self._run(self._move_entries(step.spills, common))
+        if (after := self._save_entries(step.saves_after, common)) is not None:
+            self._step.afterwards(partial(self._run, after))
+        return SepLLMGPUMetadata(
+            slots=slots,
+            library=self._library(common, step),
+            prefill=self._prefill(common, step),
+            snapshot=self._snapshot(step),
+        )
+
+    def _upload(self, array: IntArray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+        """An array on the device, through pinned memory and without waiting."""
+        # by attribute: vLLM's CPU platform replaces the function
+        return vllm_torch.async_tensor_h2d(array, device=self.device, dtype=dtype)
+
+    def _entry_slots(
+        self, rows: IntArray, compact: IntArray, common: CommonAttentionMetadata, out: torch.Tensor
+    ) -> torch.Tensor:
+        entries = self._upload(np.stack([rows, compact]))
+        ops.entry_slots(entries, common.block_table_tensor, self._block_size, out)
+        return out
+
+    def _move_entries(
+        self, moves: batch.Moves, common: CommonAttentionMetadata
+    ) -> SlotMoves | None:
+        if len(moves.rows) == 0:
+            return None
+        rows = np.concatenate([moves.rows, moves.rows])
+        compact = np.concatenate([moves.source, moves.target])
+        out = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        source, target = self._entry_slots(rows, compact, common, out).chunk(2)
+        return SlotMoves(source, target)
+
+    def _save_entries(self, saves: batch.Saves, common: CommonAttentionMetadata) -> SlotMoves | None:
+        if len(saves.rows) == 0:
+            return None
+        out = torch.empty(len(saves.rows), dtype=torch.int64, device=self.device)
+        source = self._entry_slots(saves.rows, saves.source, common, out)
+        return SlotMoves(source, self._upload(saves.slots))
+
+    def _run(self, moves: SlotMoves | None) -> None:
+        """Move entries in the caches of all layers."""
+        if moves is not None:
+            ops.spill(self._spills, moves.source, moves.target)
+
+    def _library(
+        self, common: CommonAttentionMetadata, step: batch.BatchStep
+    ) -> LibraryRows | None:
+        if step.num_library == 0:
+            return None
+        # rows and tokens that pad a CUDA graph come last and have length 0
+        has_prefill = step.requests is not None
+        num_rows = step.num_library if has_prefill else common.num_reqs
+        num_tokens = step.num_library_tokens if has_prefill else common.num_actual_tokens
+        lengths = np.zeros(num_rows, dtype=np.int32)
+        lengths[: step.num_library] = step.lengths
+        vllm_torch.async_tensor_h2d(lengths, out=self._lengths[:num_rows])
+        part = common.unpadded(num_tokens, num_rows).replace(
+            seq_lens=self._lengths[:num_rows],
+            seq_lens_cpu_upper_bound=torch.from_numpy(lengths),
+            max_seq_len=int(lengths.max()),
+            max_query_len=step.max_query_len,
+            slot_mapping=self._slots[:num_tokens],
+        )
+        return LibraryRows(num_tokens, super().build(0, part))
+
+    def _prefill(
+        self, common: CommonAttentionMetadata, step: batch.BatchStep
+    ) -> PrefillRows | None:
+        if step.requests is None:
+            return None
+        tables = plan_tiles(step.requests, self._policy, self._tile_tokens)
+        packed = self._upload(tables.packed, torch.int32)
+        return PrefillRows(
+            ops.PrefillMetadata.from_packed(tables, self._policy, packed),
+            common.block_table_tensor,
+            self._move_entries(step.moves_after, common),
+        )
+
+    def _snapshot(self, step: batch.BatchStep) -> SnapshotTokens | None:
+        if len(step.saved_tokens) == 0:
+            return None
+        return SnapshotTokens(self._upload(step.saved_tokens), self._upload(step.saved_slots))

@@ -1,0 +1,84 @@
+"""vLLM's GPU worker with SepLLM layers in the model, Model Runner V1 and V2."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.integration.gpu.backend import WRAPPED, wrap_backend
+from vllm_sepllm.integration.gpu.builder import GPUBuilderMixin
+from vllm_sepllm.integration.gpu.impl import SepLLMGPUImpl
+from vllm_sepllm.integration.layers import sepllm_layers
+from vllm_sepllm.integration.steps import CurrentStep
+
+
+class GPUWorkerMixin(Worker):
+    """Replaces the backend of each SepLLM layer and hands the step's plan to the builders.
+
+    The worker keeps nothing per request, so preemption, resumption and aborts need no hook.
+    """
+
+    vllm_config: VllmConfig
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load as vLLM does, then put ours around the implementation of each chosen layer.
+
+        Raises:
+            ValueError: if a layer cannot be served exactly, or its backend stores KV in an order
+                that our kernels do not read.
+        """
+        super().load_model(*args, **kwargs)
+        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
+        for layer in sepllm_layers(self.vllm_config, config):
+            name = layer.attn_backend.get_name()
+            if name not in WRAPPED:
+                raise ValueError(
+                    f"sepllm cannot wrap the attention backend {name}, whose cache its kernels do "
+                    f'not read; set {{"sepllm": {{"decode_backend": ...}}}} to one of '
+                    f"{list(WRAPPED)} in --additional-config"
+                )
+            layer.attn_backend = wrap_backend(layer.attn_backend, config.policy)
+            layer.impl = SepLLMGPUImpl(layer.impl)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate as vLLM does, then show builders and layers their caches and the plan."""
+        super().initialize_from_config(kv_cache_config)
+        step = CurrentStep()
+        step.plan_runs_of(self.model_runner)
+        layers = self.vllm_config.compilation_config.static_forward_context
+        for groups in self.model_runner.attn_groups:
+            for group in groups:
+                own = [layers[name] for name in group.layer_names]
+                for builder in group.metadata_builders:
+                    if isinstance(builder, GPUBuilderMixin):
+                        caches = _bind_layers(own)
+                        builder.bind(step, self._request_ids, caches)
+
+    def _request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
+        """The requests of a batch, row by row; rows that pad a CUDA graph have none."""
+        runner = self.model_runner
+        if self.use_v2_model_runner:
+            assert common.req_idx is not None, "Model Runner V2 says whose rows they are"
+            names = runner.req_states.index_to_req_id
+            return [names[index] for index in common.req_idx.tolist()]
+        request_ids: list[str] = runner.input_batch.req_ids
+        return request_ids[: common.num_reqs]
+
+
+def _bind_layers(layers: Sequence[Attention]) -> list[torch.Tensor]:
+    caches = []
+    for layer in layers:
+        assert isinstance(layer.impl, SepLLMGPUImpl), "a SepLLM builder has SepLLM layers alone"
+        layer.impl.bind(layer.kv_cache)
+        caches.append(layer.kv_cache)
+    return caches
+
+
+class SepLLMGPUWorker(GPUWorkerMixin):
+    """The worker of CUDA and ROCm."""

@@ -1,0 +1,213 @@
+"""One step of a whole batch: which entries its tokens fill, and which entries move.
+
+Entries are (row of the batch, compact index) pairs; whoever knows the block table makes slots of
+them. Rows that read no more than their cache come first and form the *library* rows, served by
+paged attention over compact lengths; the others are prefill chunks (policy/tiles.py).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_sepllm.policy import checkpoint, decode, layout, prefill
+from vllm_sepllm.policy.plan import BatchRows
+from vllm_sepllm.policy.tiles import PrefillRequests
+from vllm_sepllm.policy.visibility import IntArray, Policy
+
+_NONE = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Copies of entries inside the caches of the batch; targets are entries as well.
+
+    Attributes:
+        rows: [num_moves], row of the batch.
+        source: [num_moves], compact index.
+        target: [num_moves], compact index.
+    """
+
+    rows: IntArray = field(default_factory=_NONE.copy)
+    source: IntArray = field(default_factory=_NONE.copy)
+    target: IntArray = field(default_factory=_NONE.copy)
+
+
+@dataclass(frozen=True, slots=True)
+class Saves:
+    """Copies of entries to slots of checkpoints.
+
+    Attributes:
+        rows: [num_saves], row of the batch.
+        source: [num_saves], compact index.
+        slots: [num_saves], slot of the checkpoint's own blocks.
+    """
+
+    rows: IntArray = field(default_factory=_NONE.copy)
+    source: IntArray = field(default_factory=_NONE.copy)
+    slots: IntArray = field(default_factory=_NONE.copy)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStep:
+    """What a step does to the caches of its rows, in this order.
+
+    Attributes:
+        saves_before: entries that a checkpoint keeps, as they are before the step.
+        spills: separators that leave the ring of a single-token row, ring -> tail.
+        num_library: the first rows, served by the library.
+        num_library_tokens: their tokens.
+        lengths: [num_library], their compact lengths after the step.
+        max_query_len: their longest query; 0 if there are none.
+        requests: the other rows, prefill chunks; None: there are none.
+        moves_after: after the chunks' attention, separators that leave their rings.
+        saved_tokens: [num_saved], rows of activations whose KV goes to a checkpoint as well.
+        saved_slots: [num_saved], slots there.
+        rows: [num_tokens], row of the batch of each token.
+        target: [num_tokens], compact index that the token fills; -1: its KV is not kept.
+        saves_after: entries that a checkpoint keeps, as they are after the step.
+    """
+
+    saves_before: Saves
+    spills: Moves
+    num_library: int
+    num_library_tokens: int
+    lengths: IntArray
+    max_query_len: int
+    requests: PrefillRequests | None
+    moves_after: Moves
+    saved_tokens: IntArray
+    saved_slots: IntArray
+    rows: IntArray
+    target: IntArray
+    saves_after: Saves
+
+
+def plan_batch(
+    policy: Policy, rows: BatchRows, first: IntArray, num_tokens: int, block_size: int
+) -> BatchStep:
+    """Plan the step.
+
+    Args:
+        policy: a, n and s.
+        rows: the step's plan in the order of the batch, single-token rows first.
+        first: [num_rows + 1], first token of each row.
+        num_tokens: tokens of the batch, padding of a CUDA graph included.
+        block_size: tokens a block.
+    """
+    num_new = np.diff(first)
+    is_library = (num_new == 1) | (rows.start + num_new <= policy.num_dense)
+    num_rows = len(num_new)
+    num_library = num_rows if is_library.all() else int(np.argmin(is_library))
+    owner = np.zeros(num_tokens, dtype=np.int64)
+    target = np.full(num_tokens, -1, dtype=np.int64)
+    until = int(first[num_library])
+    owner[: first[-1]] = np.repeat(np.arange(num_rows), num_new)
+    position = rows.start[owner[:until]] + np.arange(until) - first[owner[:until]]
+    target[:until] = layout.ring_index(policy, position)
+
+    of_library = slice(num_library)
+    start, spilled, spills = (
+        part[of_library] for part in (rows.start, rows.num_spilled, rows.spills)
+    )
+    copies = decode.spill_copies(policy, start, spilled, spills)
+    chunks = [_chunk(policy, rows, row, first) for row in range(num_library, num_rows)]
+    moves = _write_survivors(chunks, num_library, first, target)
+    before, tokens, slots, after = _snapshots(policy, rows, first, block_size)
+    return BatchStep(
+        saves_before=before,
+        spills=Moves(copies.rows, copies.source, copies.target),
+        num_library=num_library,
+        num_library_tokens=until,
+        lengths=decode.compact_lengths(policy, start + num_new[of_library], spilled, spills),
+        max_query_len=int(num_new[of_library].max(initial=0)),
+        requests=_requests(chunks, num_library, first) if chunks else None,
+        moves_after=moves,
+        saved_tokens=tokens,
+        saved_slots=slots,
+        rows=owner,
+        target=target,
+        saves_after=after,
+    )
+
+
+def _chunk(policy: Policy, rows: BatchRows, row: int, first: IntArray) -> prefill.Chunk:
+    separators = rows.separators[row]
+    assert separators is not None, "the plan of a row of several tokens lists its separators"
+    start = int(rows.start[row])
+    end = start + int(first[row + 1] - first[row])
+    return prefill.Chunk(policy, start, end, int(rows.num_spilled[row]), separators)
+
+
+def _requests(
+    chunks: Sequence[prefill.Chunk], first_row: int, first: IntArray
+) -> PrefillRequests:
+    counts = [len(chunk.separators) for chunk in chunks]
+    table_row = np.arange(first_row, first_row + len(chunks))
+    return PrefillRequests(
+        table_row=table_row,
+        query_start=first[table_row],
+        chunk_start=np.array([chunk.start for chunk in chunks], dtype=np.int64),
+        chunk_end=np.array([chunk.end for chunk in chunks], dtype=np.int64),
+        num_spilled=np.array([chunk.num_spilled for chunk in chunks], dtype=np.int64),
+        separators=np.concatenate([chunk.separators for chunk in chunks]),
+        separators_start=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+    )
+
+
+def _write_survivors(
+    chunks: Sequence[prefill.Chunk], first_row: int, first: IntArray, target: IntArray
+) -> Moves:
+    """Fill ``target`` for the chunks' tokens; return what moves inside their caches."""
+    moved: list[IntArray] = []
+    for row, chunk in enumerate(chunks, start=first_row):
+        kept = prefill.survivors(chunk)
+        target[first[row] + kept.tokens] = kept.target
+        owner = np.full(len(kept.copy_source), row)
+        moved.append(np.stack([owner, kept.copy_source, kept.copy_target]))
+    return Moves(*np.concatenate(moved, axis=1)) if moved else Moves()
+
+
+def _snapshots(
+    policy: Policy, rows: BatchRows, first: IntArray, block_size: int
+) -> tuple[Saves, IntArray, IntArray, Saves]:
+    """Checkpoints of the step: saves before it, tokens and their slots, saves after it.
+
+    A row of one token saves its blocks once the step is done: a CUDA graph writes each token once.
+    """
+    before: list[IntArray] = []
+    after: list[IntArray] = []
+    tokens: list[IntArray] = []
+    slots: list[IntArray] = []
+    for row, planned in enumerate(rows.snapshots):
+        for snap in planned:
+            chunk = _chunk(policy, rows, row, first)
+            own = _own_slots(snap.blocks, block_size)
+            if chunk.end - chunk.start == 1:
+                length = layout.compact_length(policy, chunk.end, chunk.num_spilled_after)
+                entries = np.flatnonzero(own[:length] >= 0)
+                after.append(np.stack([np.full(len(entries), row), entries, own[entries]]))
+                continue
+            part = checkpoint.snapshot(chunk, snap.position, block_size, list(snap.blocks))
+            owner = np.full(len(part.copy_source), row)
+            before.append(np.stack([owner, part.copy_source, own[part.copy_target]]))
+            tokens.append(part.tokens + first[row])
+            slots.append(own[part.target])
+    return _joined(before), _flat(tokens), _flat(slots), _joined(after)
+
+
+def _own_slots(blocks: dict[int, int], block_size: int) -> IntArray:
+    """Slot of each compact index in a checkpoint's own blocks, -1 outside them."""
+    slots = np.full((max(blocks) + 1, block_size), -1, dtype=np.int64)
+    for index, block_id in blocks.items():
+        slots[index] = block_id * block_size + np.arange(block_size)
+    return slots.reshape(-1)
+
+
+def _joined(parts: list[IntArray]) -> Saves:
+    return Saves(*np.concatenate(parts, axis=1)) if parts else Saves()
+
+
+def _flat(parts: list[IntArray]) -> IntArray:
+    return np.concatenate(parts) if parts else _NONE
+
