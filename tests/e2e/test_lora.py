@@ -39,6 +39,9 @@ def write_adapter(model: Path, adapter: Path, merged: Path, seed: int) -> None:
     base.save_pretrained(merged)
 
 
+@pytest.mark.compatibility(
+    "LoRA, several adapters at once", "exact, each with its own prefix cache"
+)
 def test_two_adapters_at_once(tmp_path: Path) -> None:
     """Proves that KV of one adapter never serves another, in a batch and from the prefix cache:
     the second round finds each prompt's checkpoint, and its own alone."""

@@ -79,6 +79,8 @@ def check(model: Path, prompt: list[int], tokens: list[int], rule: Rule = RULE) 
     assert tokens != greedy(model, prompt, tokens, None), "full attention would not show"
 
 
+@pytest.mark.compatibility("A worker that dies in mid-stream", "ends the server, as stock vLLM")
+@pytest.mark.compatibility("Tensor parallel, executor mp", "the tokens of one process")
 def test_tensor_parallel_and_a_worker_that_dies(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +125,7 @@ def test_tensor_parallel_and_a_worker_that_dies(
         assert "EngineDeadError" in text
 
 
+@pytest.mark.compatibility("Pipeline parallel, executor mp", "the tokens of one process")
 def test_pipeline_parallel(model: Path) -> None:
     """Proves that two pipeline stages, a layer each, answer as one process.
 
@@ -146,6 +149,7 @@ def test_pipeline_parallel(model: Path) -> None:
         check(model, prompt, tokens)
 
 
+@pytest.mark.compatibility("Data parallel", "the tokens of one process")
 def test_data_parallel(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that two engines behind one server answer as one, both with work of their own."""
     for name, value in TWO_CORES.items():

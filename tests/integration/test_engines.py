@@ -93,6 +93,7 @@ def test_selected_engine_is_ours_and_exact(
     assert not any(is_full_attention), "the prompts do not tell the two apart"
 
 
+@pytest.mark.compatibility("Plugin installed, another backend selected", "stock vLLM")
 def test_engine_without_selection_is_stock(reports: dict[str, Future[Report]], model: Path) -> None:
     """With the plugin loaded and nothing selected, every field of the configuration, scheduler,
     worker, layers, KV cache specs and tokens equal those of a process without the plugin."""
