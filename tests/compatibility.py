@@ -26,7 +26,7 @@ the sentence of which the table has the reason and the remedy. Nothing here ran 
 
 
 class Row(NamedTuple):
-    """One line of the table; a tuple, because it travels in a test's report."""
+    """One line of the table."""
 
     feature: str
     outcome: str
@@ -85,8 +85,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for row in rows_of(item):
             config.stash[ROWS].append(row)
-            # with xdist, results reach the process that writes only in the reports
-            item.user_properties.append((_PROPERTY, row))
+            # with xdist, results reach the process that writes in reports alone, as plain lists
+            item.user_properties.append((_PROPERTY, list(row)))
 
 
 class _Results:

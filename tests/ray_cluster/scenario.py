@@ -56,30 +56,40 @@ def engines() -> list[psutil.Process]:
     return found
 
 
-def pool_with_a_killed_engine(command: list[str], num_answers: int) -> dict[str, Any]:
+def pool_with_a_killed_engine(command: list[str], files: list[str]) -> dict[str, Any]:
     """Run the example; once it has answered the first file, kill one of its engines at work."""
+    answers: list[tuple[str, str]] = []
+    before: set[int] = set()
+    seen: set[int] = set()
+    victim = None
     with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as example:
         assert example.stdout is not None
-        lines = [example.stdout.readline()]
-        before = {process.pid for process in engines()}
-        victim = None
-        while victim is None and example.poll() is None:
-            busy = [p for p in engines() if "continuation" in " ".join(p.cmdline())]
-            victim = next(iter(busy), None)
-            time.sleep(0.01)
-        assert victim is not None, "no engine was at work after the first answer"
-        victim.kill()
-        seen = set(before)
-        while len(lines) < num_answers and (line := example.stdout.readline()):
-            lines.append(line)
+        for line in example.stdout:
+            file, _, answer = line.rstrip("\n").partition(": ")
+            if file not in files:  # Ray shows what the actors write, too
+                continue
+            answers.append((file, answer))
+            if victim is None:
+                before = {process.pid for process in engines()}
+                victim = engine_at_work()
+                victim.kill()
             seen |= {process.pid for process in engines()}
     return {
         "returncode": example.returncode,
-        "answers": dict(line.rstrip("\n").split(": ", 1) for line in lines),
-        "victim": victim.pid,
+        "answers": answers,
+        "victim": victim.pid if victim else None,
         "engines_before": sorted(before),
         "engines_seen": sorted(seen),
     }
+
+
+def engine_at_work() -> psutil.Process:
+    """One that answers at this moment."""
+    while True:
+        for process in engines():
+            if "continuation" in " ".join(process.cmdline()):
+                return process
+        time.sleep(0.01)
 
 
 def run(command: list[str], **variables: str) -> dict[str, Any]:
@@ -103,7 +113,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         for name, part in job["parts"].items():
             start = time.monotonic()
             if name == "pool":
-                report[name] = pool_with_a_killed_engine(part["command"], part["num_answers"])
+                report[name] = pool_with_a_killed_engine(part["command"], part["files"])
             else:
                 report[name] = run(part["command"], **part.get("environment", {}))
             report[name]["seconds"] = time.monotonic() - start
