@@ -14,7 +14,7 @@ import pytest
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "compatibility.md"
 REFUSED = "refused: "
-_PROPERTY = "compatibility"
+PROPERTY = "compatibility"
 
 _HEAD = """\
 # What works with sepllm, and what is refused
@@ -86,23 +86,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for row in rows_of(item):
             config.stash[ROWS].append(row)
             # with xdist, results reach the process that writes in reports alone, as plain lists
-            item.user_properties.append((_PROPERTY, list(row)))
+            item.user_properties.append((PROPERTY, list(row)))
 
 
-class _Results:
+class Results:
     """Gathers outcomes where all reports arrive."""
 
-    def __init__(self, config: pytest.Config) -> None:
-        self._finished = config.stash[_FINISHED]
+    def __init__(self, finished: dict[Row, str]) -> None:
+        self._finished = finished
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for name, row in report.user_properties:
-            if name == _PROPERTY and (report.when == "call" or report.outcome != "passed"):
+            is_news = report.when == "call" or report.outcome != "passed"
+            # a row may have several tests: one that does not pass spoils it
+            if name == PROPERTY and is_news and self._finished.get(Row(*row)) in (None, "passed"):
                 self._finished[Row(*row)] = report.outcome
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    session.config.pluginmanager.register(_Results(session.config))
+    session.config.pluginmanager.register(Results(session.config.stash[_FINISHED]))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

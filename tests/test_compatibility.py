@@ -1,8 +1,11 @@
 """docs/compatibility.md is what the tests say."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from tests.compatibility import PATH, ROWS, Row, render
+from tests.compatibility import PATH, PROPERTY, ROWS, Results, Row, render
 
 
 def test_the_table_is_the_markers(request: pytest.FixtureRequest) -> None:
@@ -26,3 +29,22 @@ def test_rows_with_bars_and_two_outcomes_of_a_feature() -> None:
     works, refused = render(rows).split("## Refused")
     assert r"| a\|b | works | `tests/x.py::y`: Proves it. |" in works
     assert r"| a\|b | “no … yes” | `tests/x.py::z` |" in refused
+
+
+def test_a_test_that_does_not_pass_spoils_its_row() -> None:
+    row = Row("feature", "works", "tests/x.py::y", "")
+    finished: dict[Row, str] = {}
+
+    def report(when: str, outcome: str) -> Any:
+        properties = [(PROPERTY, list(row))]
+        return SimpleNamespace(when=when, outcome=outcome, user_properties=properties)
+
+    results = Results(finished)
+    results.pytest_runtest_logreport(report("setup", "passed"))
+    assert finished == {}
+    for outcome in ("passed", "failed", "passed"):
+        results.pytest_runtest_logreport(report("call", outcome))
+    assert finished == {row: "failed"}
+    finished.clear()
+    results.pytest_runtest_logreport(report("setup", "skipped"))
+    assert finished == {row: "skipped"}
