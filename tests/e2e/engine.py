@@ -80,20 +80,25 @@ class Engine:
         *,
         watch: Watch | None = None,
         max_steps: int | None = None,
+        loras: Sequence[Any] | None = None,
         **sampling: Any,
     ) -> list[Answer]:
-        """Greedy continuations of token-id prompts, all submitted at once."""
+        """Greedy continuations of token-id prompts, all submitted at once.
+
+        ``loras`` has a LoRARequest or None for each prompt.
+        """
         from vllm import SamplingParams
 
         names = []
         parameters = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False}
-        for prompt in prompts:
+        for prompt, lora in zip(prompts, loras or [None] * len(prompts), strict=True):
             self._counter += 1
             names.append(f"request-{self._counter}")
             self.engine.add_request(
                 names[-1],
                 {"prompt_token_ids": list(prompt)},
                 SamplingParams(max_tokens=max_tokens, **(parameters | sampling)),
+                lora_request=lora,
             )
         finished: dict[str, Any] = {}
         num_steps = 0

@@ -55,16 +55,19 @@ def load_model(path: Path) -> torch.nn.Module:
 def log_probabilities(path: Path, token_ids: Sequence[int], rule: Rule | None) -> torch.Tensor:
     """What the model thinks of every next token: [num_tokens, vocab_size] float32.
 
-    ``rule`` None is full attention.
+    ``rule`` None is full attention. Sliding-window layers keep their window under any rule.
     """
     model = load_model(path)
     ids = torch.tensor([list(token_ids)])
-    full = _bias(causal_mask(len(token_ids)))
-    sparse = full if rule is None else _bias(sepllm_mask(token_ids, rule))
+    full = causal_mask(len(token_ids))
+    sparse = full if rule is None else sepllm_mask(token_ids, rule)
+    kinds = getattr(model.config, "layer_types", None)
     handles = []
-    attentions = [m for m in model.modules() if hasattr(m, "is_causal")]
-    for index, attention in enumerate(attentions):
-        bias = full if rule is None or index in rule.full_layers else sparse
+    for index, attention in enumerate(_attention_modules(model)):
+        mask = full if rule is None or index in rule.full_layers else sparse
+        if kinds is not None and kinds[index] == "sliding_attention":
+            mask = full.triu(1 - model.config.sliding_window)
+        bias = _bias(mask)
         handles.append(
             attention.register_forward_pre_hook(
                 lambda _module, args, kwargs, bias=bias: (args, kwargs | {"attention_mask": bias}),
@@ -77,6 +80,13 @@ def log_probabilities(path: Path, token_ids: Sequence[int], rule: Rule | None) -
         for handle in handles:
             handle.remove()
     return logits.float().log_softmax(dim=-1)
+
+
+def _attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """One per layer, in order; GPT-NeoX has names of its own."""
+    if model.config.model_type == "gpt_neox":
+        return [layer.attention for layer in model.gpt_neox.layers]
+    return [layer.self_attn for layer in model.model.layers]
 
 
 def _bias(mask: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ def mean_error(
     return float(torch.cat(errors).mean())
 
 
+@pytest.mark.compatibility("bfloat16", "the error of stock vLLM")
 def test_bfloat16_error_is_that_of_stock_vllm(
     smollm2_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:

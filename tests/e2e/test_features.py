@@ -26,6 +26,7 @@ def made(smollm2_path: Path) -> Iterator[Engine]:
         yield made
 
 
+@pytest.mark.compatibility("Prompt log-probabilities", "exact")
 def test_prompt_logprobs_equal_the_oracle(
     made: Engine, smollm2_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
@@ -37,6 +38,7 @@ def test_prompt_logprobs_equal_the_oracle(
     assert answer.prompt_logprobs == pytest.approx(want.tolist(), abs=TOLERANCE)
 
 
+@pytest.mark.compatibility("Several samples of a prompt, seeds", "works")
 def test_several_samples_of_one_prompt(
     made: Engine, excerpt: Callable[[int, int], list[int]]
 ) -> None:
@@ -60,6 +62,7 @@ def test_several_samples_of_one_prompt(
     assert list(one.token_ids) == answer.token_ids
 
 
+@pytest.mark.compatibility("Stop strings, structured output", "works")
 def test_stop_strings_and_structured_output(
     made: Engine, excerpt: Callable[[int, int], list[int]]
 ) -> None:
@@ -88,6 +91,7 @@ def test_stop_strings_and_structured_output(
         assert text.lstrip().startswith("{")
 
 
+@pytest.mark.compatibility("Sampling parameters", "works")
 def test_sampling_parameters_reach_the_sampler(
     made: Engine, excerpt: Callable[[int, int], list[int]]
 ) -> None:
@@ -105,6 +109,7 @@ def test_sampling_parameters_reach_the_sampler(
     assert len(set(tokens)) > 30
 
 
+@pytest.mark.compatibility("Aborted requests", "blocks come back")
 def test_aborted_requests_give_their_blocks_back(
     made: Engine, excerpt: Callable[[int, int], list[int]]
 ) -> None:

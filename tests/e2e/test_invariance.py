@@ -25,6 +25,7 @@ def assert_same(answers: list[Answer], others: list[Answer]) -> None:
         assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
+@pytest.mark.compatibility("Preemption, batching, chunked prefill", "do not show in any answer")
 def test_preemption_batch_mates_and_chunks_do_not_show(
     four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:

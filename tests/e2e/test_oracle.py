@@ -97,7 +97,21 @@ def differences(
     return num_other, largest
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def marks(case: Case) -> list[pytest.MarkDecorator]:
+    """What the case shows beside the policy."""
+    titles = {
+        "compiled": "`torch.compile`",
+        "30 layers, defaults": "`--enforce-eager`, the default policy",
+        "30 layers, first and last full": "Full layers (`full_layers`)",
+        "no separators": "No separators (StreamingLLM's mask)",
+    }
+    title = titles.get(case.name)
+    return [pytest.mark.compatibility(title, "exact")] if title else []
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=marks(c)) for c in CASES], ids=[c.name for c in CASES]
+)
 def test_engine_equals_the_dense_mask(
     case: Case,
     smollm2_path: Path,

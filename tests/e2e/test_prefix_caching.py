@@ -58,6 +58,7 @@ def workload(
     ],
     ids=["roomy", "small pool", "tail wraps", "dense checkpoints"],
 )
+@pytest.mark.compatibility("Prefix caching", "the answers without it")
 def test_answers_are_those_without_caching(
     four_layers_path: Path,
     excerpt: Callable[[int, int], list[int]],

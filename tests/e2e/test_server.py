@@ -53,6 +53,7 @@ def metric(base_url: str, name: str) -> float:
     return sum(map(float, values))
 
 
+@pytest.mark.compatibility("`vllm serve`, chat and completions, streaming", "works")
 def test_streamed_and_whole_answers_agree(
     base_url: str, client: OpenAI, documents: list[str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_concurrent_requests_with_random_aborts(
     assert metric(base_url, "vllm:generation_tokens_total") > 0
 
 
+@pytest.mark.compatibility("Requests beyond the length of the model", "HTTP 400, as stock vLLM")
 def test_a_request_beyond_the_model_length_is_a_client_error(
     base_url: str, client: OpenAI, documents: list[str]
 ) -> None:

@@ -18,6 +18,7 @@ def run(path: Path, prompts: list[list[int]], max_tokens: int, **arguments: Any)
         return made.generate(prompts, max_tokens)
 
 
+@pytest.mark.compatibility("Requests shorter than the window", "bit for bit stock vLLM")
 def test_short_requests_and_wide_windows_equal_stock_vllm(
     four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:

@@ -1,6 +1,7 @@
 """Run one engine in a process of its own and report what it is made of, as JSON on stdout.
 
-``python engine_process.py JSON``: {"llm": arguments of vllm.LLM, "prompts": lists of token ids}.
+``python engine_process.py JSON``: {"llm": arguments of vllm.LLM, "prompts": lists of token ids},
+and "num_new_tokens" if not 8.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ class Report:
         knows_sepllm: whether the plugin was loaded.
         config: field of VllmConfig -> its repr.
         scheduler: class of the scheduler.
-        worker: class of the worker.
+        workers: class of each rank's worker.
         layers: layer -> class of its implementation, class of its backend, KV cache spec.
         tokens: greedy continuation of each prompt.
         log: everything the processes wrote.
@@ -34,7 +35,7 @@ class Report:
     knows_sepllm: bool
     config: dict[str, str]
     scheduler: str
-    worker: str
+    workers: list[str]
     layers: dict[str, list[str]]
     tokens: list[list[int]]
     log: str = ""
@@ -74,20 +75,21 @@ def main() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     job = json.loads(sys.argv[1])
+    num_new_tokens = job.get("num_new_tokens", NUM_NEW_TOKENS)
     llm = LLM(**job["llm"])
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
-        SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS, ignore_eos=True),
+        SamplingParams(temperature=0.0, max_tokens=num_new_tokens, ignore_eos=True),
         use_tqdm=False,
     )
     config = llm.llm_engine.vllm_config
-    ((worker, layers),) = llm.collective_rpc(_look)
+    ranks = llm.collective_rpc(_look)
     report = Report(
         knows_sepllm="SEPLLM" in AttentionBackendEnum.__members__,
         config={f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config)},
         scheduler=config.scheduler_config.get_scheduler_cls().__name__,
-        worker=worker,
-        layers=layers,
+        workers=[worker for worker, _ in ranks],
+        layers={name: found for _, layers in ranks for name, found in layers.items()},
         tokens=[list(output.outputs[0].token_ids) for output in outputs],
     )
     fields = dataclasses.asdict(report)

@@ -79,7 +79,7 @@ def test_selected_engine_is_ours_and_exact(
     the tokens are those of the mask, which full attention would not give."""
     report = reports[f"{how} {processes}"].result()
     assert report.scheduler == "SepLLMScheduler"
-    assert report.worker == "SepLLMCPUWorker"
+    assert report.workers == ["SepLLMCPUWorker"]
     assert len(report.layers) == 2
     for impl, backend, spec in report.layers.values():
         assert (impl, backend) == ("SepLLMCPUImpl", "SepLLMCPUBackend")
@@ -93,6 +93,7 @@ def test_selected_engine_is_ours_and_exact(
     assert not any(is_full_attention), "the prompts do not tell the two apart"
 
 
+@pytest.mark.compatibility("Plugin installed, another backend selected", "stock vLLM")
 def test_engine_without_selection_is_stock(reports: dict[str, Future[Report]], model: Path) -> None:
     """With the plugin loaded and nothing selected, every field of the configuration, scheduler,
     worker, layers, KV cache specs and tokens equal those of a process without the plugin."""
@@ -102,7 +103,7 @@ def test_engine_without_selection_is_stock(reports: dict[str, Future[Report]], m
     changed = {name for name in stock.config if stock.config[name] != ours.config[name]}
     assert changed <= PROCESS_FIELDS
     assert stock.scheduler == ours.scheduler == "Scheduler"
-    assert stock.worker == ours.worker == "CPUWorker"
+    assert stock.workers == ours.workers == ["CPUWorker"]
     assert stock.layers == ours.layers
     assert stock.tokens == ours.tokens
     for prompt, tokens in zip(prompts(), stock.tokens, strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.compatibility import refused
 from tests.integration.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
 
 pytest.importorskip("vllm")
@@ -23,6 +24,8 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.layers import sepllm_layers
+
+ELSEWHERE = "serve this model without --attention-backend sepllm"
 
 
 def layer(kind: type[Attention] = Attention, **fields: Any) -> Attention:
@@ -58,6 +61,7 @@ def name(index: int) -> str:
     return f"model.layers.{index}.self_attn.attn"
 
 
+@pytest.mark.compatibility("Sliding-window and chunked layers", "keep vLLM's own attention")
 def test_layers_of_other_kinds_keep_vllms_attention() -> None:
     layers = {
         name(0): layer(),
@@ -95,8 +99,7 @@ def test_names_without_one_index_are_read_only_for_full_layers() -> None:
 )
 def test_layer_that_cannot_be_exact_is_refused(wrong: dict[str, Any], reason: str) -> None:
     layers = {name(0): layer(), name(1): layer(**wrong)}
-    remedy = "serve this model without --attention-backend sepllm"
-    with pytest.raises(ValueError, match=f"^layer {name(1)} {reason}.*; {remedy}$"):
+    with pytest.raises(ValueError, match=f"^layer {name(1)} {reason}.*; {ELSEWHERE}$"):
         chosen(layers)
     # it may stay as it is
     assert chosen(layers, full_layers=(1,)) == [name(0)]
@@ -129,9 +132,22 @@ def test_model_without_full_attention_is_refused() -> None:
 @pytest.mark.parametrize(
     ("kind", "policy", "reason"),
     [
-        ("bloom", {}, "transformer.h.0.self_attention.attn uses ALiBi"),
-        ("mistral", {}, "no full-attention layer in this model"),
-        ("gemma3n", {}, "model.layers.3.self_attn.attn shares the KV of another layer"),
+        pytest.param(
+            *("bloom", {}, "transformer.h.0.self_attention.attn uses ALiBi"),
+            marks=refused("ALiBi (Bloom)", "uses ALiBi, whose bias needs distances", ELSEWHERE),
+        ),
+        pytest.param(
+            *("mistral", {}, "no full-attention layer in this model"),
+            marks=refused(
+                "Sliding windows in every layer", "found no full-attention layer", ELSEWHERE
+            ),
+        ),
+        pytest.param(
+            *("gemma3n", {}, "model.layers.3.self_attn.attn shares the KV of another layer"),
+            marks=refused(
+                "Full layers that share KV (Gemma-3n)", "shares the KV of another layer", ELSEWHERE
+            ),
+        ),
         ("gemma3n", {"full_layers": [3]}, "model.layers.3.self_attn.attn reads the KV cache of"),
     ],
 )

@@ -1,11 +1,13 @@
 """Whatever sepllm cannot serve exactly is refused at start-up: what, why, what to do instead."""
 
+import json
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.compatibility import REFUSED, refused
 from tests.integration.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
 
 pytest.importorskip("vllm")
@@ -48,19 +50,60 @@ def check_sentence(text: str, what: str, remedy: str) -> None:
 
 
 ELSEWHERE = "serve this model without --attention-backend sepllm"
-MODELS = [
-    ("deepseek", {}, "MLA models, whose KV cache holds latents"),
-    ("whisper", {"max_model_len": 448}, "encoder-decoder models, whose cross attention"),
-    ("mamba", {}, "recurrent state"),
-    ("llama", {"runner": "pooling"}, "pooling models, which read all tokens of a request once"),
-    ("reference-window", {}, "reference sliding window attention"),
-    ("prefix-lm", {}, "attend in both directions inside an image"),
+MODELS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("MLA (DeepSeek-V2)", "deepseek", {}, "MLA models, whose KV cache holds latents"),
+    (
+        "Encoder-decoder models (Whisper)",
+        "whisper",
+        {"max_model_len": 448},
+        "encoder-decoder models, whose cross attention",
+    ),
+    ("Recurrent state (Mamba)", "mamba", {}, "recurrent state"),
+    (
+        "Pooling models",
+        "llama",
+        {"runner": "pooling"},
+        "pooling models, which read all tokens of a request once",
+    ),
+    (
+        "Reference sliding window",
+        "reference-window",
+        {},
+        "reference sliding window attention",
+    ),
+    ("Prefix-LM attention", "prefix-lm", {}, "attend in both directions inside an image"),
 ]
 
 
-@pytest.mark.parametrize(("kind", "arguments", "what"), MODELS, ids=[m[2] for m in MODELS])
+@pytest.mark.parametrize(
+    ("kind", "arguments", "what"),
+    [pytest.param(*row, marks=refused(feature, row[-1], ELSEWHERE)) for feature, *row in MODELS],
+    ids=[row[-1] for row in MODELS],
+)
 def test_models(models: Models, kind: str, arguments: dict[str, Any], what: str) -> None:
     check_sentence(refusal(models(kind), **arguments), what, ELSEWHERE)
+
+
+@refused("Images, audio and video", "images, audio and video", "add --language-model-only")
+def test_multimodal(models: Models) -> None:
+    """Images and speech are refused; text through the same model is not."""
+    text = refusal(models("qwen2-audio"))
+    check_sentence(text, "images, audio and video", "add --language-model-only")
+    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
+    model = models("qwen2-audio")
+    args = EngineArgs(model=model, language_model_only=True, **(ARGUMENTS | given))
+    assert args.create_engine_config().scheduler_config.scheduler_cls is not None
+
+
+@pytest.mark.compatibility(
+    "Sleep mode", f"{REFUSED}“Sleep mode is not supported on current platform”, by stock vLLM too"
+)
+def test_sleep_mode(models: Models) -> None:
+    """Stock vLLM refuses it on CPUs, and is left to."""
+    for selected in ({}, {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}):
+        args = EngineArgs(model=models("llama"), enable_sleep_mode=True, **(ARGUMENTS | selected))
+        with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+            args.create_engine_config()
 
 
 SETTINGS: list[tuple[dict[str, Any], str, str]] = [
@@ -128,8 +171,19 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+def options(arguments: dict[str, Any]) -> str:
+    """As on the command line."""
+    texts = []
+    for name, value in arguments.items():
+        text = "" if value is True else value if isinstance(value, str) else json.dumps(value)
+        texts.append(f"`--{name.replace('_', '-')} {text}".rstrip() + "`")
+    return " ".join(texts)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "what", "remedy"), SETTINGS, ids=[str(row[0]) for row in SETTINGS]
+    ("arguments", "what", "remedy"),
+    [pytest.param(*row, marks=refused(options(row[0]), *row[1:])) for row in SETTINGS],
+    ids=[str(row[0]) for row in SETTINGS],
 )
 def test_settings(models: Models, arguments: dict[str, Any], what: str, remedy: str) -> None:
     check_sentence(refusal(models("llama"), **arguments), what, remedy)
@@ -189,6 +243,7 @@ def test_separator_of_several_tokens(models: Models, monkeypatch: pytest.MonkeyP
     assert "one token" in text
 
 
+@refused("Model Runner V2 on CPUs", "Model Runner V2 on CPU yet", "unset VLLM_USE_V2_MODEL_RUNNER")
 def test_model_runner_v2(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM refuses it first where Triton has no driver, so the test pretends that it has one."""
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 
@@ -32,11 +33,15 @@ _SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "bos_token_id": 0,
     "eos_token_id": 1,
+    "head_dim": 32,
 }
+# for configurations that divide hidden_size by the number of heads: as wide as vLLM's kernels need
+_HEADS_OF_32 = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": None}
 
 
 def _config(kind: str, architecture: str, **fields: Any) -> Any:
-    config = getattr(transformers, kind)(**(_SIZES | {"head_dim": 32} | fields))
+    given = {n: v for n, v in (_SIZES | fields).items() if n != "head_dim" or v is not None}
+    config = getattr(transformers, kind)(**given)
     config.architectures = [architecture]
     return config
 
@@ -92,6 +97,16 @@ def _mamba() -> Any:
     return config
 
 
+def _qwen2_audio() -> Any:
+    """Speech before text."""
+    config = transformers.Qwen2AudioConfig(
+        text_config=_qwen2(),
+        audio_config={"d_model": 64, "encoder_layers": 1, "encoder_attention_heads": 2},
+    )
+    config.architectures = ["Qwen2AudioForConditionalGeneration"]
+    return config
+
+
 def _gemma2() -> Any:
     """Alternating sliding and full layers, scores bounded by tanh."""
     return _config(
@@ -135,11 +150,93 @@ def _gemma3n() -> Any:
     )
 
 
+def _qwen2() -> Any:
+    """Biases on query, key and value."""
+    return _config("Qwen2Config", "Qwen2ForCausalLM", **_HEADS_OF_32)
+
+
+def _qwen3() -> Any:
+    """Normalised queries and keys."""
+    return _config("Qwen3Config", "Qwen3ForCausalLM")
+
+
+def _mistral_full() -> Any:
+    """As later Mistral models: no sliding window."""
+    return _config("MistralConfig", "MistralForCausalLM", sliding_window=None)
+
+
+def _phi() -> Any:
+    """Half of each head rotates; attention and MLP in parallel."""
+    sizes = _HEADS_OF_32 | {"num_key_value_heads": 2}
+    return _config("PhiConfig", "PhiForCausalLM", partial_rotary_factor=0.5, **sizes)
+
+
+def _phi3() -> Any:
+    """Query, key and value in one matrix."""
+    return _config("Phi3Config", "Phi3ForCausalLM", pad_token_id=0, **_HEADS_OF_32)
+
+
+def _gemma() -> Any:
+    return _config("GemmaConfig", "GemmaForCausalLM", tie_word_embeddings=True)
+
+
+def _gemma3() -> Any:
+    """Sliding and full layers with a rotary base of their own each."""
+    return _config(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=32,
+        query_pre_attn_scalar=32,
+        tie_word_embeddings=True,
+    )
+
+
+def _gpt_neox() -> Any:
+    """Pythia's architecture; a quarter of each head rotates."""
+    config = transformers.GPTNeoXConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    config.architectures = ["GPTNeoXForCausalLM"]
+    return config
+
+
+def _gpt_oss() -> Any:
+    """Attention sinks, sliding and full layers, experts."""
+    return _config(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=32,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
 TINY_MODELS: dict[str, Callable[[], Any]] = {
     "llama": _llama,
+    "llama-mha": lambda: _llama(num_key_value_heads=4),
+    "llama-mqa": lambda: _llama(num_key_value_heads=1),
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "mistral-full": _mistral_full,
+    "phi": _phi,
+    "phi3": _phi3,
+    "gemma": _gemma,
+    "gemma3": _gemma3,
+    "gpt-neox": _gpt_neox,
+    "gpt-oss": _gpt_oss,
     "deepseek": _deepseek,
     "whisper": _whisper,
     "mamba": _mamba,
+    "qwen2-audio": _qwen2_audio,
     "gemma2": _gemma2,
     "mistral": _mistral,
     "bloom": _bloom,
@@ -151,25 +248,49 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
 
 def write(kind: str, folder: Path) -> Path:
     """Write the configuration of the tiny model ``kind`` into ``folder``; return the folder."""
-    from vllm import ModelRegistry
-
     config = TINY_MODELS[kind]()
     config.save_pretrained(folder)
-    # vLLM inspects a model class that it has not imported in a process of its own, for 10 seconds
-    (architecture,) = config.architectures
-    model_class = ModelRegistry._try_load_model_cls(architecture)
-    assert model_class is not None
-    ModelRegistry.register_model(architecture, model_class)
+    _register(config)
     return folder
 
 
 def write_weights(kind: str, folder: Path) -> Path:
     """Write the model with random weights so large that every token depends on what it reads."""
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(TINY_MODELS[kind]())
+    config = TINY_MODELS[kind]()
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # as output weights, large embeddings would only repeat the last token
+    embedding_scale = 0.05 if config.tie_word_embeddings else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.normal_(0, 1.0 if "embed" in name else 0.25)
+                weight.normal_(0, embedding_scale if "embed" in name else 0.25)
+            elif name.endswith("sinks"):
+                weight.normal_(0, 1.0)
     model.float().save_pretrained(folder)
+    _register(config)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Give the model in ``folder`` a word a token, in text parted by blanks.
+
+    SEPARATORS are punctuation, which every rule finds; other tokens are ``w0`` to ``w127``, but
+    for the end, whose text is looked for inside of words, too.
+    """
+    vocabulary = {f"w{i}": i for i in range(128) if i not in (1, *SEPARATORS)} | {"</s>": 1}
+    vocabulary |= dict(zip(".,;", SEPARATORS, strict=True))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    fast.save_pretrained(folder)
+
+
+def _register(config: Any) -> None:
+    """Import the model's class: vLLM inspects one that is not in a process of its own, for 10 s."""
+    from vllm import ModelRegistry
+
+    (architecture,) = config.architectures
+    model_class = ModelRegistry._try_load_model_cls(architecture)
+    assert model_class is not None
+    ModelRegistry.register_model(architecture, model_class)

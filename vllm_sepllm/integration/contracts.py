@@ -71,8 +71,9 @@ REFUSALS = (
         _MODEL_CONFIG,
         "refused if on",
         *("runner_type", "is_encoder_decoder", "use_mla", "is_hybrid", "is_attention_free"),
-        *("is_mm_prefix_lm", "rswa_window", "enable_prompt_embeds", "dtype"),
+        *("is_mm_prefix_lm", "rswa_window", "enable_prompt_embeds", "dtype", "multimodal_config"),
     ),
+    *fields(f"{_CONFIG}.multimodal:MultiModalConfig", "not refused if on", "language_model_only"),
     *fields(
         _VLLM_CONFIG,
         "refused if on",
@@ -276,7 +277,11 @@ CPU = (
     Contract(
         f"{_WORKER}.initialize_from_config", "overridden: binds builders", ("kv_cache_config",)
     ),
-    Contract(f"{_WORKER}.execute_model", "overridden: hands on the plan", ("scheduler_output",)),
+    Contract(
+        f"{_RUNNER}.execute_model",
+        "wrapped: hands on the plan; the worker and the Ray executor call it",
+        ("scheduler_output", "intermediate_tensors"),
+    ),
     *fields("vllm.v1.worker.worker_base:WorkerBase", "read", "vllm_config"),
     *fields("vllm.v1.worker.cpu_worker:CPUWorker", "read", "model_runner"),
     *fields(_RUNNER, "read: which request is in which row, and our builders", "attn_groups"),

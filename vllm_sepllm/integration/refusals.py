@@ -93,6 +93,7 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
 
 def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     model = vllm_config.model_config
+    multimodal = model.multimodal_config
     elsewhere = "serve this model without --attention-backend sepllm"
     return [
         (
@@ -114,6 +115,11 @@ def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         (
             model.is_mm_prefix_lm,
             f"models that attend in both directions inside an image: {elsewhere}",
+        ),
+        (
+            multimodal is not None and not multimodal.language_model_only,
+            "images, audio and video, whose placeholders are no separators, so that the model "
+            "would forget them as the window passes: add --language-model-only, which serves text",
         ),
         (
             model.rswa_window is not None,

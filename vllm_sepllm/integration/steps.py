@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -59,6 +60,23 @@ class CurrentStep:
         finally:
             self._plan = None
             self._afterwards = []
+
+    def plan_runs_of(self, runner: Any) -> None:
+        """Make the plan current whenever the model runner executes a step of the scheduler's.
+
+        Not when the worker does: vLLM's Ray executor with compiled graphs calls the runner itself.
+        """
+        execute_model = runner.execute_model
+
+        def execute_model_with_plan(
+            scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
+        ) -> Any:
+            if dummy_run:  # Model Runner V2 makes up a step to warm up with
+                return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+            with self.of(scheduler_output):
+                return execute_model(scheduler_output, *args, **kwargs)
+
+        runner.execute_model = execute_model_with_plan
 
     def afterwards(self, work: Callable[[], None]) -> None:
         """Do ``work`` once the step's forward has been launched."""

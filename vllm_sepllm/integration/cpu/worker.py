@@ -3,9 +3,7 @@
 from typing import cast
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.config import SepLLMConfig
@@ -38,18 +36,10 @@ class SepLLMCPUWorker(CPUWorker):
         # vLLM sorts a batch if one of the worker's builders asks for it; a pipeline stage without
         # a SepLLM layer has to sort alike, or the rows of two stages do not match
         runner.reorder_batch_threshold = SepLLMCPUMetadataBuilder.reorder_batch_threshold
-        self._step = CurrentStep()
+        step = CurrentStep()
+        step.plan_runs_of(runner)
         for group_id, groups in enumerate(runner.attn_groups):
             for group in groups:
                 for builder in group.metadata_builders:
                     if isinstance(builder, SepLLMCPUMetadataBuilder):
-                        builder.bind(self._step, lambda: runner.input_batch.req_ids, group_id)
-
-    def execute_model(
-        self, scheduler_output: SchedulerOutput
-    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        """Run a step with its plan at hand."""
-        with self._step.of(scheduler_output):
-            output: ModelRunnerOutput | AsyncModelRunnerOutput | None
-            output = super().execute_model(scheduler_output)
-            return output
+                        builder.bind(step, lambda: runner.input_batch.req_ids, group_id)

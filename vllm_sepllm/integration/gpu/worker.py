@@ -7,9 +7,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
-from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -59,6 +57,7 @@ class GPUWorkerMixin(Worker):
         """Allocate as vLLM does, then show builders and layers their caches and the plan."""
         super().initialize_from_config(kv_cache_config)
         self._step = CurrentStep()
+        self._step.plan_runs_of(self.model_runner)
         self._builders: list[tuple[GPUBuilderMixin, list[Attention]]] = []
         layers = self.vllm_config.compilation_config.static_forward_context
         for group_id, groups in enumerate(self.model_runner.attn_groups):
@@ -87,15 +86,6 @@ class GPUWorkerMixin(Worker):
         with self._step.warm_up():
             times: CompilationTimes = super().compile_or_warm_up_model()
             return times
-
-    def execute_model(
-        self, scheduler_output: SchedulerOutput
-    ) -> ModelRunnerOutput | AsyncModelRunnerOutput | None:
-        """Run a step with its plan at hand."""
-        with self._step.of(scheduler_output):
-            output: ModelRunnerOutput | AsyncModelRunnerOutput | None
-            output = super().execute_model(scheduler_output)
-            return output
 
 
 def _bind_layers(layers: Sequence[Attention]) -> list[torch.Tensor]:

@@ -1,0 +1,85 @@
+"""Every kind of attention that a model can have, as a tiny random model, against the oracle."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.engine import engine
+from tests.e2e.test_oracle import differences, rule_of
+from tests.integration.tiny_models import SEPARATORS, write_weights
+
+pytestmark = pytest.mark.slow
+
+ENGINE: dict[str, Any] = {
+    "attention_backend": "sepllm",
+    "additional_config": {"sepllm": {"initial_tokens": 3, "window": 16, "separators": SEPARATORS}},
+    "skip_tokenizer_init": True,
+    "max_model_len": 512,
+    "max_num_batched_tokens": 64,
+    "max_num_seqs": 4,
+    "kv_cache_memory_bytes": 1 << 24,
+}
+MAX_TOKENS = 8
+TOLERANCE = 1e-3
+
+# kind of tiny model -> its layers that must become sepllm, and what it stands for
+KINDS = {
+    "llama": (2, "Llama, GQA"),
+    "llama-mha": (2, "Llama, MHA"),
+    "llama-mqa": (2, "Llama, MQA"),
+    "qwen2": (2, "Qwen2"),
+    "qwen3": (2, "Qwen3"),
+    "mistral-full": (2, "Mistral without sliding window"),
+    "phi": (2, "Phi"),
+    "phi3": (2, "Phi-3"),
+    "gemma": (2, "Gemma"),
+    "gemma2": (2, "Gemma-2: sliding and full layers, soft-capped scores"),
+    "gemma3": (1, "Gemma-3: sliding and full layers"),
+    "gpt-neox": (2, "GPT-NeoX"),
+    "gpt-oss": (1, "GPT-OSS: attention sinks, sliding and full layers, experts"),
+}
+
+
+def random_prompts(*lengths: int) -> list[list[int]]:
+    """Several times the window; about one token in forty is a separator."""
+    numbers = random.Random(0)
+    return [[numbers.randrange(2, 128) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.compatibility(title, "exact"))
+        for kind, (_, title) in KINDS.items()
+    ],
+)
+def test_architecture_equals_the_dense_mask(kind: str, tmp_path: Path) -> None:
+    """Proves greedy tokens and log-probabilities against Hugging Face in float32, for chunks and
+    decode, and that sliding-window layers keep vLLM's own attention."""
+    from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+
+    from vllm_sepllm.integration.cpu.impl import SepLLMCPUImpl
+
+    path = write_weights(kind, tmp_path)
+    prompts = random_prompts(150, 99)
+    with engine(path, **ENGINE) as made:
+        rule = rule_of(made)
+        answers = made.generate(prompts, MAX_TOKENS)
+        layers = get_layers_from_vllm_config(made.engine.vllm_config, Attention)
+        ours = [n for n, layer in layers.items() if isinstance(layer.impl, SepLLMCPUImpl)]
+        vllm_config = made.engine.vllm_config
+    assert len(ours) == KINDS[kind][0]
+    # vLLM runs some models through transformers (Phi, GPT-NeoX) and decorates transformers' own
+    # classes for that; in an eager configuration they still are what they were
+    with set_current_vllm_config(vllm_config):
+        num_other, largest = differences(path, prompts, answers, rule)
+        num_full, largest_full = differences(path, prompts, answers, None)
+    print(f"{kind}: {num_other} tokens differ, log-probabilities by {largest:.1e}")
+    print(f"{kind}, full attention: {num_full} differ, by {largest_full:.1e}")
+    assert num_other == 0
+    assert largest < TOLERANCE
+    assert num_full > 0
+    assert largest_full > 100 * TOLERANCE
