@@ -37,7 +37,7 @@ class _SepLLMMixin(Scheduler):
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         separator_ids = [int(i) for i in config.separators]
         self._separators = RequestSeparators(
-            config.policy, flags(separator_ids, vocab_size), self.requests
+            config.policy, flags(separator_ids, vocab_size), self.requests, config.interval
         )
         self._managers: list[SepLLMManager] = []
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
