@@ -125,7 +125,7 @@ class SepLLMConfig(BaseModel):
         bound = self.max_separators
         if bound is None:
             bound = max_model_len // min(4, self.interval or 4)
-            if not separator_ids and self.interval is None:
+            if self.separators == () and self.interval is None:
                 bound = 0
         return self.model_copy(
             update={

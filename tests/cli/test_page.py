@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.cli.conftest import SENTENCE, Run
-from vllm_sepllm.cli.kept import kept_lengths, token_states
 from vllm_sepllm.cli.page import asset, build_page
+from vllm_sepllm.policy.kept import kept_lengths, token_states
 from vllm_sepllm.policy.visibility import Policy
 
 NASTY = ["</script><script>alert(1)</script>", "<b>&amp;", "\r\n", "{{data}}", '"', "\x00\x1b", ""]

@@ -10,7 +10,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from vllm_sepllm.cli.kept import State, kept_lengths, token_states
+from vllm_sepllm.policy.kept import State, kept_lengths, token_states
 from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
 # of the plot, in the units of its viewBox
