@@ -49,6 +49,13 @@ def read(page: str) -> TokenReader:
     return reader
 
 
+def test_a_note_stands_below_the_plot_as_text() -> None:
+    flags = np.zeros(1, dtype=bool)
+    page = build_page("t", "s", ["x"], flags, Policy(1, 3), note="<b>5 %</b>")
+    assert '<p class="note">&lt;b&gt;5 %&lt;/b&gt;</p>' in page
+    assert "note" not in build_page("t", "s", ["x"], flags, Policy(1, 3))
+
+
 def test_text_cannot_leave_its_token() -> None:
     flags = np.zeros(len(NASTY), dtype=bool)
     reader = read(build_page("<t>", "</title>", NASTY, flags, Policy(1, 3)))
