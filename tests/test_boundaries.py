@@ -22,7 +22,7 @@ ALLOWED = {
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", *PUBLIC_VLLM}
     | {f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"},
-    f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", *PUBLIC_VLLM}
+    f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", "lm_eval", *PUBLIC_VLLM}
     | {f"{US}.config", f"{US}.policy"},
     f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
     | {f"{US}.{part}" for part in ("__version__", "config", "policy", "demo", "eval")}

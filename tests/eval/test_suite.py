@@ -97,6 +97,12 @@ def test_tables(tmp_path: Path, engines: list[Any]) -> None:
     assert engines
 
 
+def test_tasks_have_a_table_of_their_own(tmp_path: Path) -> None:
+    right = {"right": report.wilson(1, 2)}
+    row = report.Row("task", 900, "gsm8k", "sepllm", {}, 300.0, 0.5, right, {})
+    assert "| gsm8k | sepllm | 300 | 50% | 50% (9% to 91%) |" in report.markdown([row])
+
+
 def test_plots_are_drawn(tmp_path: Path, engines: list[Any]) -> None:
     pytest.importorskip("matplotlib", reason="an extra")
     from vllm_sepllm.eval.plots import draw

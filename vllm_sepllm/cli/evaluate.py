@@ -30,6 +30,13 @@ def evaluate(
         list[float], typer.Option(min=0, max=1, help="Of needles; repeat for several.")
     ] = [0.0, 0.25, 0.5, 0.75, 1.0],  # noqa: B006
     needles: Annotated[int, typer.Option(min=0, help="Of each depth and context; 0: none.")] = 2,
+    gsm8k: Annotated[
+        Path | None, typer.Option(help="GSM8K's test.jsonl; needs lm_eval, the extra eval.")
+    ] = None,
+    qa: Annotated[
+        Path | None, typer.Option(help="Lines of {context, question, answer}; as --gsm8k.")
+    ] = None,
+    questions: Annotated[int, typer.Option(min=1, help="Of --gsm8k and of --qa.")] = 200,
     config: Annotated[str, typer.Option(help="sepllm's settings, JSON.")] = "{}",
     also: Annotated[
         list[str] | None,
@@ -39,7 +46,7 @@ def evaluate(
         str, typer.Option(help='vLLM\'s EngineArgs, JSON: \'{"dtype": "float32"}\'.')
     ] = "{}",
 ) -> None:
-    """Perplexity, KL divergence and needles: sepllm, full attention, StreamingLLM, FixLLM.
+    """Text, needles and tasks: sepllm, full attention, StreamingLLM and FixLLM at equal mean KV.
 
     Run again with the same options it goes on where it was stopped. --text is read as continuous
     text and hides the needles; books serve well. Nothing is downloaded.
@@ -54,12 +61,14 @@ def evaluate(
     sizes = {"context": context, "needle_context": needle_context, "excerpts": excerpts}
     sizes |= {"positions": positions, "depth": depth, "needles": needles}
     items = _items(tokenizer, {path.stem: options.read_text(path) for path in text}, sizes)
+    items += _tasks(tokenizer, gsm8k, qa, questions)
     facts = _facts(model, tokenizer)
     groups = plan(items, sepllm, others, facts)
     described: dict[str, Any] = {
         "model": model,
         "texts": [path.name for path in text],
         "sizes": sizes,
+        "tasks": [str(gsm8k), str(qa), questions],
         "settings": {f"{g.suite} {g.length} {g.method.name}": g.method.settings for g in groups},
         "engine_args": options.json_object("--engine-args", engine_args),
     }
@@ -133,6 +142,20 @@ def _items(tokenizer: Any, texts: dict[str, str], sizes: dict[str, Any]) -> list
             num_repeats=sizes["needles"],
         )
     return items
+
+
+def _tasks(tokenizer: Any, gsm8k: Path | None, qa: Path | None, limit: int) -> list[Any]:
+    if gsm8k is None and qa is None:
+        return []
+    try:
+        from vllm_sepllm.eval import tasks
+    except ImportError as error:
+        raise typer.BadParameter(
+            f"--gsm8k and --qa need lm_eval ({error}); pip install 'vllm-sepllm[eval]'"
+        ) from None
+    configs = [] if gsm8k is None else [tasks.gsm8k(gsm8k)]
+    configs += [] if qa is None else [tasks.passages(qa)]
+    return [tasks.make_task(config, limit, tokenizer) for config in configs]
 
 
 def _facts(model: str, tokenizer: Any) -> Any:

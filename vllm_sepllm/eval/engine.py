@@ -118,11 +118,13 @@ class Engine:
                 "tensor parallelism and without padding"
             )
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-        """Greedy continuations as text."""
+    def answer(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[str] = ()
+    ) -> list[str]:
+        """Greedy continuations as text, up to the first of ``stop``."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=list(stop))
         given = [list(prompt) for prompt in prompts]
         outputs = self.llm.generate(given, sampling, use_tqdm=False)
         return [str(output.outputs[0].text) for output in outputs]

@@ -41,6 +41,11 @@ class Needle:
         """The last query of the prompt, which must find the needle."""
         return Span(self.token_ids, len(self.token_ids) - 1)
 
+    @property
+    def spans(self) -> list[Span]:
+        """Those of the item's requests."""
+        return [self.span]
+
     def run(self, engine: Engine, _method: str, _store: Store) -> dict[str, Any]:
         """Ask, and look for the number in the answer."""
         (text,) = engine.answer([self.token_ids], MAX_ANSWER_TOKENS)

@@ -17,6 +17,8 @@ from vllm_sepllm.eval.text import Excerpt, cell_key
 
 # tokens that stay together when the intervals are drawn
 _BLOCK = 64
+# of eval/tasks.py, which needs lm_eval to be imported
+_TASK = "task"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class Row:
     """One method at one length.
 
     Attributes:
+        items: names of what was measured.
         kept: mean keys per scored query and layer; ``share`` of full attention's.
         values: what was measured.
         by_depth: needles alone: depth -> (found, asked).
@@ -31,6 +34,7 @@ class Row:
 
     suite: str
     length: int
+    items: str
     method: str
     settings: dict[str, Any] | None
     kept: float
@@ -44,11 +48,23 @@ def rows(groups: Sequence[Group], store: Store) -> list[Row]:
     found = []
     for group in groups:
         settings = None if group.method.settings is None else dict(group.method.settings)
-        values, by_depth = (_text if group.suite == Excerpt.suite else _needle)(group, store)
+        values, by_depth = _MEASURES[group.suite](group, store)
         share = group.kept / group.kept_by_full
         name = group.method.name
-        row = Row(group.suite, group.length, name, settings, group.kept, share, values, by_depth)
-        found.append(row)
+        items = ", ".join(cell.item.name for cell in group.cells)
+        found.append(
+            Row(
+                group.suite,
+                group.length,
+                items,
+                name,
+                settings,
+                group.kept,
+                share,
+                values,
+                by_depth,
+            )
+        )
     return found
 
 
@@ -79,6 +95,15 @@ def _needle(group: Group, store: Store) -> tuple[dict[str, Estimate], dict[str, 
     return {"found": wilson(found, len(cells))}, by_depth
 
 
+def _task(group: Group, store: Store) -> tuple[dict[str, Estimate], dict[str, tuple[int, int]]]:
+    cells = [store.read(cell.key) for cell in group.cells]
+    right = [flag for cell in cells for flag in cell["is_right"]]
+    return {"right": wilson(sum(right), len(right))}, {}
+
+
+_MEASURES = {Excerpt.suite: _text, Needle.suite: _needle, _TASK: _task}
+
+
 def write(folder: Path, found: Sequence[Row], run: dict[str, Any]) -> None:
     """``results.json`` and ``report.md``."""
     document = {"run": run, "rows": [asdict(row) for row in found]}
@@ -103,6 +128,11 @@ def markdown(found: Sequence[Row]) -> str:
         lines = [head, "| --- | --- | ---: | ---: | --- |" + " --- |" * len(depths)]
         lines += [_needle_line(row) for row in needle]
         parts.append("\n".join(lines))
+    tasks = [row for row in found if row.suite == _TASK]
+    if tasks:
+        lines = ["| task | method | KV at the question | of full | right |"]
+        lines += ["| --- | --- | ---: | ---: | --- |", *map(_task_line, tasks)]
+        parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,6 +152,11 @@ def _needle_line(row: Row) -> str:
     share = _interval(row.values["found"], "{:.0%}")
     counts = " | ".join(f"{found}/{asked}" for found, asked in row.by_depth.values())
     return f"{_start(row)} {share} | {counts} |"
+
+
+def _task_line(row: Row) -> str:
+    start = f"| {row.items} | {row.method} | {row.kept:,.0f} | {row.share:.0%} |"
+    return f"{start} {_interval(row.values['right'], '{:.0%}')} |"
 
 
 def _interval(value: Estimate, form: str) -> str:

@@ -3,22 +3,43 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from vllm_sepllm.eval.engine import running
+from vllm_sepllm.eval.engine import Engine, running
 from vllm_sepllm.eval.methods import (
     FULL,
     SEPLLM,
     Method,
     ModelFacts,
+    Span,
     at_equal_kept,
     mean_kept,
 )
-from vllm_sepllm.eval.needle import Needle
 from vllm_sepllm.eval.store import Store
 from vllm_sepllm.eval.text import Excerpt, cell_key
 
-Item = Excerpt | Needle
+
+class Item(Protocol):
+    """What a cell computes: an excerpt, a needle, a task."""
+
+    @property
+    def suite(self) -> str:
+        """Rows of one suite share a table."""
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other item of the suite and the length."""
+
+    @property
+    def length(self) -> int:
+        """Context that the item needs."""
+
+    @property
+    def spans(self) -> list[Span]:
+        """Its requests, and the queries at which kept tokens are counted."""
+
+    def run(self, engine: Engine, method: str, store: Store) -> dict[str, Any]:
+        """The cell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +82,7 @@ def plan(
     groups = []
     for suite, length in sorted({(item.suite, item.length) for item in items}, reverse=True):
         chosen = [i for i in items if (i.suite, i.length) == (suite, length)]
-        spans = [item.span for item in chosen]
+        spans = [span for item in chosen for span in item.spans]
         methods = [Method(FULL, None), Method(SEPLLM, sepllm)]
         methods += [*at_equal_kept(sepllm, spans, facts), *also]
         full = mean_kept(None, spans, facts)

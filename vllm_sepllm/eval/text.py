@@ -46,6 +46,11 @@ class Excerpt:
         spread = np.linspace(self.span.first, last, self.num_positions)
         return sorted(set(np.round(spread).astype(int).tolist()))
 
+    @property
+    def spans(self) -> list[Span]:
+        """Those of the item's requests."""
+        return [self.span]
+
     def run(self, engine: Engine, method: str, store: Store) -> dict[str, Any]:
         """Score the excerpt; full attention's distributions are kept for the others."""
         scores = engine.score(self.token_ids, self.positions)
