@@ -51,26 +51,34 @@ def evaluate(
     Run again with the same options it goes on where it was stopped. --text is read as continuous
     text and hides the needles; books serve well. Nothing is downloaded.
     """
-    from vllm_sepllm.eval import report
-    from vllm_sepllm.eval.store import Store
-    from vllm_sepllm.eval.suite import plan, run
-
-    sepllm = _settings("--config", config)
-    others = [_method(item) for item in also or ()]
     tokenizer = load_tokenizer(model)
     sizes = {"context": context, "needle_context": needle_context, "excerpts": excerpts}
     sizes |= {"positions": positions, "depth": depth, "needles": needles}
     items = _items(tokenizer, {path.stem: options.read_text(path) for path in text}, sizes)
     items += _tasks(tokenizer, gsm8k, qa, questions)
-    facts = _facts(model, tokenizer)
+    run: dict[str, Any] = {"model": model, "texts": [path.name for path in text], "sizes": sizes}
+    run["tasks"] = [str(gsm8k), str(qa), questions]
+    run["engine_args"] = options.json_object("--engine-args", engine_args)
+    sepllm, others = _settings("--config", config), [_method(item) for item in also or ()]
+    _measure(output, items, sepllm, others, _facts(model, tokenizer), run)
+
+
+def _measure(
+    output: Path,
+    items: Sequence[Any],
+    sepllm: dict[str, Any],
+    others: Sequence[Any],
+    facts: Any,
+    described: dict[str, Any],
+) -> None:
+    """Compute what ``output`` lacks and write the report."""
+    from vllm_sepllm.eval import report
+    from vllm_sepllm.eval.store import Store
+    from vllm_sepllm.eval.suite import plan, run
+
     groups = plan(items, sepllm, others, facts)
-    described: dict[str, Any] = {
-        "model": model,
-        "texts": [path.name for path in text],
-        "sizes": sizes,
-        "tasks": [str(gsm8k), str(qa), questions],
-        "settings": {f"{g.suite} {g.length} {g.method.name}": g.method.settings for g in groups},
-        "engine_args": options.json_object("--engine-args", engine_args),
+    described["settings"] = {
+        f"{g.suite} {g.length} {g.method.name}": g.method.settings for g in groups
     }
     try:
         store = Store(output, described)
@@ -82,7 +90,7 @@ def evaluate(
         def advance(key: str) -> None:
             progress.update(task, advance=1, description=key)
 
-        run(groups, store, model, described["engine_args"], advance)
+        run(groups, store, described["model"], described["engine_args"], advance)
     found = report.rows(groups, store)
     report.write(output, found, described)
     console = make_console()
