@@ -7,7 +7,7 @@ from vllm_sepllm.eval.needle import Needle
 from vllm_sepllm.eval.report import Row
 from vllm_sepllm.eval.text import Excerpt
 
-_PANELS = (("perplexity", "perplexity"), ("kl", "KL to full attention, nats"))
+_PANELS = (("ratio", "perplexity, ratio to full attention"), ("kl", "KL to full attention, nats"))
 
 
 def draw(folder: Path, found: Sequence[Row]) -> list[Path]:
