@@ -138,3 +138,13 @@ def test_the_script_follows_the_rule(policy: Policy, tmp_path: Path) -> None:
     assert found["lengths"] == kept_lengths(policy, is_separator).tolist()
     for query in range(63):
         assert found["states"][query] == token_states(policy, is_separator, query).tolist()
+
+
+def test_attention_over_too_many_tokens_is_refused(
+    run: Run, tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_sepllm.cli import show
+
+    monkeypatch.setattr(show, "_MAX_ATTENTION", 100)
+    refused = run("show", tiny_model, text_file, "--attention", "-o", "page.html", code=2)
+    assert "--max-tokens 100 or less" in " ".join(refused.replace("│", " ").split())
