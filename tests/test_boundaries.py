@@ -24,8 +24,11 @@ ALLOWED = {
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", "httpx", *PUBLIC_VLLM}
     | {f"{US}.demo", f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"},
+    f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", "lm_eval", *PUBLIC_VLLM}
+    | {f"{US}.config", f"{US}.policy"},
     f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
-    | {f"{US}.{part}" for part in ("__version__", "config", "policy", "demo", "integration")},
+    | {f"{US}.{part}" for part in ("__version__", "config", "policy", "demo", "eval")}
+    | {f"{US}.integration"},
     f"{US}/__main__.py": {f"{US}.cli"},
     f"{US}/demo": {"rich", "openai", "transformers", "tokenizers", "torch", *PUBLIC_VLLM},
 }

@@ -37,6 +37,18 @@ def test_unknown_key_is_refused_with_the_valid_ones() -> None:
         ({"separators": [1, "."]}, "separators must be 'paper', 'extended', a list of strings"),
         ({"separators": [""]}, "separators must be 'paper', 'extended', a list of strings or"),
         ({"full_layers": [0.5]}, "full_layers: Input should be a valid integer"),
+        (
+            {"preset": "h2o"},
+            "preset: Input should be 'streaming-llm' or 'fixed-interval', got 'h2o",
+        ),
+        ({"preset": "fixed-interval"}, 'preset "fixed-interval" and interval go together'),
+        ({"interval": 8}, 'preset "fixed-interval" and interval go together'),
+        ({"preset": "streaming-llm", "interval": 8}, "and interval go together"),
+        ({"preset": "fixed-interval", "interval": 0}, "interval: Input should be greater than or"),
+        (
+            {"preset": "streaming-llm", "separators": "paper"},
+            "preset 'streaming-llm' keeps no separators, got separators='paper'; remove one",
+        ),
         ([], "must be an object with any of"),
     ],
 )
@@ -62,6 +74,27 @@ def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
     assert resolved.checkpoint_interval == 512
     again = resolved.resolve(separator_ids=(7, 9), num_layers=30, max_model_len=4096, block_size=32)
     assert again == resolved
+
+
+@pytest.mark.parametrize(
+    ("given", "max_separators"),
+    [
+        ({"preset": "streaming-llm"}, 0),
+        ({"separators": []}, 0),
+        ({"preset": "fixed-interval", "interval": 8}, 250),
+        # every other token: a quarter would drop some
+        ({"preset": "fixed-interval", "interval": 2}, 500),
+    ],
+)
+def test_presets_have_no_separators_and_room_for_what_they_keep(
+    given: dict[str, object], max_separators: int
+) -> None:
+    config = read(given)
+    assert config.separators == ()
+    resolved = config.resolve(separator_ids=(), num_layers=2, max_model_len=1000, block_size=32)
+    assert resolved.max_separators == max_separators
+    # what the workers read back
+    assert read(json.loads(resolved.model_dump_json())) == resolved
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:

@@ -7,7 +7,7 @@ process works with: separators as token ids, layers counted from 0, a number for
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from vllm_sepllm.policy.visibility import Policy
 
@@ -28,9 +28,15 @@ class SepLLMConfig(BaseModel):
             initial_tokens + window a multiple of the block size no block mixes ring and tail.
         separators: "paper" or "extended" (rules applied to the model's tokenizer), or a list of
             strings that are one token each, or a list of token ids.
+        preset: another method in the same engine, with no separators of its own: "streaming-llm"
+            keeps initial tokens and window alone, "fixed-interval" every ``interval``-th token
+            besides (the paper's FixLLM).
+        interval: of "fixed-interval": tokens at positions that it divides are kept as separators
+            are.
         max_separators: separators older than the window that stay visible. None: a quarter of
             max_model_len, which the text of a request reaches only if more than one token in
-            four is a separator. vLLM sizes and admits by it, so a request always fits.
+            four is a separator; 0 if there are none; enough for every token of an ``interval``.
+            vLLM sizes and admits by it, so a request always fits.
         full_layers: layers that keep full attention, negative ones counted from the last.
         checkpoint_interval: with prefix caching, tokens between the regular checkpoints of a
             request; must be a multiple of the block size. None: eight times initial_tokens +
@@ -50,10 +56,33 @@ class SepLLMConfig(BaseModel):
         | tuple[StrictInt, ...]
         | tuple[Annotated[str, Field(strict=True, min_length=1)], ...]
     ) = "extended"
+    preset: Literal["streaming-llm", "fixed-interval"] | None = None
+    interval: Annotated[StrictInt, Field(ge=1)] | None = None
     max_separators: Count | None = None
     full_layers: tuple[StrictInt, ...] = ()
     checkpoint_interval: Annotated[StrictInt, Field(ge=1)] | None = None
     decode_backend: Annotated[str, Field(strict=True, min_length=1)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_separators(cls, given: object) -> object:
+        """A preset has no separators, and an interval belongs to one preset."""
+        if not isinstance(given, dict):
+            return given
+        preset = given.get("preset")
+        if (preset == "fixed-interval") != (given.get("interval") is not None):
+            raise ValueError(
+                'preset "fixed-interval" and interval go together: set both, such as '
+                '{"preset": "fixed-interval", "interval": 8}, or neither'
+            )
+        if preset is None:
+            return given
+        if given.get("separators", ()) not in ((), []):
+            raise ValueError(
+                f"preset {preset!r} keeps no separators, got separators="
+                f"{given['separators']!r}; remove one of the two"
+            )
+        return {**given, "separators": ()}
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "SepLLMConfig":
@@ -100,7 +129,9 @@ class SepLLMConfig(BaseModel):
         """
         bound = self.max_separators
         if bound is None:
-            bound = max_model_len // 4
+            bound = max_model_len // min(4, self.interval or 4)
+            if self.separators == () and self.interval is None:
+                bound = 0
         return self.model_copy(
             update={
                 "separators": separator_ids,
@@ -146,7 +177,9 @@ def _explain(error: ValidationError) -> str:
     problems: dict[str, str] = {}
     for item in error.errors():
         field = str(item["loc"][0]) if item["loc"] else ADDITIONAL_CONFIG_KEY
-        if item["type"] == "extra_forbidden":
+        if item["type"] == "value_error":
+            problems[field] = str(item["ctx"]["error"])
+        elif item["type"] == "extra_forbidden":
             problems[field] = f"unknown key {field!r}, valid keys are {valid}"
         elif field == "separators":
             problems[field] = (

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.cli.conftest import SENTENCE, Run
-from vllm_sepllm.cli.kept import kept_lengths, token_states
 from vllm_sepllm.cli.page import asset, build_page
+from vllm_sepllm.policy.kept import kept_lengths, token_states
 from vllm_sepllm.policy.visibility import Policy
 
 NASTY = ["</script><script>alert(1)</script>", "<b>&amp;", "\r\n", "{{data}}", '"', "\x00\x1b", ""]
@@ -47,6 +47,13 @@ def read(page: str) -> TokenReader:
     reader = TokenReader()
     reader.feed(page)
     return reader
+
+
+def test_a_note_stands_below_the_plot_as_text() -> None:
+    flags = np.zeros(1, dtype=bool)
+    page = build_page("t", "s", ["x"], flags, Policy(1, 3), note="<b>5 %</b>")
+    assert '<p class="note">&lt;b&gt;5 %&lt;/b&gt;</p>' in page
+    assert "note" not in build_page("t", "s", ["x"], flags, Policy(1, 3))
 
 
 def test_text_cannot_leave_its_token() -> None:
@@ -131,3 +138,13 @@ def test_the_script_follows_the_rule(policy: Policy, tmp_path: Path) -> None:
     assert found["lengths"] == kept_lengths(policy, is_separator).tolist()
     for query in range(63):
         assert found["states"][query] == token_states(policy, is_separator, query).tolist()
+
+
+def test_attention_over_too_many_tokens_is_refused(
+    run: Run, tiny_model: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_sepllm.cli import show
+
+    monkeypatch.setattr(show, "_MAX_ATTENTION", 100)
+    refused = run("show", tiny_model, text_file, "--attention", "-o", "page.html", code=2)
+    assert "--max-tokens 100 or less" in " ".join(refused.replace("│", " ").split())

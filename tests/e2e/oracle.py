@@ -14,13 +14,17 @@ from transformers import AutoModelForCausalLM
 
 @dataclass(frozen=True)
 class Rule:
-    """The rule as the oracle applies it; ``full_layers`` counts from 0."""
+    """The rule as the oracle applies it; ``full_layers`` counts from 0.
+
+    With ``interval`` the tokens at its multiples are the separators, whatever their ids.
+    """
 
     initial_tokens: int
     window: int
     separator_ids: frozenset[int]
     max_separators: int | None = None
     full_layers: frozenset[int] = frozenset()
+    interval: int | None = None
 
 
 def causal_mask(num_tokens: int) -> torch.Tensor:
@@ -33,6 +37,8 @@ def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
     num_tokens = len(token_ids)
     mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     separators = [j for j, t in enumerate(token_ids) if t in rule.separator_ids]
+    if rule.interval is not None:
+        separators = list(range(0, num_tokens, rule.interval))
     for i in range(num_tokens):
         mask[i, : min(i + 1, rule.initial_tokens)] = True
         mask[i, max(0, i - rule.window + 1) : i + 1] = True

@@ -51,7 +51,13 @@ CASES = [
         {"window": 256, "initial_tokens": 0, "max_separators": 16, "full_layers": [0, -1]},
         128,
     ),
-    Case("no separators", {"window": 64, "separators": [], "max_separators": 0}, 512),
+    Case("streaming-llm", {"window": 64, "preset": "streaming-llm"}, 512),
+    Case(
+        "every 7th token",
+        {"window": 64, "preset": "fixed-interval", "interval": 7},
+        512,
+        prompt_lengths=(57, 700),
+    ),
     Case(
         "compiled",
         {"window": 64},
@@ -79,6 +85,7 @@ def rule_of(made: Any) -> Rule:
         separator_ids=frozenset(config["separators"]),
         max_separators=config["max_separators"],
         full_layers=frozenset(config["full_layers"]),
+        interval=config["interval"],
     )
 
 

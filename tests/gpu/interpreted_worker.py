@@ -1,7 +1,7 @@
 """Our GPU worker on vLLM's CPU worker."""
 
 from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu.warmup import warmup_kernels
+from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 from vllm.v1.worker.worker_base import CompilationTimes
 
 from vllm_sepllm.integration.gpu.worker import GPUWorkerMixin
@@ -12,9 +12,11 @@ class _WarmCPUWorker(CPUWorker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         if self.use_v2_model_runner:
-            # without grammars: the interpreter refuses the masks of vLLM's kernel for them
-            sample = self.sample_tokens
-            warmup_kernels(self.model_runner, self.execute_model, lambda grammar: sample(None))
+            # the greedy one of vLLM's warm-ups: the interpreter refuses its other samplers
+            num_tokens = self.scheduler_config.max_num_batched_tokens
+            assert run_mixed_prefill_decode_warmup(
+                self.model_runner, self.execute_model, self.sample_tokens, num_tokens
+            )
         return super().compile_or_warm_up_model()
 
 

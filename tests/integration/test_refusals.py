@@ -212,6 +212,16 @@ VALUES: list[tuple[Any, str, str]] = [
     (policy(separators=[-1]), "token ids in [0, 128), the vocabulary, got [-1]", "take the ids"),
     (policy(separators="all"), "separators must be", "'paper', 'extended', a list of strings"),
     (policy(separators=[7, "."]), "separators must be", "'paper', 'extended', a list of strings"),
+    (
+        {"sepllm": {"preset": "streaming-llm", "separators": SEPARATORS}},
+        "preset 'streaming-llm' keeps no separators",
+        "remove one of the two",
+    ),
+    (
+        {"sepllm": {"preset": "fixed-interval"}},
+        'preset "fixed-interval" and interval go together',
+        "set both",
+    ),
     ({}, "separators='extended' must be read from a tokenizer", "give token ids"),
     (policy(separators="paper"), "separators='paper' must be read", "give token ids"),
     (policy(separators=["."]), "must be read from a tokenizer", "give token ids"),

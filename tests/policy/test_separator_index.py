@@ -39,3 +39,19 @@ def test_truncated_tokens_are_read_again() -> None:
     index.truncate(2)
     index.extend([1, 1, 1, 0, 1], 5)
     assert index.positions(0, 9).tolist() == [1, 2, 4]
+
+
+@given(
+    st.integers(1, 9), st.lists(st.integers(0, 60), max_size=12), st.integers(0, 5), st.booleans()
+)
+def test_an_interval_reads_positions_alone(
+    interval: int, stops: list[int], initial: int, is_cut: bool
+) -> None:
+    index = SeparatorIndex(Policy(initial, 4), FLAGS, interval)
+    for stop in sorted(stops):
+        index.extend([1] * 60, stop)
+    if is_cut:
+        index.truncate(17)
+    index.extend([0] * 60, 60)
+    want = [i for i in range(initial, 60) if i % interval == 0]
+    assert index.positions(0, 99).tolist() == want

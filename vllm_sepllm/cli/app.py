@@ -7,6 +7,7 @@ import typer
 
 from vllm_sepllm import __version__
 from vllm_sepllm.cli.doctor import doctor
+from vllm_sepllm.cli.evaluate import evaluate
 from vllm_sepllm.cli.plan import plan
 from vllm_sepllm.cli.separators import separators
 from vllm_sepllm.cli.show import show
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 for command in (doctor, separators, plan, show):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -1,6 +1,5 @@
 """``vllm-sepllm doctor``: is the installation whole, and would it serve a model?"""
 
-import json
 import os
 import platform
 from dataclasses import asdict, dataclass
@@ -46,8 +45,8 @@ def doctor(
 
     Ends with 1 if something is wrong. Nothing is downloaded and no engine is started.
     """
-    settings = _parse_object("--config", config)
-    arguments = _parse_object("--engine-args", engine_args)
+    settings = options.json_object("--config", config)
+    arguments = options.json_object("--engine-args", engine_args)
     checks = [*versions(), *installed_entry_points()]
     if all(check.is_ok is not False for check in checks if check.name == "vllm"):
         checks += vllm_checks()
@@ -59,16 +58,6 @@ def doctor(
     else:
         _print(checks, is_ok)
     raise typer.Exit(0 if is_ok else 1)
-
-
-def _parse_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise typer.BadParameter(f"{option} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise typer.BadParameter(f"{option} must be a JSON object, got {text}")
-    return value
 
 
 def versions() -> list[Check]:

@@ -1,8 +1,9 @@
 """Options that several subcommands take, and what they turn into."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -65,6 +66,21 @@ FullLayers = Annotated[
 def layer_indices(text: str | None) -> tuple[int, ...]:
     """What ``--full-layers`` says."""
     return tuple(int(item) for item in text.split(",")) if text else ()
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The object that an option holds as JSON.
+
+    Raises:
+        typer.BadParameter: if it is none.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{option} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{option} must be a JSON object, got {text}")
+    return value
 
 
 def make_config(**given: object) -> SepLLMConfig:

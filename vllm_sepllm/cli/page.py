@@ -10,7 +10,7 @@ from importlib.resources import files
 
 import numpy as np
 
-from vllm_sepllm.cli.kept import State, kept_lengths, token_states
+from vllm_sepllm.policy.kept import State, kept_lengths, token_states
 from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
 # of the plot, in the units of its viewBox
@@ -28,7 +28,12 @@ def asset(name: str) -> str:
 
 
 def build_page(
-    title: str, subtitle: str, pieces: Sequence[str], is_separator: BoolArray, policy: Policy
+    title: str,
+    subtitle: str,
+    pieces: Sequence[str],
+    is_separator: BoolArray,
+    policy: Policy,
+    note: str = "",
 ) -> str:
     """The whole page, showing the last position until its script has started.
 
@@ -38,6 +43,7 @@ def build_page(
         pieces: [num_tokens], the text of each token.
         is_separator: [num_tokens], whether each is a separator.
         policy: a, n and s.
+        note: a sentence below the plot.
     """
     last = len(pieces) - 1
     states = token_states(policy, is_separator, last)
@@ -50,6 +56,7 @@ def build_page(
         "script": asset("page.js"),
         "last": str(last),
         "plot": _plot(lengths),
+        "note": f'<p class="note">{html.escape(note)}</p>' if note else "",
         "summary": f"The cache ends with {lengths[-1]:,} entries, full attention {last + 1:,}.",
         "tokens": "".join(map(_span, pieces, states.tolist(), is_separator.tolist())),
         "data": _data(is_separator, policy),

@@ -11,7 +11,9 @@ from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
 from vllm_sepllm.policy.separators import separator_ids
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import BoolArray, Policy
+
+_MAX_ATTENTION = 4096
 
 
 def show(
@@ -30,6 +32,12 @@ def show(
             parser=options.as_tokens, metavar="TOKENS", help="Show no more tokens than these."
         ),
     ] = 8192,
+    attention: Annotated[
+        bool,
+        typer.Option(
+            "--attention", help="Run the model and say how much attention each class gets."
+        ),
+    ] = False,
 ) -> None:
     """Write one HTML page: every token coloured by what becomes of it, at any position.
 
@@ -50,8 +58,36 @@ def show(
         f"{len(ids):,} tokens of {Path(model).name}, {part}{initial_tokens} initial, "
         f"window {window}, {separators} separators{bound}"
     )
-    page.write_text(build_page(file.name, subtitle, pieces, is_separator, policy), "utf-8")
-    make_console().print(f"{page}: {subtitle}", markup=False, soft_wrap=True)
+    note = _attention(model, ids, is_separator, policy) if attention else ""
+    page.write_text(build_page(file.name, subtitle, pieces, is_separator, policy, note), "utf-8")
+    for line in filter(None, (f"{page}: {subtitle}", note)):
+        make_console().print(line, markup=False, soft_wrap=True)
+
+
+def _attention(model: str, ids: list[int], is_separator: BoolArray, policy: Policy) -> str:
+    """A sentence with the attention mass of each class, measured with full attention."""
+    if len(ids) > _MAX_ATTENTION:
+        raise typer.BadParameter(
+            f"--attention needs memory for the square of {len(ids):,} tokens; give "
+            f"--max-tokens {_MAX_ATTENTION} or less"
+        )
+    from transformers import AutoModelForCausalLM
+
+    from vllm_sepllm.eval.attention_mass import measure
+
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype="float32", attn_implementation="eager"
+    ).eval()
+    try:
+        found = measure(loaded, ids, is_separator, policy)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    parts = [f"{m.name} {m.mass:.1%} ({m.share:.1%} of the tokens)" for m in found]
+    return (
+        "Full attention, mean over layers, heads and 64 positions, goes to: "
+        + ", ".join(parts)
+        + "."
+    )
 
 
 def _rule_ids(rule: str, tokenizer: Any) -> tuple[int, ...]:

@@ -95,7 +95,9 @@ def _one_line(error: Exception) -> str:
 def _settings(vllm_config: VllmConfig) -> dict[str, Any]:
     additional_config = vllm_config.additional_config
     assert isinstance(additional_config, dict), "apply_selection writes a dict"
-    config = dict(additional_config[ADDITIONAL_CONFIG_KEY])
+    resolved = additional_config[ADDITIONAL_CONFIG_KEY]
+    # what is None after resolving does not apply
+    config = {name: value for name, value in resolved.items() if value is not None}
     num_separators = len(config.pop("separators"))
     return {
         **config,

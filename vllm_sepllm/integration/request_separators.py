@@ -16,9 +16,19 @@ from vllm_sepllm.policy.visibility import BoolArray, Policy
 class RequestSeparators:
     """Request id -> its separators, read from the scheduler's own requests."""
 
-    def __init__(self, policy: Policy, flags: BoolArray, requests: Mapping[str, Request]) -> None:
-        """``flags`` is [vocab_size]; ``requests`` is the scheduler's table, not a copy."""
+    def __init__(
+        self,
+        policy: Policy,
+        flags: BoolArray,
+        requests: Mapping[str, Request],
+        interval: int | None = None,
+    ) -> None:
+        """``flags`` is [vocab_size]; ``requests`` is the scheduler's table, not a copy.
+
+        ``interval``: see SepLLMConfig.
+        """
         self.policy = policy
+        self._interval = interval
         # token ids past the vocabulary (added tokens) read the last entry, which is False
         self._flags = np.append(flags, False)
         self._requests = requests
@@ -48,7 +58,8 @@ class RequestSeparators:
         """The request's index, empty when first asked for."""
         index = self._indices.get(request_id)
         if index is None:
-            index = self._indices[request_id] = SeparatorIndex(self.policy, self._flags)
+            index = SeparatorIndex(self.policy, self._flags, self._interval)
+            self._indices[request_id] = index
         return index
 
     def count_below(self, request_id: str, position: int) -> int:

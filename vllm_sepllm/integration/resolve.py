@@ -62,7 +62,9 @@ def _separator_ids(config: SepLLMConfig, model_config: ModelConfig) -> tuple[int
 
 
 def _log(given: SepLLMConfig, resolved: SepLLMConfig, vllm_config: VllmConfig) -> None:
-    rule = given.separators if isinstance(given.separators, str) else "given"
+    rule: str = given.separators if isinstance(given.separators, str) else "given"
+    if given.preset is not None:
+        rule = given.preset if given.interval is None else f"every {given.interval}th token"
     logger.info(
         "sepllm keeps the first %d tokens, the last %d and up to %d separators in between "
         "(%s, %d token ids)%s; block size %d.",

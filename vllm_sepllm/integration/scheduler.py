@@ -30,7 +30,7 @@ class _SepLLMMixin(Scheduler):
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         separator_ids = [int(i) for i in config.separators]
         self._separators = RequestSeparators(
-            config.policy, flags(separator_ids, vocab_size), self.requests
+            config.policy, flags(separator_ids, vocab_size), self.requests, config.interval
         )
         self._max_proposed = max_proposed(self.vllm_config)
         assert config.checkpoint_interval is not None, "resolved at start-up"

@@ -11,15 +11,17 @@ from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 class SeparatorIndex:
     """Append-only list of the separators of one request at positions >= initial_tokens."""
 
-    __slots__ = ("_flags", "_num_seen", "_policy", "_positions")
+    __slots__ = ("_flags", "_interval", "_num_seen", "_policy", "_positions")
 
-    def __init__(self, policy: Policy, flags: BoolArray) -> None:
+    def __init__(self, policy: Policy, flags: BoolArray, interval: int | None = None) -> None:
         """``flags`` is [vocab_size], whether each token id is a separator.
 
-        A token id past the end reads the last entry.
+        A token id past the end reads the last entry. With ``interval`` the tokens at positions
+        that it divides are the separators instead, whatever they are.
         """
         self._policy = policy
         self._flags = flags
+        self._interval = interval
         self._positions: list[int] = []
         self._num_seen = policy.initial_tokens
 
@@ -38,7 +40,10 @@ class SeparatorIndex:
                 f"separators up to position {num_tokens} were asked for, "
                 f"but only {len(token_ids)} token ids are known"
             )
-        if num_tokens - first == 1:  # a decode step: no array for one token
+        if self._interval is not None:
+            start = -(-first // self._interval) * self._interval
+            self._positions.extend(range(start, num_tokens, self._interval))
+        elif num_tokens - first == 1:  # a decode step: no array for one token
             if self._flags[min(token_ids[first], len(self._flags) - 1)]:
                 self._positions.append(first)
         else:

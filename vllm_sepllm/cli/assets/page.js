@@ -1,7 +1,7 @@
 "use strict";
 
 // The rule of vllm_sepllm/policy/visibility.py; tests/cli/test_page.py compares the two.
-// States: 0 initial, 1 kept separator, 2 window, 3 forgotten, 4 not yet read (cli/kept.py).
+// States: 0 initial, 1 kept separator, 2 window, 3 forgotten, 4 not yet read (policy/kept.py).
 function makeRule(data) {
   const { numTokens, initialTokens, window, maxSeparators, separators } = data;
   const isSeparator = new Uint8Array(numTokens);

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllm_sepllm.cli.kept import State, kept_lengths, token_states
+from vllm_sepllm.policy.kept import State, kept_lengths, token_states
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 POLICIES = [

@@ -1,4 +1,4 @@
-"""What becomes of the tokens of a text as a request goes on, for pictures and tables."""
+"""What becomes of the tokens of a text as a request goes on: for pictures, tables and budgets."""
 
 from enum import IntEnum
 

@@ -1,0 +1,51 @@
+"""Budgets are those of the rule, and the methods that are compared keep as many tokens."""
+
+import numpy as np
+import pytest
+
+from vllm_sepllm.eval.methods import FIXED, STREAMING, ModelFacts, Span, at_equal_kept, mean_kept
+from vllm_sepllm.policy.visibility import Policy, visible_mask
+
+SEPARATORS = (3, 5)
+FACTS = ModelFacts(lambda spec: tuple(spec) if spec == () else SEPARATORS, num_layers=10)
+
+
+def span(num_tokens: int, first: int, seed: int = 0) -> Span:
+    return Span(np.random.default_rng(seed).integers(0, 20, num_tokens).tolist(), first)
+
+
+def test_mean_kept_is_the_mean_of_the_masks_rows() -> None:
+    part = span(400, 200)
+    is_separator = np.isin(part.token_ids, SEPARATORS)
+    rows = visible_mask(Policy(3, 20), is_separator).sum(axis=1)[200:]
+    settings = {"initial_tokens": 3, "window": 20}
+    assert mean_kept(settings, [part], FACTS) == pytest.approx(rows.mean())
+    # two layers of ten read everything
+    full = np.arange(200, 400) + 1
+    with_full = settings | {"full_layers": [0, -1]}
+    wanted = 0.2 * full.mean() + 0.8 * rows.mean()
+    assert mean_kept(with_full, [part], FACTS) == pytest.approx(wanted)
+    assert mean_kept(None, [part], FACTS) == pytest.approx(full.mean())
+
+
+def test_an_interval_is_counted_by_position() -> None:
+    part = span(400, 200)
+    rows = visible_mask(Policy(3, 20), np.arange(400) % 7 == 0).sum(axis=1)[200:]
+    settings = {"initial_tokens": 3, "window": 20, "preset": FIXED, "interval": 7}
+    assert mean_kept(settings, [part], FACTS) == pytest.approx(rows.mean())
+
+
+@pytest.mark.parametrize("full_layers", [(), (0, -1)])
+def test_methods_keep_as_many_tokens_within_two_percent(full_layers: tuple[int, ...]) -> None:
+    spans = [span(1000, 500, seed) for seed in range(3)]
+    sepllm = {"window": 60, "full_layers": list(full_layers)}
+    target = mean_kept(sepllm, spans, FACTS)
+    streaming, fixed = at_equal_kept(sepllm, spans, FACTS)
+    assert (streaming.name, fixed.name) == (STREAMING, FIXED)
+    for method in (streaming, fixed):
+        assert mean_kept(method.settings, spans, FACTS) == pytest.approx(target, rel=0.02)
+    assert streaming.settings is not None
+    assert fixed.settings is not None
+    # one token in ten is a separator
+    assert 8 <= fixed.settings["interval"] <= 12
+    assert streaming.settings["window"] > 100

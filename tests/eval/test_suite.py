@@ -1,0 +1,115 @@
+"""The order of the work, what a stopped run repeats, and the tables."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+import torch
+
+from vllm_sepllm.eval import report, suite
+from vllm_sepllm.eval.engine import Scores
+from vllm_sepllm.eval.methods import Method, ModelFacts
+from vllm_sepllm.eval.needle import Needle
+from vllm_sepllm.eval.store import Store
+from vllm_sepllm.eval.text import Excerpt
+
+FACTS = ModelFacts(lambda spec: () if spec == () else (0,), num_layers=4)
+TEXTS = [Excerpt(f"book-{i}", 200, tuple(j % 9 for j in range(199)), 4) for i in range(2)]
+NEEDLES = [Needle(f"{d}-0", 150, d, tuple(j % 9 for j in range(120)), "123") for d in (0.0, 0.5)]
+SEPLLM = {"window": 20}
+ALSO = [Method("w40", {"window": 40})]
+
+
+class FakeEngine:
+    """Every token has probability one half; with sepllm's window alone the numbers are found."""
+
+    started: list[Any]
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    def score(self, token_ids: Any, positions: Any) -> Scores:
+        rows = torch.full((len(positions), 2), 0.5).log()
+        num = len(token_ids) - 1
+        top = 1 if self.settings == SEPLLM else 0
+        return Scores([-0.6931471805599453] * num, [top] * num, rows)
+
+    def answer(self, prompts: Any, _max_tokens: int) -> list[str]:
+        return ["it is 123" if self.settings == SEPLLM else "I do not know"] * len(prompts)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Settings of each engine that was started, with its arguments."""
+    started: list[Any] = []
+
+    @contextmanager
+    def running(_model: str, settings: Any, **arguments: Any) -> Iterator[FakeEngine]:
+        started.append((settings, arguments))
+        yield FakeEngine(settings)
+
+    monkeypatch.setattr(suite, "running", running)
+    return started
+
+
+def test_one_engine_for_the_cells_of_the_same_settings(tmp_path: Path, engines: list[Any]) -> None:
+    groups = suite.plan([*TEXTS, *NEEDLES], SEPLLM, ALSO, FACTS)
+    names = ["full", "sepllm", "streaming-llm", "fixed-interval", "w40"]
+    assert [g.method.name for g in groups] == names * 2
+    assert [g.suite for g in groups] == ["text"] * 5 + ["needle"] * 5
+    store, done = Store(tmp_path, {}), []
+    suite.run(groups, store, "m", {"dtype": "float32"}, done.append)
+    assert len(done) == 20
+    assert engines[0] == (None, {"max_model_len": 200, "dtype": "float32"})
+    # full, sepllm and w40 once for both suites
+    assert len(engines) == len({str(g.method.settings) for g in groups}) < 8
+    engines.clear()
+    (tmp_path / "cells/needle/150/w40/0.5-0.json").unlink()
+    suite.run(groups, store, "m", {}, done.append)
+    assert engines == [({"window": 40}, {"max_model_len": 150})]
+    assert len(done) == 40
+
+
+def test_tables(tmp_path: Path, engines: list[Any]) -> None:
+    groups = suite.plan([*TEXTS, *NEEDLES], SEPLLM, ALSO, FACTS)
+    store = Store(tmp_path, {})
+    suite.run(groups, store, "m", {}, lambda _key: None)
+    found = report.rows(groups, store)
+    report.write(tmp_path, found, {"model": "m"})
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    # queries 99 to 198 read 150 keys on average
+    assert "| 200 | full | 150 | 100% | 2.00 (2.00 to 2.00) | 1 | 0 | 1 |" in lines
+    sepllm = next(line for line in lines if line.startswith("| 200 | sepllm |"))
+    assert "| 2.00 (2.00 to 2.00) | 1.000 (1.000 to 1.000) | 0.000 (0" in sepllm
+    assert sepllm.endswith("| 0.000 (0.000 to 0.000) |")
+    w40 = next(line for line in lines if line.startswith("| 200 | w40 |"))
+    assert w40.endswith("| 1.000 (1.000 to 1.000) |")
+    needle = [line for line in lines if line.startswith("| 150 |")]
+    assert [line.split("|")[-3:-1] for line in needle] == [
+        [" 0/1 ", " 0/1 "],
+        [" 1/1 ", " 1/1 "],
+        *[[" 0/1 ", " 0/1 "]] * 3,
+    ]
+    assert engines
+
+
+def test_tasks_have_a_table_of_their_own(tmp_path: Path) -> None:
+    right = {"right": report.wilson(1, 2)}
+    row = report.Row("task", 900, "gsm8k", "sepllm", {}, 300.0, 0.5, right, {})
+    assert "| gsm8k | sepllm | 300 | 50% | 50% (9% to 91%) |" in report.markdown([row])
+
+
+def test_plots_are_drawn(tmp_path: Path, engines: list[Any]) -> None:
+    pytest.importorskip("matplotlib", reason="an extra")
+    from vllm_sepllm.eval.plots import draw
+
+    groups = suite.plan([*TEXTS, *NEEDLES], SEPLLM, ALSO, FACTS)
+    store = Store(tmp_path, {})
+    suite.run(groups, store, "m", {}, lambda _key: None)
+    drawn = draw(tmp_path, report.rows(groups, store))
+    assert [path.name for path in drawn] == ["text.png", "needle.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

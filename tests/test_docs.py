@@ -1,0 +1,197 @@
+"""Every code block of README.md and docs/ does what it says.
+
+Python runs (an engine's programs are compiled), JSON is a valid configuration, and each command
+line is one that the program would take.
+"""
+
+import ast
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
+
+typer = pytest.importorskip("typer")
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+# not ours: nothing to check them with
+FOREIGN = {"ray", "pip", "git", "cd", "curl", "docker", "unzip"}
+KINDS = {"python", "json", "text", "html", "yaml", "", "sh", "bash"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block."""
+
+    document: str
+    line: int
+    kind: str
+    body: str
+
+    def __str__(self) -> str:
+        return f"{self.document}:{self.line}"
+
+
+def blocks_of(document: Path) -> list[Block]:
+    text = document.read_text("utf-8")
+    found = []
+    for match in _FENCE.finditer(text):
+        body = re.sub(rf"^{match[1]}", "", match[3], flags=re.MULTILINE)
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(document.name, line, match[2], body))
+    return found
+
+
+BLOCKS = [block for document in DOCUMENTS for block in blocks_of(document)]
+
+
+def of_kind(*kinds: str) -> list[Block]:
+    return [block for block in BLOCKS if block.kind in kinds]
+
+
+def check_config(given: object) -> None:
+    assert isinstance(given, dict)
+    assert set(given) == {ADDITIONAL_CONFIG_KEY}
+    SepLLMConfig.from_additional_config(given)
+
+
+def commands(body: str) -> list[list[str]]:
+    """Words of each command, without comments and variables set for it."""
+    joined = body.replace("\\\n", " ")
+    found = []
+    for line in joined.splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
+        if words and words[0] != "export":
+            found.append(words)
+    return found
+
+
+def check_command(words: list[str]) -> None:
+    program, arguments = Path(words[0]).name, words[1:]
+    if program in FOREIGN:
+        return
+    if program == "make":
+        targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {a for a in arguments if "=" not in a} <= set(targets)
+    elif program == "vllm-sepllm":
+        check_ours(arguments)
+    elif program == "vllm":
+        assert arguments[0] in ("serve", "bench")
+        check_additional_config(arguments)
+    elif program == "pytest" or arguments[:2] == ["-m", "pytest"]:
+        for path in (a.partition("::")[0] for a in arguments if a.endswith(".py")):
+            assert (ROOT / path).exists(), path
+    elif program.startswith("python"):
+        check_python(arguments)
+    else:
+        path = words[0]
+        assert (ROOT / path).exists(), f"unknown command {path}: teach tests/test_docs.py"
+
+
+def check_python(arguments: list[str]) -> None:
+    if arguments[0] == "-m" and arguments[1] == "vllm_sepllm":
+        check_ours(arguments[2:])
+    elif arguments[0] == "-m":
+        assert find_spec(arguments[1]) is not None, arguments[1]
+    else:
+        assert (ROOT / arguments[0]).exists(), arguments[0]
+
+
+def check_ours(arguments: list[str]) -> None:
+    """As the command line reads it, without running it."""
+    from vllm_sepllm.cli.app import app
+
+    group = typer.main.get_command(app)
+    command = group.commands[arguments[0]]
+    context = command.make_context(arguments[0], list(arguments[1:]))
+    if "config" in context.params:
+        settings = json.loads(context.params["config"])
+        SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: settings})
+    for item in context.params.get("also") or ():
+        settings = json.loads(item.partition("=")[2])
+        SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: settings})
+
+
+def check_additional_config(arguments: list[str]) -> None:
+    for name, value in pairwise(arguments):
+        if name == "--additional-config":
+            check_config(json.loads(value))
+
+
+def test_every_kind_of_block_is_checked() -> None:
+    assert {block.kind for block in BLOCKS} <= KINDS
+    assert len(BLOCKS) > 10
+
+
+@pytest.mark.parametrize("block", of_kind("python"), ids=str)
+def test_python(block: Block) -> None:
+    code = compile(block.body, str(block), "exec")
+    for node in ast.walk(ast.parse(block.body)):
+        if isinstance(node, ast.keyword) and node.arg == "additional_config":
+            check_config(ast.literal_eval(node.value))
+    # a program with an engine is run by tests/examples and the slow tier
+    if not re.search(r"import (LLM|openai|lm_eval)|from openai", block.body):
+        exec(code, {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize("block", of_kind("json"), ids=str)
+def test_json(block: Block) -> None:
+    given = json.loads(block.body)
+    if ADDITIONAL_CONFIG_KEY in given:
+        check_config(given)
+
+
+@pytest.mark.parametrize("block", of_kind("", "sh", "bash"), ids=str)
+def test_commands(block: Block) -> None:
+    found = commands(block.body)
+    assert found
+    for words in found:
+        check_command(words)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_inline_settings_and_commands(document: Path) -> None:
+    text = _FENCE.sub("", document.read_text("utf-8"))
+    for code in re.findall(r"`([^`\n]+)`", text):
+        words = code.split()
+        if "--additional-config '" in code and "..." not in code:
+            check_additional_config(shlex.split(code))
+        elif (words[0] == "make" and len(words) > 1 and words[1].islower()) or words[0] == "pytest":
+            check_command(shlex.split(code))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", document.read_text("utf-8")):
+        if not target.startswith("http"):
+            assert (document.parent / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("make no-such-target", AssertionError),
+        ("vllm-sepllm plan MODEL --kv-memory much", typer.BadParameter),
+        ('vllm serve M --additional-config \'{"sepllm": {"windows": 1}}\'', ValueError),
+        ("pytest tests/no_such_test.py", AssertionError),
+        ("python -m vllm_sepllm.no_such_module", AssertionError),
+        ("no-such-program", AssertionError),
+    ],
+)
+def test_the_checks_see_mistakes(command: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        check_command(shlex.split(command))

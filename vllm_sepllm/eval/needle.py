@@ -1,0 +1,116 @@
+"""Needles: a sentence with a number, somewhere in a long text, and a question for the number."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_sepllm.eval.engine import Engine
+from vllm_sepllm.eval.methods import Span
+from vllm_sepllm.eval.store import Store
+
+MAX_ANSWER_TOKENS = 24
+_CITIES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Perth", "Oslo", "Lima", "Cairo")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_TASK = "Read the text. A secret number is hidden in it."
+
+
+@dataclass(frozen=True, slots=True)
+class Needle:
+    """One request.
+
+    Attributes:
+        name: of the depth and the repetition.
+        length: context that prompt and answer fill.
+        depth: where the needle is, 0 the start of the text, 1 its end.
+        token_ids: the prompt, at most length - MAX_ANSWER_TOKENS.
+        answer: the number.
+    """
+
+    name: str
+    length: int
+    depth: float
+    token_ids: tuple[int, ...]
+    answer: str
+
+    suite = "needle"
+
+    @property
+    def span(self) -> Span:
+        """The last query of the prompt, which must find the needle."""
+        return Span(self.token_ids, len(self.token_ids) - 1)
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those of the item's requests."""
+        return [self.span]
+
+    def run(self, engine: Engine, _method: str, _store: Store) -> dict[str, Any]:
+        """Ask, and look for the number in the answer."""
+        (text,) = engine.answer([self.token_ids], MAX_ANSWER_TOKENS)
+        digits = re.sub(r"(?<=\d)[ ,](?=\d)", "", text)
+        return {"depth": self.depth, "is_found": self.answer in digits, "text": text}
+
+
+def needles(
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    length: int,
+    depths: Sequence[float],
+    num_repeats: int,
+) -> list[Needle]:
+    """Needles of one context length; the same for the same arguments.
+
+    Args:
+        tokenizer: the model's, asked in its chat template if it has one.
+        texts: what the needle is hidden in; another excerpt each time.
+        length: context.
+        depths: in [0, 1].
+        num_repeats: needles per depth.
+    """
+    found: list[Needle] = []
+    for repeat in range(num_repeats):
+        for depth in depths:
+            chance = random.Random(f"{length} {depth} {repeat}")
+            text = texts[len(found) % len(texts)]
+            city, number = chance.choice(_CITIES), str(chance.randrange(1000000, 9999999))
+            start = chance.randrange(len(text) // 10, len(text) // 2)
+            ids = _fit(tokenizer, text[start:], city, number, depth, length - MAX_ANSWER_TOKENS)
+            found.append(Needle(f"{depth:g}-{repeat}", length, depth, tuple(ids), number))
+    return found
+
+
+def _fit(
+    tokenizer: Any, text: str, city: str, number: str, depth: float, limit: int
+) -> Sequence[int]:
+    """The longest prompt of at most ``limit`` tokens, in whole characters of the text."""
+    low, high = 0, min(len(text), 8 * limit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        ids = _prompt(tokenizer, text[:middle], city, number, depth)
+        low, high = (middle, high) if len(ids) <= limit else (low, middle - 1)
+    return _prompt(tokenizer, text[:low], city, number, depth)
+
+
+def _prompt(tokenizer: Any, text: str, city: str, number: str, depth: float) -> list[int]:
+    """Token ids of the question behind the text with the needle in it."""
+    fact = f"The secret number of {city} is {number}."
+    question = f"What is the secret number of {city}?"
+    body = f"{_TASK}\n\n{hide(text, fact, depth)}\n\n{question} Answer with the number."
+    if tokenizer.chat_template is None:
+        ids = tokenizer(f"{body}\nThe secret number of {city} is")["input_ids"]
+    else:
+        message = [{"role": "user", "content": body}]
+        chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        # the template has written the special tokens already
+        ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    return list(ids)
+
+
+def hide(text: str, fact: str, depth: float) -> str:
+    """``text`` with ``fact`` at the end of the sentence that is nearest to ``depth``."""
+    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    at = min(ends, key=lambda end: abs(end - depth * len(text)))
+    return f"{text[:at]}{fact} {text[at:]}"

@@ -1,0 +1,65 @@
+"""The report's pictures; needs matplotlib, the extra ``eval``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_sepllm.eval.needle import Needle
+from vllm_sepllm.eval.report import Row
+from vllm_sepllm.eval.text import Excerpt
+
+_PANELS = (("ratio", "perplexity, ratio to full attention"), ("kl", "KL to full attention, nats"))
+
+
+def draw(folder: Path, found: Sequence[Row]) -> list[Path]:
+    """``text.png`` and ``needle.png``, for the suites that have rows.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    drawn = []
+    text = [row for row in found if row.suite == Excerpt.suite]
+    if text:
+        drawn.append(_draw_lines(folder / "text.png", text, _PANELS))
+    needle = [row for row in found if row.suite == Needle.suite]
+    if needle:
+        drawn.append(_draw_lines(folder / "needle.png", needle, (("found", "needles found"),)))
+    return drawn
+
+
+def _draw_lines(path: Path, found: Sequence[Row], panels: Sequence[tuple[str, str]]) -> Path:
+    """One panel a measure, one line a method, with its intervals."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), squeeze=False)
+    for axis, (measure, name) in zip(axes[0], panels, strict=True):
+        for number, method in enumerate(dict.fromkeys(row.method for row in found)):
+            own = [row for row in found if row.method == method and measure in row.values]
+            values = [row.values[measure] for row in own]
+            means = [value.mean for value in values]
+            below = [value.mean - value.low for value in values]
+            above = [value.high - value.mean for value in values]
+            lengths = [row.length for row in own]
+            if own:
+                axis.errorbar(
+                    lengths,
+                    means,
+                    yerr=[below, above],
+                    marker="o",
+                    capsize=3,
+                    # the same in every panel, also where a method has no line
+                    color=f"C{number}",
+                    label=method,
+                )
+        axis.set(xlabel="context, tokens", ylabel=name, xscale="log")
+        ticks = sorted({row.length for row in found})
+        axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,130 @@
+"""Which cells a run has, in which order, and how it goes on where it was stopped."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vllm_sepllm.eval.engine import Engine, running
+from vllm_sepllm.eval.methods import (
+    FULL,
+    SEPLLM,
+    Method,
+    ModelFacts,
+    Span,
+    at_equal_kept,
+    mean_kept,
+)
+from vllm_sepllm.eval.store import Store
+from vllm_sepllm.eval.text import Excerpt, cell_key
+
+
+class Item(Protocol):
+    """What a cell computes: an excerpt, a needle, a task."""
+
+    @property
+    def suite(self) -> str:
+        """Rows of one suite share a table."""
+
+    @property
+    def name(self) -> str:
+        """Unlike that of any other item of the suite and the length."""
+
+    @property
+    def length(self) -> int:
+        """Context that the item needs."""
+
+    @property
+    def spans(self) -> list[Span]:
+        """Its requests, and the queries at which kept tokens are counted."""
+
+    def run(self, engine: Engine, method: str, store: Store) -> dict[str, Any]:
+        """The cell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One item under one method."""
+
+    item: Item
+    method: Method
+
+    @property
+    def key(self) -> str:
+        """Its place in the store."""
+        return cell_key(self.item, self.method.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """All items of one suite and length under one method: a row of the report.
+
+    Attributes:
+        kept: mean keys per scored query and layer.
+        kept_by_full: the same with full attention.
+    """
+
+    suite: str
+    length: int
+    method: Method
+    kept: float
+    kept_by_full: float
+    cells: tuple[Cell, ...]
+
+
+def plan(
+    items: Sequence[Item],
+    sepllm: Mapping[str, Any],
+    also: Sequence[Method],
+    facts: ModelFacts,
+) -> list[Group]:
+    """The rows: full attention, sepllm, the others at equal mean KV, and what was asked for."""
+    groups = []
+    for suite, length in sorted({(item.suite, item.length) for item in items}, reverse=True):
+        chosen = [i for i in items if (i.suite, i.length) == (suite, length)]
+        spans = [span for item in chosen for span in item.spans]
+        methods = [Method(FULL, None), Method(SEPLLM, sepllm)]
+        methods += [*at_equal_kept(sepllm, spans, facts), *also]
+        full = mean_kept(None, spans, facts)
+        for method in methods:
+            cells = tuple(Cell(item, method) for item in chosen)
+            kept = mean_kept(method.settings, spans, facts)
+            groups.append(Group(suite, length, method, kept, full, cells))
+    return sorted(groups, key=lambda g: (g.suite != Excerpt.suite, g.length))
+
+
+def run(
+    groups: Sequence[Group],
+    store: Store,
+    model: str,
+    arguments: Mapping[str, Any],
+    advance: Callable[[str], None],
+) -> None:
+    """Compute what the store lacks, with one engine for all cells of the same settings.
+
+    Args:
+        groups: of ``plan``.
+        store: where cells are kept.
+        model: folder or name.
+        arguments: of ``vllm.LLM``, besides those of the method.
+        advance: called with the key of each cell that is finished, or was before.
+    """
+    by_settings: dict[str, list[Cell]] = {}
+    # full attention first: the others are compared with it
+    for group in sorted(groups, key=lambda g: g.method.name != FULL):
+        settings = json.dumps(group.method.settings, sort_keys=True)
+        by_settings.setdefault(settings, []).extend(group.cells)
+    for cells in by_settings.values():
+        missing = [cell for cell in cells if not store.has(cell.key)]
+        for cell in cells:
+            if cell not in missing:
+                advance(cell.key)
+        if not missing:
+            continue
+        longest = max(cell.item.length for cell in missing)
+        wanted = {"max_model_len": longest, **arguments}
+        with running(model, cells[0].method.settings, **wanted) as engine:
+            for cell in missing:
+                result = cell.item.run(engine, cell.method.name, store)
+                store.write(cell.key, result)
+                advance(cell.key)
