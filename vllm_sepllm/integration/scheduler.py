@@ -18,7 +18,7 @@ from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.manager import SepLLMManager
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.steps import attach_plan
-from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlanBuilder
+from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.separators import flags
 
 # vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
@@ -59,6 +59,11 @@ class _SepLLMMixin(Scheduler):
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
+        attach_plan(scheduler_output, self.plan_step(scheduler_output))
+        super()._update_after_schedule(scheduler_output)
+
+    def plan_step(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        """What the workers must know of the step that was just scheduled."""
         plan = StepPlanBuilder(self._separators.policy)
         for request_id, num_new_tokens in scheduler_output.num_scheduled_tokens.items():
             request = self.requests[request_id]
@@ -71,8 +76,7 @@ class _SepLLMMixin(Scheduler):
                 self._snapshots(request, num_new_tokens),
             )
         self._managers[0].release_snapshots()
-        attach_plan(scheduler_output, plan.build())
-        super()._update_after_schedule(scheduler_output)
+        return plan.build()
 
     def _snapshots(self, request: Request, num_new_tokens: int) -> tuple[PlannedSnapshot, ...]:
         """Checkpoints that the step leaves; only a lone manager has prefix caching on."""
