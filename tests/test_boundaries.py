@@ -21,7 +21,8 @@ ALLOWED = {
     f"{US}/integration": {"torch", "numpy", "packaging", "vllm"}
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", *PUBLIC_VLLM}
-    | {f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"},
+    | {f"{US}.ops", f"{US}.reference", f"{US}.policy", f"{US}.kernels"}
+    | {f"{US}.register", f"{US}.integration.rig", "matplotlib", "transformers"},
     f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
     | {f"{US}.{part}" for part in ("__version__", "config", "policy", "demo", "integration")},
     f"{US}/__main__.py": {f"{US}.cli"},

@@ -5,6 +5,7 @@ the tokens are random and nothing is computed.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ from vllm_sepllm.integration.cpu.builder import SepLLMCPUMetadataBuilder
 from vllm_sepllm.integration.scheduler import SepLLMScheduler
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import CurrentStep
+from vllm_sepllm.policy.plan import StepPlan
 
+Planner = Callable[[SchedulerOutput], StepPlan]
 BLOCK_SIZE = 32
 SEPARATOR = 1
 
@@ -120,6 +123,13 @@ class SchedulerRig:
     def _tokens(self, num_tokens: int) -> list[int]:
         is_separator = (self._random.random() < self.load.density for _ in range(num_tokens))
         return [SEPARATOR if yes else self._random.randrange(2, 100) for yes in is_separator]
+
+    def watch_plans(self, around: Callable[[Planner, SchedulerOutput], StepPlan]) -> None:
+        """Have each step planned by ``around(plan, output)``; the scheduler must be ours."""
+        scheduler = self.scheduler
+        assert isinstance(scheduler, SepLLMScheduler), "vLLM's own scheduler plans nothing"
+        plan = scheduler.plan_step
+        setattr(scheduler, plan.__name__, lambda output: around(plan, output))
 
     def finish(self, output: SchedulerOutput) -> None:
         """What the engine does after a forward: a random token for every scheduled request."""

@@ -17,8 +17,9 @@ from vllm.v1.request import Request, StreamingUpdate
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.manager import SepLLMManager
 from vllm_sepllm.integration.request_separators import RequestSeparators
+from vllm_sepllm.integration.step_planner import StepPlanner
 from vllm_sepllm.integration.steps import attach_plan
-from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlan, StepPlanBuilder
+from vllm_sepllm.policy.plan import StepPlan
 from vllm_sepllm.policy.separators import flags
 
 # vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
@@ -39,12 +40,16 @@ class _SepLLMMixin(Scheduler):
         self._separators = RequestSeparators(
             config.policy, flags(separator_ids, vocab_size), self.requests
         )
+        assert config.checkpoint_interval is not None, "resolved at start-up"
         self._managers: list[SepLLMManager] = []
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, SepLLMManager):
-                assert config.checkpoint_interval is not None, "resolved at start-up"
                 manager.bind(self._separators, config.checkpoint_interval)
                 self._managers.append(manager)
+        # only a lone manager has prefix caching on
+        self._planner = StepPlanner(
+            self._separators, self._managers[0].take_snapshots, config.checkpoint_interval
+        )
 
     @staticmethod
     def _check_prefix_caching(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -64,27 +69,9 @@ class _SepLLMMixin(Scheduler):
 
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """What the workers must know of the step that was just scheduled."""
-        plan = StepPlanBuilder(self._separators.policy)
-        for request_id, num_new_tokens in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            plan.add(
-                request_id,
-                self._separators.index(request_id),
-                request._all_token_ids,
-                request.num_computed_tokens,
-                num_new_tokens,
-                self._snapshots(request, num_new_tokens),
-            )
+        plan = self._planner.plan(scheduler_output)
         self._managers[0].release_snapshots()
-        return plan.build()
-
-    def _snapshots(self, request: Request, num_new_tokens: int) -> tuple[PlannedSnapshot, ...]:
-        """Checkpoints that the step leaves; only a lone manager has prefix caching on."""
-        start = request.num_computed_tokens
-        end = start + num_new_tokens
-        if end > len(request._all_token_ids):  # an asynchronous step beyond the known tokens
-            return ()
-        return self._managers[0].take_snapshots(request, start, end)
+        return plan
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         with self._managers[0].looking_up(request):

@@ -38,6 +38,10 @@ class CurrentStep:
         """``request_ids`` gives the request of each row of the runner's batch."""
         self._request_ids = request_ids
         self._plan: StepPlan | None = None
+        # the last batch: most steps have the same requests in the same order
+        self._ids: list[str] = []
+        self._rows: dict[str, int] = {}
+        self._order = np.zeros(0, dtype=np.int64)
 
     @contextmanager
     def of(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
@@ -67,11 +71,24 @@ class CurrentStep:
         """The plan of the batch's first ``num_requests`` rows."""
         plan = self._plan
         assert plan is not None, "there is no plan outside a step"
-        order = np.array([plan.rows[r] for r in self._request_ids()[:num_requests]], dtype=np.int64)
+        order = self._order_of(list(self._request_ids()[:num_requests]), plan.rows)
+        separators: list[IntArray | None] = [None] * len(order)
+        snapshots: list[tuple[PlannedSnapshot, ...]] = [()] * len(order)
+        if plan.separators or plan.snapshots:
+            for row, planned in enumerate(order.tolist()):
+                separators[row] = plan.separators.get(planned)
+                snapshots[row] = plan.snapshots.get(planned, ())
         return BatchRows(
             start=plan.start[order],
             num_spilled=plan.num_spilled[order],
             spills=plan.spills[order],
-            separators=tuple(plan.separators.get(row) for row in order.tolist()),
-            snapshots=tuple(plan.snapshots.get(row, ()) for row in order.tolist()),
+            separators=tuple(separators),
+            snapshots=tuple(snapshots),
         )
+
+    def _order_of(self, ids: list[str], rows: dict[str, int]) -> IntArray:
+        """The plan's row of each request, [num_requests]."""
+        if ids != self._ids or (rows is not self._rows and rows != self._rows):
+            self._ids, self._rows = ids, rows
+            self._order = np.array([rows[request_id] for request_id in ids], dtype=np.int64)
+        return self._order

@@ -101,3 +101,15 @@ class StepPlanBuilder:
             separators=self._separators,
             snapshots=self._snapshots,
         )
+
+    def build_after(self, decodes: StepPlan) -> StepPlan:
+        """The rows of ``decodes``, which have neither separators nor snapshots, then these."""
+        own, offset = self.build(), len(decodes.rows)
+        return StepPlan(
+            rows=decodes.rows | {name: offset + row for name, row in own.rows.items()},
+            start=np.concatenate([decodes.start, own.start]),
+            num_spilled=np.concatenate([decodes.num_spilled, own.num_spilled]),
+            spills=np.concatenate([decodes.spills, own.spills]),
+            separators={offset + row: found for row, found in own.separators.items()},
+            snapshots={offset + row: made for row, made in own.snapshots.items()},
+        )
