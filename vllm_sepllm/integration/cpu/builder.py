@@ -231,9 +231,11 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             block_ids = block_table[row, kept.target // self.block_size]
             slots.append(self._slots(block_ids, kept.target))
         owners, source, target = (np.concatenate(part) for part in zip(*copies, strict=True))
+        most_keys = max(len(tile.keys) for chunk in chunk_rows for tile in chunk.tiles)
         return PrefillRows(
             layout=self._layout,
             chunks=chunk_rows,
+            zeros=torch.zeros(_TILE_SIZE, most_keys, dtype=self._query_dtype),
             copies=self._copies(block_table, owners, source, target),
             tokens=torch.from_numpy(np.concatenate(tokens)),
             slots=torch.cat(slots),
@@ -258,8 +260,6 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _tile_tensors(self, tile: prefill.QueryTile) -> TileTensors:
-        bias = None
-        if tile.hidden is not None:
-            bias = torch.zeros(tile.hidden.shape, dtype=self._query_dtype)
-            bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
+        bias = torch.zeros(tile.hidden.shape, dtype=self._query_dtype)
+        bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
         return TileTensors(tile.first, tile.last, torch.from_numpy(tile.keys), bias)
