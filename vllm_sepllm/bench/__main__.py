@@ -1,4 +1,4 @@
-"""Compare sepllm with stock vLLM in one run: ``python -m vllm_sepllm.bench SUITE --model MODEL``.
+"""Compare sepllm with stock vLLM in one run: ``python -m vllm_sepllm.bench run SUITE``.
 
 All sides have an engine of their own and take turns, sample by sample, on the same machine, with
 the same bytes of KV cache. Before anything is timed they must answer short prompts alike.
