@@ -118,7 +118,8 @@ class LabelledWorker:
         keys = [self.memory[self.slot(own, i)] for i in range(chunk.num_cached)] + labels
         for tile in prefill.query_tiles(chunk, 7):
             for row in range(tile.last - tile.first):
-                seen = tile.keys if tile.hidden is None else tile.keys[~tile.hidden[row]]
+                num_full = len(tile.keys) - tile.hidden.shape[1]
+                seen = np.delete(tile.keys, num_full + np.flatnonzero(tile.hidden[row]))
                 self.check_reads(labels[tile.first + row], [keys[k] for k in seen])
         kept = prefill.survivors(chunk)
         old = [self.memory[self.slot(own, s)] for s in kept.copy_source]

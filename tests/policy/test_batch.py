@@ -107,7 +107,7 @@ def run(
             plan.add(request.name, request.index, request.token_ids, start, end - start, chosen)
     sizes = [action.num_drafts + action.num_new for action in actions]
     first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    rows = plan.build().of([request.name for request in requests], 0)
+    rows = plan.build().of(np.arange(len(requests)), 0)
     padding = 3
     step = plan_batch(policy, rows, first, int(first[-1]) + padding, BLOCK_SIZE)
     slots = play(requests, step, first)

@@ -66,11 +66,15 @@ class Cache:
         for tile in prefill.query_tiles(chunk, tile_size):
             positions = np.array([keys[k] for k in tile.keys])
             for row in range(tile.last - tile.first):
-                reads = positions if tile.hidden is None else positions[~tile.hidden[row]]
+                num_full = len(positions) - tile.hidden.shape[1]
+                reads = np.delete(positions, num_full + np.flatnonzero(tile.hidden[row]))
                 want = np.flatnonzero(self.mask[chunk.start + tile.first + row])
                 assert sorted(reads.tolist()) == want.tolist()
-            if tile.hidden is not None:  # no key is listed that no query of the tile reads
-                assert (~tile.hidden).any(axis=0).all()
+            # no key is listed that no query of the tile reads, none masked that all of them read
+            assert (~tile.hidden).any(axis=0).all()
+            assert tile.hidden.any(axis=0).all()
+            if self.policy.max_separators is None:
+                assert tile.hidden.shape[1] <= 2 * (tile.last - tile.first)
         left = prefill.survivors(chunk)
         moved = {
             int(target): self.entries[int(source)]

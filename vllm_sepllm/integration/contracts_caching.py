@@ -99,4 +99,11 @@ CACHING = (
         *("block_hashes", "num_prompt_tokens", "num_tokens", "max_tokens", "resumable"),
         "mm_features",
     ),
+    Contract(
+        f"{_UTILS}:get_request_block_hasher",
+        "called by the rig, as vLLM's engine core does",
+        ("hash_block_size", "caching_hash_fn"),
+    ),
+    Contract(f"{_UTILS}:init_none_hash", "called by the rig, before any hash", ("hash_fn",)),
+    Contract("vllm.utils.hashing:sha256", "given to both by the rig", ("input",)),
 )

@@ -38,6 +38,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self._to_copy: dict[str, list[int]] = {}
         # blocks that others may find and that this step overwrites, with their keys
         self._overwritten: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []
+        # request -> range of its token counts, ends included, that take the same number of blocks
+        self._same_blocks: dict[str, tuple[int, int, int]] = {}
 
     def bind(
         self,
@@ -68,9 +70,16 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     def num_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks the request holds once ``num_tokens`` of its tokens are computed."""
+        first, last, known = self._same_blocks.get(request_id, (0, -1, 0))
+        if first <= num_tokens <= last:
+            return known
         num_spilled = self._num_spilled(request_id, num_tokens)
         entries = layout.compact_length(self.policy, num_tokens, num_spilled)
-        return cdiv(entries, self.block_size)
+        num_blocks = cdiv(entries, self.block_size)
+        # a token adds one entry at most, and never takes one away
+        room = num_blocks * self.block_size - entries
+        self._same_blocks[request_id] = (num_tokens, num_tokens + room, num_blocks)
+        return num_blocks
 
     def _num_blocks_to_hold(self, request_id: str, num_tokens: int) -> int:
         if not self._num_staging:
@@ -223,6 +232,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
             self._cache.request_leaves(request_id)
         self._to_copy.pop(request_id, None)
         self._separators.staged.pop(request_id, None)
+        self._same_blocks.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(

@@ -43,7 +43,7 @@ class PrefixCache:
         self._alignment = alignment
         # checkpoints end at multiples of it, except those of requests that end
         self._unit = lcm(alignment, *(m.block_size for m in managers))
-        self._interval = -(-checkpoint_interval // self._unit) * self._unit
+        self.interval = -(-checkpoint_interval // self._unit) * self._unit
         self._registry = CheckpointRegistry(self._pool)
         self._dense = DensePrefixes(managers, alignment)
         # a request that ends does so between two of the positions that other layers can hit
@@ -149,7 +149,7 @@ class PrefixCache:
             return ()
         wanted = self._wanted.get(request.request_id, ())
         positions = checkpoint.checkpoint_positions(
-            start, end, interval=self._interval, wanted=wanted
+            start, end, interval=self.interval, wanted=wanted
         )
         if not positions:
             return ()

@@ -8,6 +8,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.decode_table import DecodeTable
 from vllm_sepllm.policy.separator_index import SeparatorIndex
 from vllm_sepllm.policy.staging import Commit, Staged, propose
 from vllm_sepllm.policy.visibility import BoolArray, Policy
@@ -36,6 +37,10 @@ class RequestSeparators:
         self._salt = sha256(repr(policy).encode() + self._flags.tobytes()).digest()
         # request -> what its last step proposed, until its next step or its blocks are freed
         self.staged: dict[str, Staged] = {}
+        self.decodes = DecodeTable(policy)
+        self._slots: dict[str, int] = {}
+        # grows whenever a request comes, goes or is truncated
+        self.version = 0
 
     def request(self, request_id: str) -> Request:
         """The scheduler's request."""
@@ -60,7 +65,14 @@ class RequestSeparators:
         if index is None:
             index = SeparatorIndex(self.policy, self._flags, self._interval)
             self._indices[request_id] = index
+            self._slots[request_id] = self.decodes.add()
+            self.version += 1
         return index
+
+    def slot(self, request_id: str) -> int:
+        """The request's slot in ``decodes``."""
+        self.index(request_id)
+        return self._slots[request_id]
 
     def count_below(self, request_id: str, position: int) -> int:
         """Separators of the request at positions in [initial_tokens, position)."""
@@ -71,6 +83,8 @@ class RequestSeparators:
     def truncate(self, request_id: str, num_tokens: int) -> None:
         """The request's tokens from position ``num_tokens`` on were replaced."""
         self.index(request_id).truncate(num_tokens)
+        self.decodes.forget(self._slots[request_id])
+        self.version += 1
 
     def propose(
         self, request_id: str, start: int, num_drafts: int, max_tokens: int
@@ -86,7 +100,9 @@ class RequestSeparators:
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
-        self._indices.pop(request_id, None)
+        if self._indices.pop(request_id, None) is not None:
+            self.decodes.remove(self._slots.pop(request_id))
+            self.version += 1
 
     def __len__(self) -> int:
         """Requests that are remembered."""

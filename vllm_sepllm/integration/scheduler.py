@@ -15,9 +15,10 @@ from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.coordinator import bind_managers
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import max_proposed
+from vllm_sepllm.integration.step_planner import StepPlanner
 from vllm_sepllm.integration.steps import attach_plan
 from vllm_sepllm.policy import staging
-from vllm_sepllm.policy.plan import StepPlanBuilder
+from vllm_sepllm.policy.plan import StepPlan
 from vllm_sepllm.policy.separators import flags
 
 
@@ -32,57 +33,30 @@ class _SepLLMMixin(Scheduler):
         self._separators = RequestSeparators(
             config.policy, flags(separator_ids, vocab_size), self.requests, config.interval
         )
-        self._max_proposed = max_proposed(self.vllm_config)
         assert config.checkpoint_interval is not None, "resolved at start-up"
         self._prefix_cache = bind_managers(
             self.kv_cache_manager.coordinator,
             self._separators,
             config.checkpoint_interval,
-            staging.num_entries(self._max_proposed),
+            staging.num_entries(max_proposed(self.vllm_config)),
+        )
+        self._planner = StepPlanner(
+            self._separators,
+            self._prefix_cache.take_snapshots,
+            self._prefix_cache.interval,
+            max_proposed(self.vllm_config),
         )
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
-        plan = StepPlanBuilder(self._separators.policy)
-        for request_id, num_new_tokens in scheduler_output.num_scheduled_tokens.items():
-            request = self.requests[request_id]
-            if self._proposes(request, num_new_tokens, scheduler_output):
-                self._add_proposing(plan, request, scheduler_output)
-                continue
-            plan.add(
-                request_id,
-                self._separators.index(request_id),
-                request._all_token_ids,
-                request.num_computed_tokens,
-                num_new_tokens,
-                self._prefix_cache.take_snapshots(
-                    request,
-                    request.num_computed_tokens,
-                    request.num_computed_tokens + num_new_tokens,
-                ),
-            )
-        self._prefix_cache.release_snapshots()
-        attach_plan(scheduler_output, plan.build())
+        attach_plan(scheduler_output, self.plan_step(scheduler_output))
         super()._update_after_schedule(scheduler_output)
 
-    def _proposes(
-        self, request: Request, num_new_tokens: int, scheduler_output: SchedulerOutput
-    ) -> bool:
-        """Whether a row is one of speculative decoding: drafts, or a token among such rows."""
-        if not self._max_proposed:
-            return False
-        has_drafts = request.request_id in scheduler_output.scheduled_spec_decode_tokens
-        return has_drafts or num_new_tokens == 1
-
-    def _add_proposing(
-        self, plan: StepPlanBuilder, request: Request, scheduler_output: SchedulerOutput
-    ) -> None:
-        name, start = request.request_id, request.num_computed_tokens
-        drafts = scheduler_output.scheduled_spec_decode_tokens.get(name, ())
-        commit, staged = self._separators.propose(name, start, len(drafts), self._max_proposed)
-        plan.add_proposing(
-            name, self._separators.index(name), request._all_token_ids, start, commit, staged
-        )
+    def plan_step(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        """What the workers must know of the step that was just scheduled."""
+        plan = self._planner.plan(scheduler_output)
+        self._prefix_cache.release_snapshots()
+        return plan
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         with self._prefix_cache.looking_up(request):

@@ -8,6 +8,7 @@ import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.policy.plan import BatchRows, StepPlan
+from vllm_sepllm.policy.visibility import IntArray
 
 # vLLM's SchedulerOutput has no field for plugins; it is a plain dataclass, so an attribute of our
 # own travels with it through every executor's pickling.
@@ -26,6 +27,10 @@ class CurrentStep:
         self._plan: StepPlan | None = None
         self._afterwards: list[Callable[[], None]] = []
         self._is_warm_up = False
+        # the last batch: most steps have the same requests in the same order
+        self._ids: Sequence[str] = ()
+        self._rows: dict[str, int] = {}
+        self._order = np.zeros(0, dtype=np.int64)
 
     @contextmanager
     def warm_up(self) -> Iterator[None]:
@@ -90,7 +95,14 @@ class CurrentStep:
     def rows(self, request_ids: Sequence[str], group_id: int) -> BatchRows:
         """The plan of these requests, in the order of the batch, for a KV cache group."""
         assert self._plan is not None, "there is no plan outside a step"
-        return self._plan.of(request_ids, group_id)
+        return self._plan.of(self._order_of(list(request_ids), self._plan.rows), group_id)
+
+    def _order_of(self, ids: list[str], rows: dict[str, int]) -> IntArray:
+        """The plan's row of each request, [num_requests]."""
+        if ids != self._ids or (rows is not self._rows and rows != self._rows):
+            self._ids, self._rows = ids, rows
+            self._order = np.array([rows[request_id] for request_id in ids], dtype=np.int64)
+        return self._order
 
 
 def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:

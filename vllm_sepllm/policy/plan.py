@@ -58,16 +58,19 @@ class StepPlan:
     commits: dict[int, Commit] = field(default_factory=dict)
     staged: dict[int, Staged] = field(default_factory=dict)
 
-    def of(self, request_ids: Sequence[str], group_id: int) -> "BatchRows":
-        """The rows of these requests, in their order, for a KV cache group."""
-        rows = [self.rows[r] for r in request_ids]
-        order = np.array(rows, dtype=np.int64)
+    def of(self, order: IntArray, group_id: int) -> "BatchRows":
+        """The rows in ``order``, for a KV cache group."""
+        rows = order.tolist() if self.separators or self.snapshots else ()
+        nothing = len(order) - len(rows)  # a step of single tokens lists none of it
         return BatchRows(
             start=self.start[order],
             num_spilled=self.num_spilled[order],
             spills=self.spills[order],
-            separators=tuple(self.separators.get(row) for row in rows),
-            snapshots=tuple(_of_group(self.snapshots.get(row, ()), group_id) for row in rows),
+            separators=(*(self.separators.get(row) for row in rows), *[None] * nothing),
+            snapshots=(
+                *(_of_group(self.snapshots.get(row, ()), group_id) for row in rows),
+                *[()] * nothing,
+            ),
             commits=tuple(self.commits.get(row) for row in rows) if self.commits else (),
             staged=tuple(self.staged.get(row) for row in rows) if self.staged else (),
         )
@@ -179,4 +182,16 @@ class StepPlanBuilder:
             snapshots=self._snapshots,
             commits=self._commits,
             staged=self._staged,
+        )
+
+    def build_after(self, decodes: StepPlan) -> StepPlan:
+        """The rows of ``decodes``, which have neither separators nor snapshots, then these."""
+        own, offset = self.build(), len(decodes.rows)
+        return StepPlan(
+            rows=decodes.rows | {name: offset + row for name, row in own.rows.items()},
+            start=np.concatenate([decodes.start, own.start]),
+            num_spilled=np.concatenate([decodes.num_spilled, own.num_spilled]),
+            spills=np.concatenate([decodes.spills, own.spills]),
+            separators={offset + row: found for row, found in own.separators.items()},
+            snapshots={offset + row: made for row, made in own.snapshots.items()},
         )

@@ -51,14 +51,15 @@ class QueryTile:
     Attributes:
         first: first query, counted from the start of the chunk.
         last: end of the queries, exclusive.
-        keys: [num_keys], ascending key numbers.
-        hidden: [last - first, num_keys], True where a query must not read a key; None: reads all.
+        keys: [num_keys], key numbers; those that every query reads come first.
+        hidden: [last - first, num_partial], for the last num_partial keys: True where a query must
+            not read the key. At most about two tiles wide, however long the request is.
     """
 
     first: int
     last: int
     keys: IntArray
-    hidden: BoolArray | None
+    hidden: BoolArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +146,24 @@ def _query_tile(chunk: Chunk, keys: _Keys, first: int, last: int) -> QueryTile:
 
     is_far_kept = keys.is_separator & (keys.rank >= lowest[0, 0])
     is_near = keys.position > first - policy.window
-    candidates = np.flatnonzero((keys.position < last) & (keys.is_initial | is_near | is_far_kept))
-    position = keys.position[candidates]
-    far_kept = keys.is_separator[candidates] & (keys.rank[candidates] >= lowest)
-    visible = (position <= query) & (
-        keys.is_initial[candidates] | (query - position < policy.window) | far_kept
+    is_read = (keys.position < last) & (keys.is_initial | is_near | is_far_kept)
+    # what the first query has before it and the last one still reads, all read
+    stays = (keys.position >= last - policy.window) | (
+        keys.is_separator & (keys.rank >= lowest[-1, 0])
     )
-    hidden = None if visible.all() else ~visible
-    return QueryTile(first - chunk.start, last - chunk.start, candidates, hidden)
+    is_full = is_read & (keys.position <= first) & (keys.is_initial | stays)
+    partial = np.flatnonzero(is_read & ~is_full)
+    position = keys.position[partial]
+    far_kept = keys.is_separator[partial] & (keys.rank[partial] >= lowest)
+    visible = (position <= query) & (
+        keys.is_initial[partial] | (query - position < policy.window) | far_kept
+    )
+    return QueryTile(
+        first - chunk.start,
+        last - chunk.start,
+        np.concatenate([np.flatnonzero(is_full), partial]),
+        ~visible,
+    )
 
 
 def survivors(chunk: Chunk) -> Survivors:

@@ -1,5 +1,6 @@
 """Positions of one request's separators, grown as its tokens become known."""
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 
@@ -22,7 +23,7 @@ class SeparatorIndex:
         self._policy = policy
         self._flags = flags
         self._interval = interval
-        self._positions: list[int] = []
+        self._positions = array("i")  # 4 bytes a separator
         self._num_seen = policy.initial_tokens
 
     def extend(self, token_ids: Sequence[int], num_tokens: int) -> None:
@@ -48,8 +49,14 @@ class SeparatorIndex:
                 self._positions.append(first)
         else:
             is_separator = self._flags.take(token_ids[first:num_tokens], mode="clip")
-            self._positions.extend((first + np.flatnonzero(is_separator)).tolist())
+            found = first + np.flatnonzero(is_separator)
+            self._positions.frombytes(found.astype(np.intc).tobytes())
         self._num_seen = num_tokens
+
+    @property
+    def num_seen(self) -> int:
+        """First position that was not taken in yet."""
+        return self._num_seen
 
     def truncate(self, num_tokens: int) -> None:
         """Forget everything from position ``num_tokens`` on: those tokens were replaced."""

@@ -73,6 +73,12 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         rows = self._step.rows(self._request_ids()[: common.num_reqs], self._group_id)
         first = common.query_start_loc_cpu[: common.num_reqs + 1].numpy().astype(np.int64)
         block_table = common.block_table_tensor.numpy()
+        if common.max_query_len == 1:
+            return SepLLMCPUMetadata(
+                snapshots=self._snapshot_writes(rows, first, block_table),
+                library=self._decode_rows(common, rows, block_table),
+                prefill=None,
+            )
         num_new = np.diff(first)
         is_library = (num_new == 1) | (rows.start + num_new <= self._policy.num_dense)
         return SepLLMCPUMetadata(
@@ -89,6 +95,8 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def _snapshot_writes(
         self, rows: BatchRows, first: IntArray, block_table: IntArray
     ) -> SnapshotWrites | None:
+        if not any(rows.snapshots):
+            return None
         source: list[torch.Tensor] = []
         target: list[torch.Tensor] = []
         tokens: list[IntArray] = []
@@ -107,13 +115,35 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 )
                 tokens.append(part.tokens + first[row])
                 slots.append(self._slots(own[part.target // self.block_size], part.target))
-        if not tokens:
-            return None
         copied = [self._layout.slot_elements(torch.cat(part)) for part in (source, target)]
         return SnapshotWrites(
             copies=SlotCopies(*copied) if len(copied[0]) else None,
             tokens=torch.from_numpy(np.concatenate(tokens)),
             slots=torch.cat(slots),
+        )
+
+    def _decode_rows(
+        self, common: CommonAttentionMetadata, rows: BatchRows, block_table: IntArray
+    ) -> LibraryRows:
+        """A batch of single tokens: :meth:`_library_rows` with one token a row, in its order."""
+        start, spilled, spills = rows.start, rows.num_spilled, rows.spills
+        num_rows = len(start)
+        compact = layout.ring_index(self._policy, start)
+        block = compact // self.block_size
+        slots = self._slots(block_table[np.arange(num_rows), block], compact)
+        lengths = decode.compact_lengths(self._policy, start + 1, spilled, spills)
+        copies = decode.spill_copies(self._policy, start, spilled, spills)
+        return LibraryRows(
+            spills=self._copies(block_table, copies.rows, copies.source, copies.target),
+            tokens=None,
+            num_tokens=num_rows,
+            slots=slots,
+            metadata=self._wrapped_metadata(
+                common,
+                slots,
+                seq_lens=torch.from_numpy(lengths.astype(np.int32)),
+                max_seq_len=int(lengths.max()),
+            ),
         )
 
     def _library_rows(
@@ -160,21 +190,24 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         block_table: IntArray,
     ) -> CPUAttentionMetadata:
         query_start_loc = torch.from_numpy(query_first.astype(np.int32))
-        return super().build(
-            0,
-            replace(
-                common,
-                num_reqs=len(lengths),
-                num_actual_tokens=len(slots),
-                query_start_loc=query_start_loc,
-                query_start_loc_cpu=query_start_loc,
-                seq_lens=torch.from_numpy(lengths.astype(np.int32)),
-                max_seq_len=int(lengths.max()),
-                max_query_len=int(np.diff(query_first).max()),
-                block_table_tensor=torch.from_numpy(block_table[: len(lengths)]),
-                slot_mapping=slots,
-            ),
+        return self._wrapped_metadata(
+            common,
+            slots,
+            num_reqs=len(lengths),
+            num_actual_tokens=len(slots),
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=query_start_loc,
+            seq_lens=torch.from_numpy(lengths.astype(np.int32)),
+            max_seq_len=int(lengths.max()),
+            max_query_len=int(np.diff(query_first).max()),
+            block_table_tensor=torch.from_numpy(block_table[: len(lengths)]),
         )
+
+    def _wrapped_metadata(
+        self, common: CommonAttentionMetadata, slots: torch.Tensor, **changed: Any
+    ) -> CPUAttentionMetadata:
+        """vLLM's metadata, for ``common`` with other lengths and slots."""
+        return super().build(0, replace(common, slot_mapping=slots, **changed))
 
     def _copies(
         self, block_table: IntArray, rows: IntArray, source: IntArray, target: IntArray
@@ -182,11 +215,11 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         """Copies between compact entries of the batch's ``rows``, elementwise."""
         if len(rows) == 0:
             return None
-        slots = [
-            self._slots(block_table[rows, compact // self.block_size], compact)
-            for compact in (source, target)
-        ]
-        return SlotCopies(*(self._layout.slot_elements(s) for s in slots))
+        compact = np.concatenate([source, target])
+        held_by = block_table[np.concatenate([rows, rows]), compact // self.block_size]
+        return SlotCopies(
+            *(self._layout.slot_elements(s) for s in self._slots(held_by, compact).chunk(2))
+        )
 
     def _prefill_rows(
         self, rows: BatchRows, first: IntArray, block_table: IntArray, chosen: IntArray
@@ -207,9 +240,11 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             block_ids = block_table[row, kept.target // self.block_size]
             slots.append(self._slots(block_ids, kept.target))
         owners, source, target = (np.concatenate(part) for part in zip(*copies, strict=True))
+        most_keys = max(len(tile.keys) for chunk in chunk_rows for tile in chunk.tiles)
         return PrefillRows(
             layout=self._layout,
             chunks=chunk_rows,
+            zeros=torch.zeros(_TILE_SIZE, most_keys, dtype=self._query_dtype),
             copies=self._copies(block_table, owners, source, target),
             tokens=torch.from_numpy(np.concatenate(tokens)),
             slots=torch.cat(slots),
@@ -234,8 +269,6 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         )
 
     def _tile_tensors(self, tile: prefill.QueryTile) -> TileTensors:
-        bias = None
-        if tile.hidden is not None:
-            bias = torch.zeros(tile.hidden.shape, dtype=self._query_dtype)
-            bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
+        bias = torch.zeros(tile.hidden.shape, dtype=self._query_dtype)
+        bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
         return TileTensors(tile.first, tile.last, torch.from_numpy(tile.keys), bias)

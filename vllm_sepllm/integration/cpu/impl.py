@@ -104,8 +104,9 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
                     query[queries],
                     keys.index_select(1, tile.keys),
                     values.index_select(1, tile.keys),
-                    tile.bias,
+                    tile.mask(rows.zeros),
                 )
+                tile.clear(rows.zeros)
         if rows.copies is not None:
             rows.copies.run(kv_cache)
         self._write(layer, key[rows.tokens], value[rows.tokens], kv_cache, rows.slots)

@@ -6,8 +6,10 @@ their own write kernel instead of being repeated here.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from vllm import _custom_ops as vllm_ops
 
@@ -45,6 +47,13 @@ class CPUCacheLayout:
         """Tokens per block."""
         return self.elements.shape[0]
 
+    @cached_property
+    def _offset_elements(self) -> npt.NDArray[np.int64]:
+        """[block_size, num_kv_heads * 2 * head_size]: of each offset, counted from its block."""
+        head = torch.arange(self.num_kv_heads)[:, None] * self.elements.numel()
+        elements: npt.NDArray[np.int64] = (self.elements[:, None] + head).flatten(1).numpy()
+        return elements
+
     def slot_elements(self, slots: torch.Tensor) -> torch.Tensor:
         """Flat element indices of whole slots in a contiguous cache.
 
@@ -54,10 +63,11 @@ class CPUCacheLayout:
         Returns:
             [num_slots * num_kv_heads * 2 * head_size] int64.
         """
-        cell = self.elements.numel()
-        block, offset = slots // self.block_size, slots % self.block_size
-        head = block[:, None] * self.num_kv_heads + torch.arange(self.num_kv_heads)
-        return (head[..., None] * cell + self.elements[offset][:, None]).reshape(-1)
+        # numpy: half of torch's time on arrays of this size
+        block, offset = np.divmod(slots.numpy(), self.block_size)
+        found = self._offset_elements.take(offset, 0)
+        found += (block * found.shape[1] * self.block_size)[:, None]
+        return torch.from_numpy(found).view(-1)
 
     def gather(self, kv_cache: torch.Tensor, block_ids: torch.Tensor) -> torch.Tensor:
         """The KV of whole blocks in token order.

@@ -48,14 +48,33 @@ class TileTensors:
     Attributes:
         first: first query, counted from the start of the chunk.
         last: end of the queries, exclusive.
-        keys: [num_keys] int64, key numbers.
-        bias: [last - first, num_keys], 0 or -inf in the dtype of the queries; None: reads all.
+        keys: [num_keys] int64, key numbers; those that every query reads come first.
+        bias: [last - first, num_partial], 0 or -inf in the dtype of the queries, for the last keys.
     """
 
     first: int
     last: int
     keys: torch.Tensor
-    bias: torch.Tensor | None
+    bias: torch.Tensor
+
+    def mask(self, zeros: torch.Tensor) -> torch.Tensor | None:
+        """[last - first, num_keys] to add to scores, a view of ``zeros``; None: nothing is hidden.
+
+        Holds until the next call for the same ``zeros``, which is [most queries of a tile, most
+        keys]. Only the last columns are written: a mask for each tile would take as much memory as
+        the whole chunk's scores of a head.
+        """
+        num_queries, num_partial = self.bias.shape
+        if num_partial == 0:
+            return None
+        mask = zeros[:num_queries, zeros.shape[1] - len(self.keys) :]
+        mask[:, -num_partial:] = self.bias
+        return mask
+
+    def clear(self, zeros: torch.Tensor) -> None:
+        """Undo :meth:`mask`."""
+        num_queries, num_partial = self.bias.shape
+        zeros[:num_queries, zeros.shape[1] - num_partial :] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +103,7 @@ class PrefillRows:
     Attributes:
         layout: of the cache that the chunks read.
         chunks: they attend first, each on its own.
+        zeros: [most queries of a tile, most keys of one], where tiles put their masks.
         copies: then separators that leave the ring go to the tail; None: there are none.
         tokens: [num_kept] int64 rows of the batch whose KV is kept, written last.
         slots: [num_kept] int64, where.
@@ -91,6 +111,7 @@ class PrefillRows:
 
     layout: CPUCacheLayout
     chunks: list[ChunkRows]
+    zeros: torch.Tensor
     copies: SlotCopies | None
     tokens: torch.Tensor
     slots: torch.Tensor

@@ -1,0 +1,104 @@
+"""The harness's arithmetic and its gate, with sides that answer from memory."""
+
+import json
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_sepllm.bench import suites
+from vllm_sepllm.bench.results import Results, spread
+from vllm_sepllm.bench.sides import arguments_of
+from vllm_sepllm.bench.suites import SUITES, Work, gate
+
+
+class FakeSide:
+    """Answers at once; a request takes ``seconds`` for each token."""
+
+    def __init__(self, seconds: float, token: int = 7) -> None:
+        self.seconds, self.token = seconds, token
+
+    def do(self, command: str, **arguments: Any) -> Any:
+        if command == "compact_length":
+            return 3
+        prompts, n = arguments["prompts"], arguments["max_tokens"]
+        stamps = {
+            "queued_ts": 0.0,
+            "scheduled_ts": 1.0,
+            "first_token_ts": 2.0,
+            "last_token_ts": 2.0 + (n - 1) * self.seconds,
+        }
+        return {
+            "seconds": self.seconds,
+            "token_ids": [[self.token] * n for _ in prompts],
+            "requests": [stamps for _ in prompts],
+        }
+
+
+WORK = Work(text=list(range(50)), lengths=[20], batches=[2], max_tokens=5, rounds=3)
+
+
+def test_spread_is_inside_the_samples() -> None:
+    assert spread([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("spans", "most"),
+    [
+        ([(0.0, 1.0), (2.0, 3.0)], 1),
+        ([(0.0, 2.0), (1.0, 3.0), (1.5, 1.75)], 3),
+        ([(0.0, 1.0), (1.0, 2.0)], 1),
+    ],
+)
+def test_overlap_counts_open_spans(spans: list[tuple[float, float]], most: int) -> None:
+    assert suites._overlap(spans) == most
+
+
+def test_prompts_differ_and_have_the_length_asked_for() -> None:
+    assert len(WORK.prompt(0, 130)) == 130
+    assert WORK.prompt(0, 50) != WORK.prompt(1, 50)
+    assert sorted(WORK.prompt(1, 50)) == list(range(50))
+
+
+def test_a_side_that_answers_otherwise_stops_the_run() -> None:
+    gate({"stock": FakeSide(1.0), "sepllm": FakeSide(2.0)}, WORK)  # type: ignore[dict-item]
+    with pytest.raises(RuntimeError, match="answer a short prompt differently"):
+        gate({"stock": FakeSide(1.0), "sepllm": FakeSide(1.0, 8)}, WORK)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_compares_with_stock(name: str) -> None:
+    results = Results(name, {})
+    sides = {"stock": FakeSide(1.0), "sepllm": FakeSide(2.0)}
+    SUITES[name].run(sides, WORK, results)  # type: ignore[arg-type]
+    rows = {(row["side"], row["measure"]): row for row in results.rows()}
+    timed = [m for _, m in rows if m.endswith(("ttft_s", "per_token_s"))]
+    for measure in timed:
+        assert rows["sepllm", measure]["over_stock"] == 2.0
+    out = StringIO()
+    results.write(out)
+    for line in out.getvalue().splitlines():
+        assert {"versions", "device", "threads", "p20", "p50", "p80"} <= json.loads(line).keys()
+    if name == "decode":
+        assert rows["stock at the compact length", "time_per_token_s"]["p50"] == 1.0
+
+
+def test_sides_differ_in_the_backend_alone() -> None:
+    stock, ours = (arguments_of(side, "m", {"dtype": "bfloat16"}) for side in ("stock", "sepllm"))
+    assert ours == stock | {"attention_backend": "sepllm"}
+
+
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from vllm_sepllm.bench.plot import plot
+
+    results = Results("ttft", {})
+    for side in ("stock", "sepllm"):
+        for value in (1.0, 2.0):
+            results.add("1024 tokens", side, ttft_s=value)
+    with (tmp_path / "r.jsonl").open("w") as file:
+        results.write(file)
+    plot(tmp_path / "r.jsonl", tmp_path / "r.png", "ttft", "ttft_s")
+    assert (tmp_path / "r.png").stat().st_size > 1000

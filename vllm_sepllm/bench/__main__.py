@@ -1,0 +1,106 @@
+"""Compare sepllm with stock vLLM in one run: ``python -m vllm_sepllm.bench run SUITE``.
+
+All sides have an engine of their own and take turns, sample by sample, on the same machine, with
+the same bytes of KV cache. Before anything is timed they must answer short prompts alike.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vllm_sepllm.bench.plot import plot
+from vllm_sepllm.bench.results import Results, render
+from vllm_sepllm.bench.sides import SIDES, running
+from vllm_sepllm.bench.suites import SUITES, Work, gate
+
+KV_TOKENS_MARGIN = 1.1  # a block a request is never full
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app.command("plot")(plot)
+
+
+def text_ids(model: str, text: Path) -> list[int]:
+    """The text file, or all text files of a folder, as token ids of the model."""
+    from transformers import AutoTokenizer
+
+    files = sorted(text.glob("*.txt")) if text.is_dir() else [text]
+    if not files:
+        raise typer.BadParameter(f"no .txt file in {text}")
+    whole = "\n\n".join(file.read_text() for file in files)
+    ids: list[int] = AutoTokenizer.from_pretrained(model)(whole)["input_ids"]
+    return ids
+
+
+def kv_bytes(model: str, num_tokens: int, num_layers: int | None) -> int:
+    """Bytes of full-attention KV of so many tokens in 16 bits."""
+    from transformers import AutoConfig
+
+    config: Any = AutoConfig.from_pretrained(model)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = num_layers or config.num_hidden_layers
+    elements: int = layers * config.num_key_value_heads * head * 2
+    return int(num_tokens * KV_TOKENS_MARGIN) * elements * 2
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(help="One of " + ", ".join(SUITES) + ".")],
+    model: Annotated[str, typer.Option(help="A local folder, or a name in the cache.")],
+    text: Annotated[Path, typer.Option(help="A text file or a folder of them.")],
+    out: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Requests at once.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.")] = None,
+    rounds: Annotated[int, typer.Option(help="Samples of each case.")] = 5,
+    side: Annotated[list[str] | None, typer.Option(help="Default: all of " + ", ".join(SIDES))] = (
+        None
+    ),
+    layers: Annotated[int | None, typer.Option(help="Fewer layers, of random weights.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV budget, in full tokens.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "bfloat16",
+) -> None:
+    """Run a suite and print medians; see the documentation of each suite in bench/suites.py."""
+    if suite not in SUITES:
+        raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
+    chosen = SUITES[suite]
+    work = Work(
+        text=text_ids(model, text),
+        lengths=length or list(chosen.lengths),
+        batches=batch or list(chosen.batches),
+        max_tokens=max_tokens or chosen.max_tokens,
+        rounds=rounds,
+    )
+    longest = work.longest() + 64
+    budget = kv_tokens or chosen.kv_tokens or 2 * longest * max(work.batches)
+    overrides: dict[str, Any] = {"max_position_embeddings": max(longest, 2048)}
+    if layers is not None:
+        overrides["num_hidden_layers"] = layers
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": max(longest, 2048),
+        "hf_overrides": overrides,
+        "kv_cache_memory_bytes": kv_bytes(model, max(budget, 2048), layers),
+        "enable_prefix_caching": chosen.caching,
+    }
+    if layers is not None:  # a checkpoint with more layers than the model does not load
+        common["load_format"] = "dummy"
+    results = Results(suite, {"model": Path(model).name, "layers": layers, **common})
+    names = side or list(SIDES)
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        running(names, model, common, Path(logs)) as sides,
+    ):
+        gate(sides, work)
+        chosen.run(sides, work, results)
+    Console(width=None if sys.stdout.isatty() else 150).print(render(results.rows()))
+    if out is not None:
+        with out.open("a") as file:
+            results.write(file)
+
+
+if __name__ == "__main__":
+    app()

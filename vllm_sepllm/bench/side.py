@@ -1,0 +1,81 @@
+"""One side of a comparison: an engine in a process of its own that does what it is told.
+
+Started by :mod:`vllm_sepllm.bench.sides`. Reads one JSON command a line from standard input and
+answers with one JSON line on the file descriptor given to it. ``LLM.generate`` returns when the
+tokens are on the host, so nothing of a GPU's work is left out of a time.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from vllm_sepllm.policy.layout import compact_length, num_left_window
+from vllm_sepllm.policy.separator_index import SeparatorIndex
+from vllm_sepllm.policy.separators import flags
+from vllm_sepllm.policy.visibility import Policy
+
+
+class Side:
+    """``vllm.LLM`` behind a few commands."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.llm = LLM(**arguments)
+
+    def generate(
+        self, prompts: list[list[int]], max_tokens: int | list[int], ignore_eos: bool = True
+    ) -> dict[str, Any]:
+        """Greedy answers to all prompts at once, with seconds of the whole and of each request."""
+        from vllm import SamplingParams
+
+        limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        sampling = [
+            SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=ignore_eos, detokenize=False)
+            for n in limits
+        ]
+        inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
+        start = time.perf_counter()
+        outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        return {
+            "seconds": seconds,
+            "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
+            "requests": [_times(o.metrics) for o in outputs],
+        }
+
+    def compact_length(self, prompt: list[int]) -> int:
+        """Entries that the cache of ``prompt`` holds; its length if this side is stock vLLM."""
+        config: Any = self.llm.llm_engine.vllm_config.additional_config
+        given = config.get("sepllm")
+        if not given:
+            return len(prompt)
+        policy = Policy(given["initial_tokens"], given["window"], given["max_separators"])
+        ids = [int(i) for i in given["separators"]]
+        index = SeparatorIndex(policy, flags(ids, max([*prompt, *ids]) + 2))
+        left = num_left_window(policy, len(prompt))
+        index.extend(prompt, left)
+        return compact_length(policy, len(prompt), index.count_below(left))
+
+
+def _times(metrics: Any) -> dict[str, float]:
+    """vLLM's own time stamps of a request, in seconds of one clock."""
+    names = ("queued_ts", "scheduled_ts", "first_token_ts", "last_token_ts")
+    return {name: getattr(metrics, name) for name in names}
+
+
+def main() -> None:
+    """Answer commands until standard input ends."""
+    answers = os.fdopen(int(sys.argv[1]), "w")
+    side = Side(json.loads(sys.argv[2]))
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        answer = getattr(side, command.pop("do"))(**command)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

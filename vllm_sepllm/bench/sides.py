@@ -1,0 +1,102 @@
+"""The engines of a comparison, each in a process of its own, driven in turn."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+SIDES = ("stock", "sepllm", "streaming-llm")
+# the same for all sides; what differs is in _DIFFERENCES
+_DEFAULTS: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": False, "seed": 0}
+_DIFFERENCES: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "sepllm": {"attention_backend": "sepllm"},
+    "streaming-llm": {
+        "attention_backend": "sepllm",
+        "additional_config": {"sepllm": {"separators": [], "max_separators": 0}},
+    },
+}
+
+
+class SideProcess:
+    """An engine that waits for commands."""
+
+    def __init__(self, name: str, process: subprocess.Popen[str], answers: Any, log: Path) -> None:
+        self.name = name
+        self._process = process
+        self._answers = answers
+        self._log = log
+
+    def wait(self) -> Any:
+        """The next answer.
+
+        Raises:
+            RuntimeError: if the process has ended, with the end of its log.
+        """
+        line = self._answers.readline()
+        if not line:
+            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
+            raise RuntimeError(f"the engine of {self.name} ended; the end of {self._log}:\n{tail}")
+        return json.loads(line)
+
+    def do(self, command: str, **arguments: Any) -> Any:
+        """Have a method of :class:`vllm_sepllm.bench.side.Side` run, alone on the machine."""
+        assert self._process.stdin is not None, "opened with a pipe"
+        self._process.stdin.write(json.dumps({"do": command, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self.wait()
+
+
+def arguments_of(side: str, model: str, common: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of ``vllm.LLM``; the sides differ in the backend alone."""
+    return {"model": model, **_DEFAULTS, **_DIFFERENCES[side], **common}
+
+
+@contextmanager
+def running(
+    names: list[str], model: str, common: dict[str, Any], logs: Path
+) -> Iterator[dict[str, SideProcess]]:
+    """Start the engines one after the other; on leaving they end, and are waited for."""
+    with ExitStack() as stack:
+        sides = {}
+        for name in names:
+            Console(stderr=True).print(f"starting {name}")
+            sides[name] = stack.enter_context(
+                _process(name, arguments_of(name, model, common), logs)
+            )
+        yield sides
+
+
+@contextmanager
+def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideProcess]:
+    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
+    env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | dict(os.environ)
+    # one process an engine: its steps are not interleaved with a front end's
+    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    read, write = os.pipe()
+    log = logs / f"{name}.log"
+    with log.open("w") as output, os.fdopen(read) as answers:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_sepllm.bench.side", str(write), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            pass_fds=[write],
+            env=env,
+            text=True,
+        )
+        os.close(write)
+        try:
+            side = SideProcess(name, process, answers, log)
+            side.wait()
+            yield side
+        finally:
+            assert process.stdin is not None, "opened with a pipe"
+            process.stdin.close()
+            process.wait()

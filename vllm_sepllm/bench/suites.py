@@ -1,0 +1,193 @@
+"""The suites: what each measures, on all sides in turn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from vllm_sepllm.bench.results import Results
+from vllm_sepllm.bench.sides import SideProcess
+
+Sides = dict[str, SideProcess]
+GATE_TOKENS = 64  # prompt tokens of the gate: below initial_tokens + window, all sides are alike
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the suites run.
+
+    Attributes:
+        text: token ids of real text; prompts are cut from it.
+        lengths: prompt tokens, one case each.
+        batches: requests at once, one case each where a suite batches.
+        max_tokens: tokens of an answer.
+        rounds: samples of each case on each side.
+    """
+
+    text: list[int]
+    lengths: list[int]
+    batches: list[int]
+    max_tokens: int
+    rounds: int
+
+    def prompt(self, number: int, length: int) -> list[int]:
+        """A piece of the text; other numbers start elsewhere, wrapping around."""
+        first = number * 997 % len(self.text)
+        ids = self.text[first:] + self.text[:first]
+        return (ids * (length // len(ids) + 1))[:length]
+
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return max(self.lengths) + self.max_tokens
+
+
+def gate(sides: Sides, work: Work) -> None:
+    """Short greedy answers are the same on all sides.
+
+    Raises:
+        RuntimeError: if not: no time is worth anything then.
+    """
+    prompts = [work.prompt(i, GATE_TOKENS) for i in range(2)]
+    answers = {n: s.do("generate", prompts=prompts, max_tokens=16) for n, s in sides.items()}
+    tokens = {name: answer["token_ids"] for name, answer in answers.items()}
+    if any(found != next(iter(tokens.values())) for found in tokens.values()):
+        raise RuntimeError(f"the sides answer a short prompt differently: {tokens}")
+
+
+def ttft(sides: Sides, work: Work, results: Results) -> None:
+    """Time to the first token of a lone request."""
+    for length in work.lengths:
+        for number in range(work.rounds):
+            prompt = work.prompt(number, length)
+            for name, side in sides.items():
+                seconds = side.do("generate", prompts=[prompt], max_tokens=1)["seconds"]
+                results.add(f"{length} tokens", name, ttft_s=seconds)
+
+
+def decode(sides: Sides, work: Work, results: Results) -> None:
+    """Time per output token, and of stock vLLM at sepllm's compact length: the limit.
+
+    With prefix caching on, the prompts are computed once and each round decodes anew.
+    """
+    for length in work.lengths:
+        for batch in work.batches:
+            case = f"{length} tokens, batch {batch}"
+            prompts = [work.prompt(number, length) for number in range(batch)]
+            short = _compact(sides, prompts)
+            for number in range(work.rounds + 1):
+                measured = {name: _per_token(side, prompts, work) for name, side in sides.items()}
+                if short is not None:
+                    measured["stock at the compact length"] = _per_token(
+                        sides["stock"], short, work
+                    )
+                if number:  # the first fills the prefix caches
+                    for name, seconds in measured.items():
+                        results.add(case, name, time_per_token_s=seconds)
+
+
+def _compact(sides: Sides, prompts: list[list[int]]) -> list[list[int]] | None:
+    if not {"stock", "sepllm"} <= sides.keys():
+        return None
+    return [p[: sides["sepllm"].do("compact_length", prompt=p)] for p in prompts]
+
+
+def _per_token(side: SideProcess, prompts: list[list[int]], work: Work) -> float:
+    """Seconds between tokens while all requests decode, from vLLM's own time stamps."""
+    requests = side.do("generate", prompts=prompts, max_tokens=work.max_tokens)["requests"]
+    first = max(r["first_token_ts"] for r in requests)
+    last = max(r["last_token_ts"] for r in requests)
+    return float(last - first) / (work.max_tokens - 1)
+
+
+def concurrency(sides: Sides, work: Work, results: Results) -> None:
+    """Many long requests in one small KV budget: throughput, queue, and how many at once."""
+    for length in work.lengths:
+        for batch in work.batches:
+            prompts = [work.prompt(number, length) for number in range(batch)]
+            for _ in range(work.rounds):
+                for name, side in sides.items():
+                    answer = side.do("generate", prompts=prompts, max_tokens=work.max_tokens)
+                    results.add(f"{batch} of {length}", name, **_serving(answer, length))
+
+
+def _serving(answer: dict[str, Any], length: int) -> dict[str, float]:
+    requests, seconds = answer["requests"], answer["seconds"]
+    num_tokens = sum(len(ids) for ids in answer["token_ids"])
+    return {
+        "output_tokens_per_s": num_tokens / seconds,
+        "all_tokens_per_s": (num_tokens + length * len(requests)) / seconds,
+        "mean_queue_s": _mean([r["scheduled_ts"] - r["queued_ts"] for r in requests]),
+        "mean_latency_s": _mean([r["last_token_ts"] - r["queued_ts"] for r in requests]),
+        "decoding_at_once": _overlap([(r["first_token_ts"], r["last_token_ts"]) for r in requests]),
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _overlap(spans: list[tuple[float, float]]) -> int:
+    """Most of the spans that are open at the same time."""
+    events = sorted([(first, 1) for first, _ in spans] + [(last, -1) for _, last in spans])
+    most = now = 0
+    for (at, step), (following, _) in pairwise([*events, (float("inf"), 0)]):
+        now += step
+        if following > at:
+            most = max(most, now)
+    return most
+
+
+def overhead(sides: Sides, work: Work, results: Results) -> None:
+    """Short requests, which behave as without sepllm: throughput and latency."""
+    for length in work.lengths:
+        for batch in work.batches:
+            prompts = [work.prompt(number, length) for number in range(batch)]
+            for _ in range(work.rounds):
+                for name, side in sides.items():
+                    answer = side.do("generate", prompts=prompts, max_tokens=work.max_tokens)
+                    served = _serving(answer, length)
+                    kept = ("output_tokens_per_s", "mean_latency_s")
+                    results.add(f"{batch} of {length}", name, **{k: served[k] for k in kept})
+
+
+def prefix(sides: Sides, work: Work, results: Results) -> None:
+    """The second question about a document: its prefix is cached."""
+    for length in work.lengths:
+        for number in range(work.rounds):
+            document = work.prompt(number, length)
+            asked = [document + work.prompt(1000 + i, 32) for i in range(2)]
+            for name, side in sides.items():
+                cold, warm = (
+                    side.do("generate", prompts=[prompt], max_tokens=1)["seconds"]
+                    for prompt in asked
+                )
+                results.add(f"{length} tokens", name, first_ttft_s=cold, second_ttft_s=warm)
+
+
+@dataclass(frozen=True, slots=True)
+class Suite:
+    """A suite and what it runs unless told otherwise.
+
+    Attributes:
+        run: the suite.
+        lengths, batches, max_tokens: defaults of :class:`Work`.
+        caching: whether prefix caching is on.
+        kv_tokens: KV cache in tokens of full attention, the same bytes on all sides; None: enough
+            for all requests at once.
+    """
+
+    run: Callable[[Sides, Work, Results], None]
+    lengths: tuple[int, ...]
+    batches: tuple[int, ...] = (1,)
+    max_tokens: int = 1
+    caching: bool = False
+    kv_tokens: int | None = None
+
+
+SUITES = {
+    "ttft": Suite(ttft, (1024, 8192, 32768)),
+    "decode": Suite(decode, (8192, 16384, 32768), (1, 16), 64, caching=True),
+    "concurrency": Suite(concurrency, (8192,), (32,), 128, kv_tokens=4 * 8192),
+    "overhead": Suite(overhead, (128,), (16,), 64),
+    "prefix": Suite(prefix, (8192,), caching=True),
+}
