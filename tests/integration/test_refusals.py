@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ pytest.importorskip("vllm")
 import vllm.config.vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-
-from vllm_sepllm.integration.refusals import _speculative_reasons
 
 Models = Callable[[str], str]
 
@@ -274,27 +271,6 @@ def test_a_choice_of_backends_that_the_platform_lacks(models: Models) -> None:
     policy = ADDITIONAL_CONFIG["sepllm"] | {"decode_backend": "FLASHINFER"}
     text = refusal(models("llama"), additional_config={"sepllm": policy})
     check_sentence(text, "vLLM has one attention backend on CPU", "remove decode_backend")
-
-
-@pytest.mark.parametrize(
-    ("speculative", "what", "remedy"),
-    [
-        ({"method": "eagle"}, "speculative decoding with 'eagle'", "use one of"),
-        ({"num_speculative_tokens": 9}, "9 draft tokens with a window of 16", "7 or less"),
-    ],
-)
-def test_speculative_decoding_on_gpus(speculative: dict[str, Any], what: str, remedy: str) -> None:
-    """On a CPU vLLM has no runner for it, so the rows are asked directly."""
-    drafts = SimpleNamespace(**({"method": "ngram", "num_speculative_tokens": 2} | speculative))
-    vllm_config: Any = SimpleNamespace(
-        speculative_config=drafts,
-        num_speculative_tokens=drafts.num_speculative_tokens,
-        use_v2_model_runner=True,
-        additional_config={"sepllm": {"window": 16}},
-    )
-    found = [text for is_unsupported, text in _speculative_reasons(vllm_config) if is_unsupported]
-    assert len(found) == 1
-    check_sentence(f"sepllm does not support {found[0]}", what, remedy)
 
 
 @pytest.mark.parametrize("additional", [ADDITIONAL_CONFIG, {"sepllm": {}}, {"sepllm": None}])

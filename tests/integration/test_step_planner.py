@@ -34,9 +34,12 @@ class Machine:
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
         self.separators = RequestSeparators(policy, FLAGS, self.requests)
-        self.planner = StepPlanner(
-            self.separators, lambda request, start, end: snapshots_at(start, end), INTERVAL
-        )
+        self.planner = StepPlanner(self.separators, self.take_snapshots, INTERVAL)
+
+    @staticmethod
+    def take_snapshots(request: Any, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
+        """None beyond the known tokens, as PrefixCache."""
+        return snapshots_at(start, end) if end <= len(request._all_token_ids) else ()
 
     def arrive(self, name: str, seed: int, num_prompt: int) -> None:
         gen = np.random.default_rng(seed)

@@ -88,6 +88,11 @@ GPU = (
         "read: they stay as they are",
     ),
     *fields("vllm.config.vllm:VllmConfig", "read", "num_speculative_tokens"),
+    Contract(
+        "vllm.v1.core.kv_cache_manager:KVCacheManager.free",
+        "called: an asynchronous streaming session begins anew",
+        ("request",),
+    ),
     Contract("vllm.config.speculative:SpeculativeConfig.method", "read: which drafters we know"),
     *fields("vllm.engine.arg_utils:EngineArgs", "read", "speculative_config"),
     *fields(

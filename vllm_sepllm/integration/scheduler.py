@@ -88,3 +88,13 @@ class SepLLMScheduler(_SepLLMMixin, Scheduler):
 
 class SepLLMAsyncScheduler(_SepLLMMixin, AsyncScheduler):
     """With asynchronous scheduling: the plan reads tokens that are at least n - 1 steps old."""
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """Begin a streaming session anew, from the prefix cache as far as it reaches.
+
+        The step in flight computes the token that the session drops, and that token's KV
+        overwrites an entry which the tokens that stay may still read.
+        """
+        self.kv_cache_manager.free(session)
+        super()._update_request_as_session(session, update)
+        session.num_computed_tokens = 0
