@@ -71,6 +71,7 @@ def arguments(model: Path, policy: dict[str, Any], **llm: Any) -> dict[str, Any]
     }
 
 
+@pytest.mark.compatibility("Model Runner V2 and the GPU kernels, in Triton's interpreter", "exact")
 def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
     """Proves builder, kernels and checkpoints under Model Runner V2, with a tail that wraps.
 
@@ -91,6 +92,7 @@ def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
     assert sum(report.rounds[1].num_cached_tokens) > 200
 
 
+@pytest.mark.compatibility("Asynchronous scheduling, in Triton's interpreter", "exact")
 def test_v2_with_asynchronous_scheduling_and_preemption(model: Path) -> None:
     """Proves that the plan needs settled tokens alone, and that nothing is lost in a tiny pool.
 
@@ -105,6 +107,7 @@ def test_v2_with_asynchronous_scheduling_and_preemption(model: Path) -> None:
     check(model, rounds, report, rule(max_separators=60))
 
 
+@pytest.mark.compatibility("Model Runner V1 with the GPU kernels, in Triton's interpreter", "exact")
 def test_v1_runs_the_same_builder_and_layers(model: Path) -> None:
     """Proves the GPU path under Model Runner V1, with a layer that keeps full attention."""
     rounds = [prompts(200, 17, 131)]
@@ -114,6 +117,7 @@ def test_v1_runs_the_same_builder_and_layers(model: Path) -> None:
     check(model, rounds, report, rule(max_separators=256, full_layers=[0]))
 
 
+@pytest.mark.compatibility("Speculative decoding, ngram, in Triton's interpreter", "exact")
 def test_ngram_drafts_change_nothing(model: Path) -> None:
     """Proves staging and commits: drafts that are right, wrong, and at the window's start."""
     # what repeats is drafted, and the answers of so small a model repeat soon
@@ -133,6 +137,7 @@ def test_ngram_drafts_change_nothing(model: Path) -> None:
     check(model, rounds, report, rule(max_separators=9))
 
 
+@pytest.mark.compatibility("Speculative decoding, draft model, in Triton's interpreter", "exact")
 def test_a_draft_model_changes_nothing(model: Path) -> None:
     """Proves the same with drafts of a model of its own, whose layers stay vLLM's.
 
