@@ -86,6 +86,7 @@ def measure(num_requests: int, context: int, num_steps: int, *, is_sepllm: bool)
                 common = builders.common()
             times.run("build", builders.build, output, common)
             times.run("vllm_build", builders.build_wrapped, common)
+            times.run("gpu_build", builders.plan_for_gpu, output)
         times.run("update", rig.finish, output)
     gc.unfreeze()
     return times
@@ -123,7 +124,7 @@ def bookkeeping(num_tokens: int) -> dict[str, float]:
 def render(rows: list[dict[str, Any]]) -> Table:
     """The table for a terminal."""
     table = Table(title="Microseconds of a decode step besides its forward, median (p20 to p80)")
-    parts = ("plan", "build", "vllm_build", "schedule", "update")
+    parts = ("plan", "build", "vllm_build", "gpu_build", "schedule", "update")
     for column in ("requests", "context", "side", *parts):
         table.add_column(column, justify="right")
     for row in rows:
@@ -144,7 +145,11 @@ def main(
     stock: Annotated[bool, typer.Option(help="Also vLLM's own scheduler.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON line a row.")] = False,
 ) -> None:
-    """Time the steps and print them. ``schedule`` includes ``plan``; ``build`` includes vLLM's."""
+    """Time the steps and print them.
+
+    ``schedule`` includes ``plan``; ``build``, the CPU's, includes ``vllm_build``; ``gpu_build`` is
+    what the GPU builder computes, without uploads, launches and the wrapped backend's own builder.
+    """
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for num_requests in requests or [1, 64, 256, 1024]:

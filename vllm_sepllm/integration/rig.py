@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from vllm import SamplingParams
 from vllm.config import VllmConfig
@@ -35,6 +36,7 @@ from vllm_sepllm.integration.cpu.builder import SepLLMCPUMetadataBuilder
 from vllm_sepllm.integration.scheduler import SepLLMScheduler
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import CurrentStep
+from vllm_sepllm.policy.batch import plan_batch
 from vllm_sepllm.policy.plan import StepPlan
 
 Planner = Callable[[SchedulerOutput], StepPlan]
@@ -148,6 +150,8 @@ class BuilderRig:
         self._step = CurrentStep()
         self.builder = SepLLMCPUMetadataBuilder(rig.spec, [], config, torch.device("cpu"))
         self.builder.bind(self._step, lambda: self._ids, 0)
+        assert isinstance(rig.spec, SepLLMSpec), "stock vLLM has no builder of ours"
+        self._policy = rig.spec.policy
         self._blocks = rig.scheduler.kv_cache_manager
         longest = config.model_config.max_model_len
         self._table = torch.zeros(len(self._ids), longest // BLOCK_SIZE, dtype=torch.int32)
@@ -175,6 +179,13 @@ class BuilderRig:
         """Our metadata of the step."""
         with self._step.of(output):
             self.builder.build(0, common)
+
+    def plan_for_gpu(self, output: SchedulerOutput) -> None:
+        """What the GPU builder computes of the same step; its uploads and launches need a GPU."""
+        with self._step.of(output):
+            rows = self._step.rows(self._ids, 0)
+            num_rows = len(self._ids)
+            plan_batch(self._policy, rows, np.arange(num_rows + 1), num_rows, BLOCK_SIZE)
 
     def build_wrapped(self, common: CommonAttentionMetadata) -> None:
         """vLLM's own metadata for the same cache: what any backend pays."""

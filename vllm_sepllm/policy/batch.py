@@ -202,6 +202,9 @@ def _snapshots(
 
     A row of one token saves its blocks once the step is done: a CUDA graph writes each token once.
     """
+    nothing = np.zeros(0, dtype=np.int64)
+    if not any(rows.snapshots):
+        return Saves(nothing, nothing, nothing), nothing, nothing, Saves(nothing, nothing, nothing)
     before: list[IntArray] = []
     after: list[IntArray] = []
     tokens: list[IntArray] = []
