@@ -41,6 +41,15 @@ GPU = (
         "overridden: our prefill kernel multiplies in the model's dtype",
     ),
     Contract(
+        f"{_BACKEND}:AttentionImplBase.process_weights_after_loading",
+        "overridden: handed on to the wrapped implementation",
+        ("act_dtype",),
+    ),
+    Contract(
+        "vllm.config.compilation:CompilationConfig.max_cudagraph_capture_size",
+        "read: buffers that a graph captures are no narrower",
+    ),
+    Contract(
         f"{_IMPL}.do_kv_cache_update",
         "called, of each wrapped backend: writes KV, skips slot -1",
         ("layer", "key", "value", "kv_cache", "slot_mapping"),

@@ -68,6 +68,7 @@ def builder(cache: torch.Tensor) -> Any:
     )
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=8),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
         model_config=SimpleNamespace(
             dtype=torch.float32, get_num_attention_heads=lambda parallel: 4
         ),

@@ -50,10 +50,12 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         self._policy = spec.policy
         self._block_size = spec.block_size
         scheduler = self.vllm_config.scheduler_config
-        self._slots = torch.full(
-            (scheduler.max_num_batched_tokens,), -1, dtype=torch.int64, device=self.device
-        )
-        self._lengths = torch.zeros(scheduler.max_num_seqs, dtype=torch.int32, device=self.device)
+        # a graph may be wider than any batch
+        graph = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        num_tokens = max(scheduler.max_num_batched_tokens, graph)
+        self._slots = torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device)
+        num_rows = max(scheduler.max_num_seqs, graph)
+        self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
         model = self.vllm_config.model_config
         heads = model.get_num_attention_heads(self.vllm_config.parallel_config)
         assert isinstance(model.dtype, torch.dtype), "vLLM resolves the name of a dtype"
@@ -130,7 +132,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
     def _in_buffers(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """A run without requests: nothing is written, lengths are vLLM's."""
         slots = self._slots[: common.num_actual_tokens].fill_(-1)
-        lengths = self._lengths[: common.num_reqs].copy_(common.seq_lens)
+        lengths = self._lengths[: common.num_reqs].copy_(common.seq_lens[: common.num_reqs])
         return common.replace(seq_lens=lengths, slot_mapping=slots)
 
     def build(

@@ -36,6 +36,10 @@ class SepLLMGPUImpl(AttentionImpl[SepLLMGPUMetadata]):
         """Take the layer's cache, [num_blocks, num_kv_heads, block_size, 2 * head_size]."""
         self._spills = ops.SpillTable.build([kv_cache])
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Weights were loaded anew: the wrapped implementation may keep some of them."""
+        self.wrapped.process_weights_after_loading(act_dtype)
+
     def forward(
         self,
         layer: AttentionLayer,
