@@ -1,10 +1,10 @@
 """Continuations of long files from a pool of engines on a Ray cluster, one whole engine an actor.
 
-Run: ``python examples/ray/actor_pool.py NUM_ENGINES MODEL FILE...``, with RAY_ADDRESS naming the
-cluster; without it Ray starts one on this machine.
+Run: ``python examples/ray/actor_pool.py NUM_ENGINES MODEL FILE... [--dtype DTYPE]``, with
+RAY_ADDRESS naming the cluster; without it Ray starts one on this machine.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import ray
@@ -16,11 +16,12 @@ from ray.util import ActorPool
 class Engine:
     """vLLM with SepLLM's KV cache. On GPUs: ``num_gpus=1`` above."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, dtype: str) -> None:
         from vllm import LLM
 
         self.llm = LLM(
             model=model,
+            dtype=dtype,
             attention_backend="sepllm",
             # several engines may share a machine, so each says what its KV cache may take
             kv_cache_memory_bytes=256 << 20,
@@ -34,10 +35,10 @@ class Engine:
         return self.llm.generate([text], greedy)[0].outputs[0].text
 
 
-def main(num_engines: int, model: str, files: list[str]) -> None:
+def main(num_engines: int, model: str, files: list[str], dtype: str) -> None:
     """Print a continuation of every file."""
     ray.init()
-    pool = ActorPool([Engine.remote(model) for _ in range(num_engines)])
+    pool = ActorPool([Engine.remote(model, dtype) for _ in range(num_engines)])
     texts = [Path(file).read_text("utf-8") for file in files]
     answers = pool.map(lambda engine, text: engine.continuation.remote(text), texts)
     for file, answer in zip(files, answers, strict=True):
@@ -45,6 +46,10 @@ def main(num_engines: int, model: str, files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    parser = argparse.ArgumentParser(description="Continuations from a pool of engines.")
+    parser.add_argument("num_engines", type=int)
+    parser.add_argument("model")
+    parser.add_argument("files", nargs="+")
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+    main(args.num_engines, args.model, args.files, args.dtype)

@@ -1,10 +1,10 @@
 """A batch job over a file of prompts with Ray Data: engines side by side, each with SepLLM's cache.
 
-Run: ``python examples/ray/batch_data.py NUM_ENGINES MODEL PROMPTS OUT``, where PROMPTS has a JSON
-object with a field "text" on each line and OUT is the folder for the answers.
+Run: ``python examples/ray/batch_data.py NUM_ENGINES MODEL PROMPTS OUT [--dtype DTYPE]``, where
+PROMPTS has a JSON object with a field "text" on each line and OUT is the folder for the answers.
 """
 
-import sys
+import argparse
 from typing import Any
 
 import ray
@@ -13,11 +13,12 @@ import ray
 class Engine:
     """One of the workers of the job: a whole vLLM. On GPUs: ``num_gpus=1`` below."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, dtype: str) -> None:
         from vllm import LLM
 
         self.llm = LLM(
             model=model,
+            dtype=dtype,
             attention_backend="sepllm",
             # several engines may share a machine, so each says what its KV cache may take
             kv_cache_memory_bytes=256 << 20,
@@ -31,12 +32,12 @@ class Engine:
         return batch | {"answer": [output.outputs[0].text for output in outputs]}
 
 
-def main(num_engines: int, model: str, prompts: str, out: str) -> None:
+def main(num_engines: int, model: str, prompts: str, out: str, dtype: str) -> None:
     """Write the lines of ``prompts`` to ``out``, each with a field "answer"."""
     ray.init()
     answered = ray.data.read_json(prompts, lines=True).map_batches(
         Engine,
-        fn_constructor_args=(model,),
+        fn_constructor_args=(model, dtype),
         compute=ray.data.ActorPoolStrategy(size=num_engines),
         batch_size=16,
         num_cpus=1,
@@ -45,6 +46,10 @@ def main(num_engines: int, model: str, prompts: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 5:
-        sys.exit(__doc__)
-    main(int(sys.argv[1]), *sys.argv[2:])
+    parser = argparse.ArgumentParser(description="Answers to a file of prompts.")
+    parser.add_argument("num_engines", type=int)
+    for name in ("model", "prompts", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+    main(args.num_engines, args.model, args.prompts, args.out, args.dtype)

@@ -27,6 +27,7 @@ EXECUTOR = SCENARIO.with_name("executor.py")
 # what the examples take, which say nothing about the policy
 DEFAULTS = Rule(4, 252, frozenset(SEPARATORS), max_separators=1024)
 NUM_TEXTS = 8
+FLOAT32 = ("--dtype", "float32")  # as the oracle
 # without a network nothing of Ray's can be reached from outside, and with the namespace's first
 # process all others end
 NAMESPACE = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
@@ -73,10 +74,18 @@ def report(model: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
         two = executor | {"tensor_parallel_size": 2}
         parts = {
             "pool": {
-                "command": ["examples/ray/actor_pool.py", "2", str(model), *map(str, files)],
+                "command": [
+                    "examples/ray/actor_pool.py",
+                    "2",
+                    str(model),
+                    *map(str, files),
+                    *FLOAT32,
+                ],
                 "files": [str(file) for file in files],
             },
-            "data": {"command": ["examples/ray/batch_data.py", "1", str(model), lines, out]},
+            "data": {
+                "command": ["examples/ray/batch_data.py", "1", str(model), lines, out, *FLOAT32]
+            },
             "compiled graph": {
                 "command": [str(EXECUTOR), json.dumps(job | {"llm": executor})],
                 "environment": {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"},
