@@ -12,7 +12,8 @@ MAX_UNITS_PER_PROGRAM = 4096
 _UNIT_DTYPES = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 
 
-@triton.jit
+# lists of slots lie behind each other, on any 8 bytes: no variant may be compiled while serving
+@triton.jit(do_not_specialize_on_alignment=["src_ptr", "dst_ptr"])
 def spill_kernel(
     cache_ptrs,  # [num_caches] int64: address of cache [num_blocks, num_kv_heads, block_size, ROW]
     src_ptr,  # [num_moves] int64, slot

@@ -3,15 +3,14 @@
 import asyncio
 import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.request import ProxyHandler, build_opener
 
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.e2e.conftest import DOCUMENTS
+from vllm_sepllm.bench.soak import metric
 from vllm_sepllm.demo.processes import serving
 
 pytestmark = pytest.mark.slow
@@ -41,16 +40,6 @@ def client(base_url: str) -> OpenAI:
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
     return [p.read_text()[:9000] for p in sorted(DOCUMENTS.glob("*.txt"))]
-
-
-def metric(base_url: str, name: str) -> float:
-    """A gauge or counter of /metrics, summed over its labels."""
-    opener = build_opener(ProxyHandler({}))
-    with opener.open(base_url.removesuffix("/v1") + "/metrics", timeout=10) as page:
-        text = page.read().decode()
-    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
-    assert values, f"/metrics has no {name}"
-    return sum(map(float, values))
 
 
 @pytest.mark.compatibility("`vllm serve`, chat and completions, streaming", "works")

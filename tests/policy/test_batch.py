@@ -225,3 +225,26 @@ def test_staging_lies_behind_what_the_next_commit_may_fill() -> None:
     assert moves.target.tolist() == [3 + (20 - 3) % 8, 3 + (21 - 3) % 8]
     assert moves.spill_source.tolist() == []
     assert staging.num_entries(3) == 6
+
+
+def test_a_prompt_of_one_token_may_come_behind_a_chunk() -> None:
+    """Model Runner V1 does not sort new prompts among each other."""
+    policy = Policy(2, 6)
+    requests = [Request("long", policy, [0, 1] * 20), Request("short", policy, [1] * 9)]
+    run(requests[:1], [Action(20)], {})
+    run(requests, [Action(7), Action(1)], {})
+    requests[0].index.extend(requests[0].token_ids, 27)
+    for request in requests:
+        request.check_settled()
+
+
+def test_blocks_of_a_checkpoint_are_the_schedulers() -> None:
+    """Slots are the same numbers whatever smaller blocks the kernels see."""
+    policy = Policy(2, 6)
+    request = Request("only", policy, [0] * 20)
+    plan = StepPlanBuilder(policy)
+    snapshot = PlannedSnapshot(10, {0: {0: 10}})
+    plan.add("only", request.index, request.token_ids, 0, 12, (snapshot,))
+    rows = plan.build().of(np.arange(1), 0)
+    step = plan_batch(policy, rows, np.array([0, 12]), 12, 8)
+    assert sorted(step.saved_slots.tolist()) == list(range(80, 88))

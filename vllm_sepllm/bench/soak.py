@@ -91,11 +91,17 @@ class Report:
 
 
 def metric(base_url: str, name: str) -> float:
-    """A gauge or counter of /metrics, summed over its labels."""
+    """A gauge or counter of /metrics, summed over its labels.
+
+    Raises:
+        RuntimeError: if the server has none of that name.
+    """
     opener = build_opener(ProxyHandler({}))
     with opener.open(base_url.removesuffix("/v1") + "/metrics", timeout=60) as page:
         text = page.read().decode()
     values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+    if not values:
+        raise RuntimeError(f"/metrics has no {name}")
     return sum(map(float, values))
 
 

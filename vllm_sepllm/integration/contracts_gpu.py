@@ -41,6 +41,20 @@ GPU = (
         "overridden: our prefill kernel multiplies in the model's dtype",
     ),
     Contract(
+        f"{_BACKEND}:AttentionImplBase.get_impl_variants",
+        "overridden: builders look for their own implementation among the layers'",
+        (),
+    ),
+    Contract(
+        f"{_BUILDER}.supports_update_block_table", "overridden: no metadata serves two groups"
+    ),
+    *fields("vllm.v1.worker.utils:AttentionGroup", "read", "kv_cache_spec", "kernel_block_stride"),
+    Contract(
+        "vllm.v1.worker.block_table:get_block_table_width",
+        "called: the width that kernels are compiled for",
+        ("max_num_blocks", "block_size", "token_alignment"),
+    ),
+    Contract(
         f"{_BACKEND}:AttentionImplBase.process_weights_after_loading",
         "overridden: handed on to the wrapped implementation",
         ("act_dtype",),
@@ -97,6 +111,11 @@ GPU = (
         "read: they stay as they are",
     ),
     *fields("vllm.config.vllm:VllmConfig", "read", "num_speculative_tokens"),
+    Contract(
+        "vllm.v1.core.sched.scheduler:Scheduler._handle_stopped_request",
+        "overridden: a session's blocks go while they are counted with the step in flight",
+        ("request",),
+    ),
     Contract(
         "vllm.v1.core.kv_cache_manager:KVCacheManager.free",
         "called: an asynchronous streaming session begins anew",

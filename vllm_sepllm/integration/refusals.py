@@ -146,7 +146,8 @@ def _speculative_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         (
             not vllm_config.use_v2_model_runner,
             "speculative decoding under Model Runner V1, whose drafters go by token positions in "
-            "the cache: unset VLLM_USE_V2_MODEL_RUNNER, or remove --speculative-config",
+            "the cache: remove --speculative-config"
+            + ("" if current_platform.is_cpu() else ", or unset VLLM_USE_V2_MODEL_RUNNER"),
         ),
         (
             speculative.method not in _DRAFTERS,

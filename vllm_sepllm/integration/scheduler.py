@@ -69,9 +69,18 @@ class _SepLLMMixin(Scheduler):
         return hit
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        """A streaming session drops its last sampled token and goes on with new input."""
+        """A streaming session drops its last sampled token and goes on with new input.
+
+        Drafts that turned out right wait for a step that goes on from them: with new input behind
+        them, the session begins anew.
+        """
+        has_staged = session.request_id in self._separators.staged
+        if has_staged:
+            self.kv_cache_manager.free(session)
         self._separators.truncate(session.request_id, session.num_computed_tokens)
         super()._update_request_as_session(session, update)
+        if has_staged:
+            session.num_computed_tokens = 0
 
     def _free_request(
         self, request: Request, delay_free_blocks: bool = False
@@ -89,12 +98,19 @@ class SepLLMScheduler(_SepLLMMixin, Scheduler):
 class SepLLMAsyncScheduler(_SepLLMMixin, AsyncScheduler):
     """With asynchronous scheduling: the plan reads tokens that are at least n - 1 steps old."""
 
-    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
-        """Begin a streaming session anew, from the prefix cache as far as it reaches.
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A turn of a streaming session has ended: give its blocks back.
 
-        The step in flight computes the token that the session drops, and that token's KV
-        overwrites an entry which the tokens that stay may still read.
+        The step in flight computes a token that the session drops, and that token's KV overwrites
+        an entry which the tokens that stay may still read. While ``num_computed_tokens`` counts
+        that step, the blocks are what it leaves, so they may be found as such.
         """
-        self.kv_cache_manager.free(session)
+        if request.resumable:
+            self.kv_cache_manager.free(request)
+        is_finished: bool = super()._handle_stopped_request(request)
+        return is_finished
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """Begin the next turn anew, from the prefix cache as far as that reaches."""
         super()._update_request_as_session(session, update)
         session.num_computed_tokens = 0

@@ -145,6 +145,7 @@ class StepPlanner:
         for name, num_new_tokens in output.num_scheduled_tokens.items():
             request = self._separators.request(name)
             if name not in drafts and num_new_tokens > 1:
+                assert name not in self._separators.staged, "a prefill follows no drafts"
                 self._add(plan, request, num_new_tokens)
                 continue
             start, num_drafts = request.num_computed_tokens, len(drafts.get(name, ()))

@@ -140,9 +140,12 @@ def plan_batch(
 
 def _chunk(policy: Policy, rows: BatchRows, row: int, first: IntArray) -> prefill.Chunk:
     separators = rows.separators[row]
-    assert separators is not None, "the plan of a row of several tokens lists its separators"
     start = int(rows.start[row])
     end = start + int(first[row + 1] - first[row])
+    if separators is None:
+        # Model Runner V1 puts a prompt of one token among chunks; it reads itself alone
+        assert end == 1, "the plan of a row of several tokens lists its separators"
+        separators = np.zeros(0, dtype=np.int64)
     return prefill.Chunk(policy, start, end, int(rows.num_spilled[row]), separators)
 
 

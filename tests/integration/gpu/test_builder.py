@@ -41,6 +41,7 @@ class LibraryBuilder(AttentionMetadataBuilder[LibraryMetadata]):
     """Stands for a backend whose graphs replay anything."""
 
     _cudagraph_support = AttentionCGSupport.ALWAYS
+    supports_update_block_table = True
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -69,15 +70,17 @@ def builder(cache: torch.Tensor) -> Any:
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=8),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
-        model_config=SimpleNamespace(
-            dtype=torch.float32, get_num_attention_heads=lambda parallel: 4
-        ),
-        parallel_config=None,
     )
     made = _wrap_builder(LibraryBuilder)(
         SepLLMSpec.from_full_attention(full, POLICY), ["layer"], config, torch.device("cpu")
     )
-    made.bind(CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, [cache])
+    layer = SimpleNamespace(
+        num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
+        impl=SimpleNamespace(prefill=lambda *arguments: None),
+    )  # fmt: skip
+    made.bind(
+        CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, BLOCK_SIZE, [layer]
+    )
     return made
 
 
@@ -163,9 +166,22 @@ def test_runs_without_requests_write_nothing(builder: Any, cache: torch.Tensor) 
     made = builder.build(0, common([3, 2], 5, 2, 2))
     assert made.slots.tolist() == [-1] * 5
     assert made.prefill is None
-    layer = SimpleNamespace(
-        num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
-        impl=SimpleNamespace(prefill=lambda *arguments: None),
-    )  # fmt: skip
-    builder.warm_up([layer])
+    builder.warm_up(4)
     assert torch.equal(cache, before)
+
+
+def test_a_group_gets_no_metadata_of_another(builder: Any) -> None:
+    """vLLM would copy it and put another block table in: spills are of one group alone."""
+    assert not builder.supports_update_block_table
+
+
+def test_builders_of_vllm_find_the_implementation_that_we_wrap() -> None:
+    """FlashInfer's and FlashAttention's ask the layers' implementations what the layers do."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+    from vllm.v1.attention.backends.utils import find_attention_impl_variant
+
+    from vllm_sepllm.integration.gpu.impl import SepLLMGPUImpl
+
+    wrapped = TritonAttentionImpl(4, 8, 1.0, 2, None, None, "auto")
+    found = find_attention_impl_variant(SepLLMGPUImpl(wrapped), TritonAttentionImpl)
+    assert found is wrapped

@@ -41,6 +41,9 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
     between the pieces of a piecewise graph.
     """
 
+    # a group's spills are its own: no metadata of one serves another
+    supports_update_block_table = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # single-token rows first (Model Runner V1; V2 always sorts so)
@@ -56,12 +59,6 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         self._slots = torch.full((num_tokens,), -1, dtype=torch.int64, device=self.device)
         num_rows = max(scheduler.max_num_seqs, graph)
         self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
-        model = self.vllm_config.model_config
-        heads = model.get_num_attention_heads(self.vllm_config.parallel_config)
-        assert isinstance(model.dtype, torch.dtype), "vLLM resolves the name of a dtype"
-        self._tile_tokens = ops.prefill_tile_tokens(
-            heads, spec.num_kv_heads, spec.head_size, model.dtype
-        )
         self._step: CurrentStep | None = None
         self._is_capturing = False
 
@@ -70,7 +67,8 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         step: CurrentStep,
         request_ids: RequestIds,
         group_id: int,
-        caches: Sequence[torch.Tensor],
+        manager_block_size: int,
+        layers: Sequence[Any],
     ) -> None:
         """Say where the plan of each step is, and which caches its spills move entries in.
 
@@ -78,28 +76,37 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             step: of the worker.
             request_ids: gives the requests of a batch, row by row.
             group_id: the KV cache group that this builds for.
-            caches: one a layer of the group.
+            manager_block_size: tokens of the blocks that the scheduler counts, which this
+                builder's may be cut from.
+            layers: vLLM's Attention layers of the group, with their caches.
         """
         self._step = step
         self._group_id = group_id
+        self._manager_block_size = manager_block_size
         self._request_ids = request_ids
-        self._spills = ops.SpillTable.build(caches)
+        self._layers = layers
+        self._spills = ops.SpillTable.build([layer.kv_cache for layer in layers])
+        first = layers[0]
+        self._tile_tokens = ops.prefill_tile_tokens(
+            first.num_heads, first.num_kv_heads, first.head_size, first.dtype
+        )
 
-    def warm_up(self, layers: Sequence[Any]) -> None:
+    def warm_up(self, max_blocks: int) -> None:
         """Compile our kernels, on one made-up token and without writing anything.
 
         Args:
-            layers: of the group; they may differ in what they add to attention.
+            max_blocks: width of the block table, by which Triton tells variants apart.
         """
         one = PrefillRequests.lone_token()
         tables = plan_tiles(one, self._policy, self._tile_tokens)
         packed = self._upload(tables.packed, torch.int32)
         metadata = ops.PrefillMetadata.from_packed(tables, self._policy, packed)
-        table = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+        table = torch.zeros(1, max_blocks, dtype=torch.int32, device=self.device)
         slot = self._slots[:1].fill_(-1)
         ops.entry_slots(self._upload(np.full((2, 1), -1)), table, self._block_size, slot)
         ops.spill(self._spills, torch.zeros_like(slot), slot)
-        for layer in layers:
+        # they may differ in what they add to attention
+        for layer in self._layers:
             size = (1, layer.num_heads, layer.head_size)
             query = torch.zeros(size, dtype=layer.dtype, device=self.device)
             key = query[:, : layer.num_kv_heads].contiguous()
@@ -155,7 +162,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         rows = self._step.rows(self._request_ids(common), self._group_id)
         first = common.query_start_loc_cpu[: len(rows.start) + 1].numpy().astype(np.int64)
         step = batch.plan_batch(
-            self._policy, rows, first, common.num_actual_tokens, self._block_size
+            self._policy, rows, first, common.num_actual_tokens, self._manager_block_size
         )
         slots = self._slots[: common.num_actual_tokens]
         self._entry_slots(step.rows, step.target, common, slots)

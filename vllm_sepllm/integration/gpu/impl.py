@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionLayer
+from vllm.v1.attention.backend import AttentionImpl, AttentionImplBase, AttentionLayer
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm import ops
@@ -35,6 +35,11 @@ class SepLLMGPUImpl(AttentionImpl[SepLLMGPUMetadata]):
     def bind(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's cache, [num_blocks, num_kv_heads, block_size, 2 * head_size]."""
         self._spills = ops.SpillTable.build([kv_cache])
+
+    def get_impl_variants(self) -> tuple[AttentionImplBase[Any], ...]:
+        """The wrapped implementation: builders look for their own kind to learn what layers do."""
+        variants: tuple[AttentionImplBase[Any], ...] = self.wrapped.get_impl_variants()
+        return variants
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Weights were loaded anew: the wrapped implementation may keep some of them."""

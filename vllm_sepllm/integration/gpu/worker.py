@@ -3,11 +3,11 @@
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.worker.block_table import get_block_table_width
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
@@ -58,16 +58,27 @@ class GPUWorkerMixin(Worker):
         super().initialize_from_config(kv_cache_config)
         self._step = CurrentStep()
         self._step.plan_runs_of(self.model_runner)
-        self._builders: list[tuple[GPUBuilderMixin, list[Attention]]] = []
+        self._builders: list[tuple[GPUBuilderMixin, int]] = []
         layers = self.vllm_config.compilation_config.static_forward_context
         for group_id, groups in enumerate(self.model_runner.attn_groups):
             for group in groups:
                 own = [layers[name] for name in group.layer_names]
+                # the scheduler's blocks may be cut for the kernels, one behind the other only
+                assert group.kernel_block_stride == 0, "kernel blocks with other layers' between"
                 for builder in group.metadata_builders:
                     if isinstance(builder, GPUBuilderMixin):
-                        caches = _bind_layers(own)
-                        builder.bind(self._step, self._request_ids, group_id, caches)
-                        self._builders.append((builder, own))
+                        block_size = group.kv_cache_spec.block_size
+                        _bind_layers(own)
+                        builder.bind(self._step, self._request_ids, group_id, block_size, own)
+                        self._builders.append((builder, self._block_table_width(builder)))
+
+    def _block_table_width(self, builder: GPUBuilderMixin) -> int:
+        spec, max_model_len = builder.kv_cache_spec, self.vllm_config.model_config.max_model_len
+        return get_block_table_width(
+            spec.max_num_blocks_per_req(self.vllm_config, max_model_len),
+            spec.block_size,
+            token_alignment=spec.block_table_token_alignment,
+        )
 
     def _request_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """The requests of a batch, row by row; rows that pad a CUDA graph have none."""
@@ -81,20 +92,17 @@ class GPUWorkerMixin(Worker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile our kernels before the first request, and let vLLM make up steps of its own."""
-        for builder, layers in self._builders:
-            builder.warm_up(layers)
+        for builder, max_blocks in self._builders:
+            builder.warm_up(max_blocks)
         with self._step.warm_up():
             times: CompilationTimes = super().compile_or_warm_up_model()
             return times
 
 
-def _bind_layers(layers: Sequence[Attention]) -> list[torch.Tensor]:
-    caches = []
+def _bind_layers(layers: Sequence[Attention]) -> None:
     for layer in layers:
         assert isinstance(layer.impl, SepLLMGPUImpl), "a SepLLM builder has SepLLM layers alone"
         layer.impl.bind(layer.kv_cache)
-        caches.append(layer.kv_cache)
-    return caches
 
 
 class SepLLMGPUWorker(GPUWorkerMixin):
