@@ -115,4 +115,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     wrong = sorted({row.test for row, outcome in finished.items() if outcome != "passed"})
     if wrong:
         raise pytest.UsageError(f"{PATH.name} not written, these did not pass: {wrong}")
+    missing = sorted({row.test for row in set(config.stash[ROWS]) - set(finished)})
+    if missing:
+        raise pytest.UsageError(f"{PATH.name} not written, these did not run: {missing}")
     PATH.write_text(render(finished))

@@ -75,8 +75,11 @@ def test_every_suite_compares_with_stock(name: str) -> None:
     SUITES[name].run(sides, WORK, results)  # type: ignore[arg-type]
     rows = {(row["side"], row["measure"]): row for row in results.rows()}
     timed = [m for _, m in rows if m.endswith(("ttft_s", "per_token_s"))]
+    assert rows
     for measure in timed:
         assert rows["sepllm", measure]["over_stock"] == 2.0
+    if name in ("concurrency", "overhead"):  # half as fast
+        assert rows["sepllm", "output_tokens_per_s"]["over_stock"] == 0.5
     out = StringIO()
     results.write(out)
     for line in out.getvalue().splitlines():

@@ -117,8 +117,8 @@ def report(model: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def check_text(model: Path, text: str, answer: str) -> None:
-    """Proves ``answer`` against the oracle, word by word."""
+def check_text(model: Path, text: str, answer: str) -> bool:
+    """Proves ``answer`` against the oracle, word by word; whether full attention's is another."""
     from transformers import AutoTokenizer
 
     encode = AutoTokenizer.from_pretrained(model).encode
@@ -128,6 +128,7 @@ def check_text(model: Path, text: str, answer: str) -> None:
     assert tokens == greedy(model, prompt, tokens, DEFAULTS)
     if len(tokens) < 32:  # it ended by the end token, which is not part of the text
         assert log_probabilities(model, prompt + tokens, DEFAULTS)[-1].argmax() == 1
+    return tokens != greedy(model, prompt, tokens, None)
 
 
 @pytest.mark.compatibility(
@@ -144,8 +145,8 @@ def test_actor_pool_with_an_engine_that_dies(
     assert pool["victim"] in pool["engines_before"]
     assert set(pool["engines_seen"]) - set(pool["engines_before"]), "none was started again"
     assert [file for file, _ in pool["answers"]] == list(map(str, files))
-    for file, answer in pool["answers"]:
-        check_text(model, Path(file).read_text(), answer)
+    unlike_full = [check_text(model, Path(f).read_text(), answer) for f, answer in pool["answers"]]
+    assert any(unlike_full)
 
 
 @pytest.mark.compatibility("Ray Data batch job", "exact")
@@ -154,8 +155,8 @@ def test_batch_job(report: dict[str, Any], model: Path) -> None:
     data = report["data"]
     assert data["returncode"] == 0, data["stderr"]
     assert sorted(row["text"] for row in data["rows"]) == sorted(word_texts())
-    for row in data["rows"]:
-        check_text(model, row["text"], row["answer"])
+    unlike_full = [check_text(model, row["text"], row["answer"]) for row in data["rows"]]
+    assert any(unlike_full)
 
 
 @pytest.mark.compatibility(
