@@ -1,6 +1,8 @@
 """Every kind of attention that a model can have, as a tiny random model, against the oracle."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,26 @@ def random_prompts(*lengths: int) -> list[list[int]]:
     return [[numbers.randrange(2, 128) for _ in range(length)] for length in lengths]
 
 
+@contextmanager
+def transformers_restored() -> Iterator[None]:
+    """vLLM runs Phi and GPT-NeoX through transformers and decorates its classes: undo that."""
+    from transformers import GPTNeoXModel, PhiModel
+
+    def own(model: type) -> dict[str, Any]:
+        return {name: vars(model)[name] for name in ("__init__", "__call__") if name in vars(model)}
+
+    before = {model: (model.__bases__, own(model)) for model in (GPTNeoXModel, PhiModel)}
+    try:
+        yield
+    finally:
+        for model, (bases, members) in before.items():
+            for name in own(model).keys() - members.keys():
+                delattr(model, name)
+            for name, member in members.items():
+                setattr(model, name, member)
+            model.__bases__ = bases
+
+
 @pytest.mark.parametrize(
     "kind",
     [
@@ -58,25 +80,21 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 def test_architecture_equals_the_dense_mask(kind: str, tmp_path: Path) -> None:
     """Proves greedy tokens and log-probabilities against Hugging Face in float32, for chunks and
     decode, and that sliding-window layers keep vLLM's own attention."""
-    from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
+    from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
     from vllm_sepllm.integration.cpu.impl import SepLLMCPUImpl
 
     path = write_weights(kind, tmp_path)
     prompts = random_prompts(150, 99)
-    with engine(path, **ENGINE) as made:
+    with transformers_restored(), engine(path, **ENGINE) as made:
         rule = rule_of(made)
         answers = made.generate(prompts, MAX_TOKENS)
         layers = get_layers_from_vllm_config(made.engine.vllm_config, Attention)
         ours = [n for n, layer in layers.items() if isinstance(layer.impl, SepLLMCPUImpl)]
-        vllm_config = made.engine.vllm_config
     assert len(ours) == KINDS[kind][0]
-    # vLLM runs some models through transformers (Phi, GPT-NeoX) and decorates transformers' own
-    # classes for that; in an eager configuration they still are what they were
-    with set_current_vllm_config(vllm_config):
-        num_other, largest = differences(path, prompts, answers, rule)
-        num_full, largest_full = differences(path, prompts, answers, None)
+    num_other, largest = differences(path, prompts, answers, rule)
+    num_full, largest_full = differences(path, prompts, answers, None)
     print(f"{kind}: {num_other} tokens differ, log-probabilities by {largest:.1e}")
     print(f"{kind}, full attention: {num_full} differ, by {largest_full:.1e}")
     assert num_other == 0

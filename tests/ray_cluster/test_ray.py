@@ -101,7 +101,7 @@ def report(model: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
         inner = f"ip link set lo up && exec {sys.executable} {SCENARIO} {path}"
         done = subprocess.run(
             [*NAMESPACE, "bash", "-c", inner],
-            env=os.environ | token,
+            env=os.environ | token | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             cwd=ROOT,
