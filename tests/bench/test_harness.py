@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from vllm_sepllm.bench import suites
+from vllm_sepllm.bench.outside import measures
 from vllm_sepllm.bench.results import Results, spread
-from vllm_sepllm.bench.sides import arguments_of
+from vllm_sepllm.bench.sides import arguments_of, server_flags
 from vllm_sepllm.bench.suites import SUITES, Work, gate
 
 
@@ -85,12 +86,52 @@ def test_every_suite_compares_with_stock(name: str) -> None:
     for line in out.getvalue().splitlines():
         assert {"versions", "device", "threads", "p20", "p50", "p80"} <= json.loads(line).keys()
     if name == "decode":
-        assert rows["stock at the compact length", "time_per_token_s"]["p50"] == 1.0
+        for other in ("stock at the compact length", "stock at 64 tokens"):
+            assert rows[other, "time_per_token_s"]["p50"] == 1.0
 
 
 def test_sides_differ_in_the_backend_alone() -> None:
     stock, ours = (arguments_of(side, "m", {"dtype": "bfloat16"}) for side in ("stock", "sepllm"))
     assert ours == stock | {"attention_backend": "sepllm"}
+
+
+def test_server_flags_say_the_same_as_the_arguments() -> None:
+    assert server_flags("stock") == []
+    assert server_flags("sepllm") == ["--attention-backend", "sepllm"]
+    name, text = server_flags("streaming-llm")[-2:]
+    given = arguments_of("streaming-llm", "m", {})["additional_config"]
+    assert (name, json.loads(text)) == ("--additional-config", given)
+
+
+@pytest.mark.parametrize(
+    ("suite", "given", "reason"),
+    [
+        ("ttft", {"batches": [4]}, "--batch: this suite sends one request at a time"),
+        ("prefix", {"max_tokens": 9}, "--max-tokens: this suite times the first token only"),
+        ("decode", {"max_tokens": 1}, "--max-tokens must be 2 or more"),
+    ],
+)
+def test_a_suite_refuses_what_it_does_not_use(
+    suite: str, given: dict[str, Any], reason: str
+) -> None:
+    options = {"lengths": None, "batches": None, "max_tokens": None} | given
+    with pytest.raises(ValueError, match=reason):
+        SUITES[suite].work([1], rounds=1, **options)
+
+
+def test_the_outside_report_is_read_with_units() -> None:
+    report = {
+        "completed": 3,
+        "median_ttft_ms": 1500.0,
+        "median_tpot_ms": 40.0,
+        "median_e2el_ms": 2500.0,
+        "output_throughput": 20.0,
+        "total_token_throughput": 900.0,
+    }
+    found = measures(report, 3)
+    assert (found["ttft_s"], found["time_per_token_s"]) == (1.5, 0.04)
+    with pytest.raises(RuntimeError, match="only 3 of 4"):
+        measures(report, 4)
 
 
 def test_a_plot_is_drawn(tmp_path: Path) -> None:

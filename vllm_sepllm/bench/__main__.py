@@ -6,12 +6,15 @@ the same bytes of KV cache. Before anything is timed they must answer short prom
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from vllm_sepllm.bench.outside import bench_serve
 from vllm_sepllm.bench.plot import plot
 from vllm_sepllm.bench.results import Results, render
 from vllm_sepllm.bench.sides import SIDES, running
@@ -46,6 +49,18 @@ def kv_bytes(model: str, num_tokens: int, num_layers: int | None) -> int:
     return int(num_tokens * KV_TOKENS_MARGIN) * elements * 2
 
 
+@contextmanager
+def reported(results: Results, out: Path | None) -> Iterator[None]:
+    """Print and write the results on leaving, also of an interrupted run."""
+    try:
+        yield
+    finally:
+        Console(width=None if sys.stdout.isatty() else 150).print(render(results.rows()))
+        if out is not None:
+            with out.open("a") as file:
+                results.write(file)
+
+
 @app.command()
 def run(
     suite: Annotated[str, typer.Argument(help="One of " + ", ".join(SUITES) + ".")],
@@ -67,13 +82,10 @@ def run(
     if suite not in SUITES:
         raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     chosen = SUITES[suite]
-    work = Work(
-        text=text_ids(model, text),
-        lengths=length or list(chosen.lengths),
-        batches=batch or list(chosen.batches),
-        max_tokens=max_tokens or chosen.max_tokens,
-        rounds=rounds,
-    )
+    try:
+        work = chosen.work(text_ids(model, text), length, batch, max_tokens, rounds)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     longest = work.longest() + 64
     budget = kv_tokens or chosen.kv_tokens or 2 * longest * max(work.batches)
     overrides: dict[str, Any] = {"max_position_embeddings": max(longest, 2048)}
@@ -95,11 +107,37 @@ def run(
         running(names, model, common, Path(logs)) as sides,
     ):
         gate(sides, work)
-        chosen.run(sides, work, results)
-    Console(width=None if sys.stdout.isatty() else 150).print(render(results.rows()))
-    if out is not None:
-        with out.open("a") as file:
-            results.write(file)
+        with reported(results, out):
+            chosen.run(sides, work, results)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="A local folder, or a name in the cache.")],
+    text: Annotated[Path, typer.Option(help="A text file or a folder of them.")],
+    out: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    length: Annotated[int, typer.Option(help="Prompt tokens, about.")] = 4096,
+    requests: Annotated[int, typer.Option(help="Requests, sent at once.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Samples of each side.")] = 3,
+    side: Annotated[list[str] | None, typer.Option(help="Default: all of " + ", ".join(SIDES))] = (
+        None
+    ),
+    kv_tokens: Annotated[int, typer.Option(help="KV budget, in full tokens.")] = 16384,
+) -> None:
+    """Measure from outside: ``vllm bench serve`` against a ``vllm serve`` of each side in turn."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    work = Work(text_ids(model, text), [length], [requests], max_tokens, rounds)
+    prompts = [tokenizer.decode(work.prompt(number, length)) for number in range(requests)]
+    flags = ["--enforce-eager", "--no-enable-prefix-caching", "--dtype", "bfloat16"]
+    flags += ["--kv-cache-memory-bytes", str(kv_bytes(model, kv_tokens, None))]
+    results = Results("serve", {"model": Path(model).name, "length": length, "flags": flags})
+    with tempfile.TemporaryDirectory() as folder, reported(results, out):
+        bench_serve(
+            side or list(SIDES), model, prompts, max_tokens, rounds, flags, Path(folder), results
+        )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from statistics import quantiles
 from typing import Any, TextIO
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
 
@@ -56,7 +57,9 @@ class Results:
     samples: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
 
     def add(self, case: str, side: str, **measures: float) -> None:
-        """Remember one sample of each measure."""
+        """Remember one sample of each measure, and say so: a suite takes minutes."""
+        found = ", ".join(f"{measure} {value:.4g}" for measure, value in measures.items())
+        Console(stderr=True).print(f"{self.suite}, {case}, {side}: {found}", highlight=False)
         for measure, value in measures.items():
             self.samples.setdefault((case, side, measure), []).append(value)
 

@@ -19,9 +19,18 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
     "sepllm": {"attention_backend": "sepllm"},
     "streaming-llm": {
         "attention_backend": "sepllm",
-        "additional_config": {"sepllm": {"separators": [], "max_separators": 0}},
+        "additional_config": {"sepllm": {"preset": "streaming-llm"}},
     },
 }
+
+
+def server_flags(side: str) -> list[str]:
+    """What ``vllm serve`` needs for the side, beyond the flags that all sides share."""
+    flags = []
+    for key, value in _DIFFERENCES[side].items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        flags += ["--" + key.replace("_", "-"), text]
+    return flags
 
 
 class SideProcess:

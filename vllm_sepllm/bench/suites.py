@@ -67,28 +67,33 @@ def ttft(sides: Sides, work: Work, results: Results) -> None:
 def decode(sides: Sides, work: Work, results: Results) -> None:
     """Time per output token, and of stock vLLM at sepllm's compact length: the limit.
 
-    With prefix caching on, the prompts are computed once and each round decodes anew.
+    Also of stock vLLM behind a few tokens: what is left of a step without attention. With prefix
+    caching on, the prompts are computed once and each round decodes anew.
     """
     for length in work.lengths:
         for batch in work.batches:
             case = f"{length} tokens, batch {batch}"
             prompts = [work.prompt(number, length) for number in range(batch)]
-            short = _compact(sides, prompts)
+            others = _others(sides, prompts)
             for number in range(work.rounds + 1):
                 measured = {name: _per_token(side, prompts, work) for name, side in sides.items()}
-                if short is not None:
-                    measured["stock at the compact length"] = _per_token(
-                        sides["stock"], short, work
-                    )
+                for name, cut in others.items():
+                    measured[name] = _per_token(sides["stock"], cut, work)
                 if number:  # the first fills the prefix caches
                     for name, seconds in measured.items():
                         results.add(case, name, time_per_token_s=seconds)
 
 
-def _compact(sides: Sides, prompts: list[list[int]]) -> list[list[int]] | None:
-    if not {"stock", "sepllm"} <= sides.keys():
-        return None
-    return [p[: sides["sepllm"].do("compact_length", prompt=p)] for p in prompts]
+def _others(sides: Sides, prompts: list[list[int]]) -> dict[str, list[list[int]]]:
+    """Shorter prompts for stock vLLM, by what its decoding at them stands for."""
+    if "stock" not in sides:
+        return {}
+    found = {f"stock at {GATE_TOKENS} tokens": [p[:GATE_TOKENS] for p in prompts]}
+    if "sepllm" in sides:
+        found["stock at the compact length"] = [
+            p[: sides["sepllm"].do("compact_length", prompt=p)] for p in prompts
+        ]
+    return found
 
 
 def _per_token(side: SideProcess, prompts: list[list[int]], work: Work) -> float:
@@ -170,7 +175,9 @@ class Suite:
 
     Attributes:
         run: the suite.
-        lengths, batches, max_tokens: defaults of :class:`Work`.
+        lengths: defaults of :class:`Work`.
+        batches: the same; None: it sends one request at a time.
+        max_tokens: the same; None: it asks for the first token only.
         caching: whether prefix caching is on.
         kv_tokens: KV cache in tokens of full attention, the same bytes on all sides; None: enough
             for all requests at once.
@@ -178,10 +185,37 @@ class Suite:
 
     run: Callable[[Sides, Work, Results], None]
     lengths: tuple[int, ...]
-    batches: tuple[int, ...] = (1,)
-    max_tokens: int = 1
+    batches: tuple[int, ...] | None = None
+    max_tokens: int | None = None
     caching: bool = False
     kv_tokens: int | None = None
+
+    def work(
+        self,
+        text: list[int],
+        lengths: list[int] | None,
+        batches: list[int] | None,
+        max_tokens: int | None,
+        rounds: int,
+    ) -> Work:
+        """What to run; None: the suite's own.
+
+        Raises:
+            ValueError: for what the suite does not use, or cannot measure with.
+        """
+        if batches and self.batches is None:
+            raise ValueError("--batch: this suite sends one request at a time; leave it out")
+        if max_tokens and self.max_tokens is None:
+            raise ValueError("--max-tokens: this suite times the first token only; leave it out")
+        if max_tokens is not None and max_tokens < 2:
+            raise ValueError("--max-tokens must be 2 or more: time is taken between tokens")
+        return Work(
+            text=text,
+            lengths=lengths or list(self.lengths),
+            batches=batches or list(self.batches or (1,)),
+            max_tokens=max_tokens or self.max_tokens or 1,
+            rounds=rounds,
+        )
 
 
 SUITES = {
