@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -38,15 +39,15 @@ def text_ids(model: str, text: Path) -> list[int]:
     return ids
 
 
-def kv_bytes(model: str, num_tokens: int, num_layers: int | None) -> int:
-    """Bytes of full-attention KV of so many tokens in 16 bits."""
+def kv_bytes(model: str, num_tokens: int, num_layers: int | None, dtype: str) -> int:
+    """Bytes of full-attention KV of so many tokens, in the dtype of the model."""
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(model)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = num_layers or config.num_hidden_layers
     elements: int = layers * config.num_key_value_heads * head * 2
-    return int(num_tokens * KV_TOKENS_MARGIN) * elements * 2
+    return int(num_tokens * KV_TOKENS_MARGIN) * elements * getattr(torch, dtype).itemsize
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def run(
         "dtype": dtype,
         "max_model_len": max(longest, 2048),
         "hf_overrides": overrides,
-        "kv_cache_memory_bytes": kv_bytes(model, max(budget, 2048), layers),
+        "kv_cache_memory_bytes": kv_bytes(model, max(budget, 2048), layers, dtype),
         "enable_prefix_caching": chosen.caching,
     }
     if layers is not None:  # a checkpoint with more layers than the model does not load
@@ -124,6 +125,7 @@ def serve(
         None
     ),
     kv_tokens: Annotated[int, typer.Option(help="KV budget, in full tokens.")] = 16384,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "bfloat16",
 ) -> None:
     """Measure from outside: ``vllm bench serve`` against a ``vllm serve`` of each side in turn."""
     from transformers import AutoTokenizer
@@ -131,8 +133,8 @@ def serve(
     tokenizer = AutoTokenizer.from_pretrained(model)
     work = Work(text_ids(model, text), [length], [requests], max_tokens, rounds)
     prompts = [tokenizer.decode(work.prompt(number, length)) for number in range(requests)]
-    flags = ["--enforce-eager", "--no-enable-prefix-caching", "--dtype", "bfloat16"]
-    flags += ["--kv-cache-memory-bytes", str(kv_bytes(model, kv_tokens, None))]
+    flags = ["--enforce-eager", "--no-enable-prefix-caching", "--dtype", dtype]
+    flags += ["--kv-cache-memory-bytes", str(kv_bytes(model, kv_tokens, None, dtype))]
     results = Results("serve", {"model": Path(model).name, "length": length, "flags": flags})
     with tempfile.TemporaryDirectory() as folder, reported(results, out):
         bench_serve(
