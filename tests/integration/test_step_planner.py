@@ -34,7 +34,7 @@ class Machine:
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
         self.separators = RequestSeparators(policy, FLAGS, self.requests)
-        self.planner = StepPlanner(self.separators, self.take_snapshots, INTERVAL)
+        self.planner = StepPlanner(self.separators, self.take_snapshots, lambda policy: INTERVAL)
 
     @staticmethod
     def take_snapshots(request: Any, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
