@@ -55,9 +55,10 @@ def _create_engine_config(
     refusals.check_vllm_config(vllm_config)
     apply_selection(vllm_config)
     # not at the top: the API server's half of vLLM, which nobody needs who did not select sepllm
-    from vllm_sepllm.integration import request_choices
+    from vllm_sepllm.integration import request_bodies, request_choices
 
     request_choices.install()
+    request_bodies.install()
     return vllm_config
 
 
