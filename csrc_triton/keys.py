@@ -24,7 +24,7 @@ def find_keys(
     separators_ptr,  # [num_separators] int32, position of rank num_spilled + index
     until_ptr,  # int32, indexed by position
     until_end,  # later positions stay visible throughout the chunk
-    WINDOW: tl.constexpr,
+    window,
     MAX_SEPARATORS: tl.constexpr,
 ):
     """Rank less num_spilled (negative: in the tail), position and until of each entry."""
@@ -35,14 +35,14 @@ def find_keys(
     # a far separator disappears when the one MAX_SEPARATORS ranks later leaves the window
     later = index + MAX_SEPARATORS
     last = tl.load(
-        separators_ptr + later, mask=is_far & (later < num_separators), other=NEVER - WINDOW
+        separators_ptr + later, mask=is_far & (later < num_separators), other=NEVER - window
     )
     in_order = first_window + entry - num_initial - num_ranks
     position = tl.where(is_far, separator, first_initial + entry)
     position = tl.where(in_window, in_order, position)
     leaves = in_window & (position < until_end)
     until = tl.load(until_ptr + position, mask=leaves, other=NEVER)
-    until = tl.where(is_far, last + WINDOW, until)
+    until = tl.where(is_far, last + window, until)
     # past the list: visible to no query
     return index, position, tl.where(entry < num_keys, until, 0)
 
@@ -52,18 +52,23 @@ def slot_offsets(
     index,  # [BLOCK_KEYS] rank less num_spilled, negative: in the tail
     position,  # [BLOCK_KEYS]
     num_spilled,
+    chunk_start,
+    window,
     table_ptr,  # [max_blocks] int32
     in_keys,  # [BLOCK_KEYS]
     stride_block,
     stride_token,
     INITIAL: tl.constexpr,
-    WINDOW: tl.constexpr,
     MAX_SEPARATORS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Offset of each cached key in the paged cache, in elements."""
-    ring = tl.where(position < INITIAL, position, INITIAL + (position - INITIAL) % WINDOW)
-    tail = INITIAL + WINDOW + (index + num_spilled) % MAX_SEPARATORS
+    # the ring holds [oldest, chunk_start), once around at most: one division for all keys
+    oldest = tl.maximum(INITIAL, chunk_start - window)
+    ring = (oldest - INITIAL) % window + position - oldest
+    ring = INITIAL + tl.where(ring >= window, ring - window, ring)
+    ring = tl.where(position < INITIAL, position, ring)
+    tail = INITIAL + window + (index + num_spilled) % MAX_SEPARATORS
     compact = tl.where(index < 0, tail, ring)
     # int64: block id * stride_block passes 2**31 on a cache of a few GiB
     block = tl.load(table_ptr + compact // BLOCK_SIZE, mask=in_keys, other=0).to(tl.int64)

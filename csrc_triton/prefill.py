@@ -71,6 +71,7 @@ def _attend_cache(
     chunk_start,
     num_spilled,
     num_separators,
+    window,
     scale,
     value_scale,
     soft_cap,
@@ -78,7 +79,6 @@ def _attend_cache(
     stride_token,
     stride_row,
     INITIAL: tl.constexpr,
-    WINDOW: tl.constexpr,
     MAX_SEPARATORS: tl.constexpr,
     HEAD: tl.constexpr,
     HEAD_POW2: tl.constexpr,
@@ -95,12 +95,12 @@ def _attend_cache(
         entry = start + tl.arange(0, BLOCK_KEYS)
         index, key_position, until = find_keys(
             entry, 0, num_initial, first_rank, num_ranks, window_start, num_keys, num_spilled,
-            num_separators, separators_ptr, until_ptr, until_end, WINDOW, MAX_SEPARATORS,
+            num_separators, separators_ptr, until_ptr, until_end, window, MAX_SEPARATORS,
         )  # fmt: skip
         in_keys = entry < num_keys
         slot_off = slot_offsets(
-            index, key_position, num_spilled, table_ptr, in_keys, stride_block, stride_token,
-            INITIAL, WINDOW, MAX_SEPARATORS, BLOCK_SIZE,
+            index, key_position, num_spilled, chunk_start, window, table_ptr, in_keys,
+            stride_block, stride_token, INITIAL, MAX_SEPARATORS, BLOCK_SIZE,
         )  # fmt: skip
         # [BLOCK_KEYS, HEAD_POW2]
         offsets = slot_off[:, None] + col.to(tl.int64)[None, :] * stride_row
@@ -125,7 +125,7 @@ def prefill_kernel(
     out_ptr,  # [num_tokens, num_heads, HEAD]
     block_table_ptr,  # [num_rows, max_blocks] int32
     tiles_ptr,  # [num_tiles, 8] int32
-    requests_ptr,  # [num_requests, 8] int32
+    requests_ptr,  # [num_requests, 9] int32
     separators_ptr,  # [num_separators] int32
     until_ptr,  # [num_positions] int32
     sinks_ptr,  # [num_heads] or None
@@ -143,7 +143,6 @@ def prefill_kernel(
     stride_row,
     stride_table,
     INITIAL: tl.constexpr,
-    WINDOW: tl.constexpr,
     MAX_SEPARATORS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads a KV head
     HEAD: tl.constexpr,
@@ -164,10 +163,11 @@ def prefill_kernel(
     window_start = tl.load(tile_ptr + 4)
     rank_start, rank_split = tl.load(tile_ptr + 5), tl.load(tile_ptr + 6)
     rank_end = tl.load(tile_ptr + 7)
-    request_ptr = requests_ptr + tl.load(tile_ptr) * 8
+    request_ptr = requests_ptr + tl.load(tile_ptr) * 9
     table_ptr = block_table_ptr + tl.load(request_ptr).to(tl.int64) * stride_table
     chunk_start = tl.load(request_ptr + 1)
-    until_end = tl.load(request_ptr + 2) - WINDOW
+    window = tl.load(request_ptr + 8)  # a request may have one of its own
+    until_end = tl.load(request_ptr + 2) - window
     num_spilled = tl.load(request_ptr + 4)
     separators_ptr += tl.load(request_ptr + 5)
     num_separators = tl.load(request_ptr + 6)
@@ -196,8 +196,8 @@ def prefill_kernel(
         q, position, top, total, acc, key_cache_ptr + kv_head.to(tl.int64) * stride_head,
         value_cache_ptr + kv_head.to(tl.int64) * stride_head, table_ptr, separators_ptr, until_ptr,
         until_end, tl.minimum(far_initial, chunk_start), rank_start, rank_split - rank_start,
-        window_start, chunk_start, num_spilled, num_separators, key_scale, value_scale, soft_cap,
-        stride_block, stride_token, stride_row, INITIAL, WINDOW, MAX_SEPARATORS, HEAD, HEAD_POW2,
+        window_start, chunk_start, num_spilled, num_separators, window, key_scale, value_scale,
+        soft_cap, stride_block, stride_token, stride_row, INITIAL, MAX_SEPARATORS, HEAD, HEAD_POW2,
         BLOCK_SIZE, BLOCK_KEYS, USE_SOFT_CAP, value_scale_ptr is not None, DOT_DTYPE,
     )  # fmt: skip
     # chunk keys before the tile, then the tile's own, the only ones that need causality
@@ -210,7 +210,7 @@ def prefill_kernel(
         entry = start + tl.arange(0, BLOCK_KEYS)
         _, key_pos, until = find_keys(
             entry, chunk_start, num_initial, rank_split, num_ranks, chunk_window, num_keys,
-            num_spilled, num_separators, separators_ptr, until_ptr, until_end, WINDOW,
+            num_spilled, num_separators, separators_ptr, until_ptr, until_end, window,
             MAX_SEPARATORS,
         )  # fmt: skip
         kv_row, kv_mask = (first_row + key_pos - tile_start)[:, None], (entry < num_keys)[:, None]
@@ -243,14 +243,14 @@ def launch(
     value: torch.Tensor,
     cache: PagedCache,
     tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-    policy: tuple[int, int, int],
+    policy: tuple[int, int],
     logits: Logits,
     out: torch.Tensor,
     tuning: Tuning,
 ) -> None:
     """Arguments as in :func:`vllm_sepllm.ops.prefill`, already checked.
 
-    ``tables`` are tiles, requests, separators and until; ``policy`` is initial_tokens, window and
+    ``tables`` are tiles, requests, separators and until; ``policy`` is initial_tokens and
     max_separators.
     """
     tiles, (num_kv_heads, head_size) = tables[0], key.shape[1:]
@@ -261,8 +261,8 @@ def launch(
         query, key, value, cache.key, cache.value, out, cache.block_table, *tables, logits.sinks,
         *(cache.scales or (None, None)), logits.scale, logits.soft_cap, query.stride(0),
         key.stride(0), value.stride(0), out.stride(0), *cache.key.stride(),
-        cache.block_table.stride(0), INITIAL=policy[0], WINDOW=policy[1],
-        MAX_SEPARATORS=max(policy[2], 1),  # a modulus; with 0 no separator is ever far
+        cache.block_table.stride(0), INITIAL=policy[0],
+        MAX_SEPARATORS=max(policy[1], 1),  # a modulus; with 0 no separator is ever far
         GROUP=query.shape[1] // num_kv_heads, HEAD=head_size,
         HEAD_POW2=max(16, triton.next_power_of_2(head_size)),  # tl.dot needs 16
         BLOCK_SIZE=cache.key.shape[2], BLOCK_ROWS=tuning.block_rows,

@@ -13,7 +13,7 @@ from vllm_sepllm.checks import (
 )
 from vllm_sepllm.kernels.arguments import Logits, PagedCache, SpillTable
 from vllm_sepllm.policy.tiles import PrefillTiles, rank_bound
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import BatchPolicy
 
 __all__ = [
     "Impl",
@@ -36,11 +36,11 @@ class PrefillMetadata:
 
     Attributes:
         tiles: [num_tiles, 8]; rows of zeros are skipped, so a persistent buffer may be padded.
-        requests: [num_requests, 8].
+        requests: [num_requests, 9].
         separators: [num_separators].
         until: [num_positions].
         tile_tokens: tokens of a full tile.
-        policy: a, n and s that the tables were made for.
+        policy: that the tables were made for; the window of each request is in its row.
     """
 
     tiles: torch.Tensor
@@ -48,11 +48,11 @@ class PrefillMetadata:
     separators: torch.Tensor
     until: torch.Tensor
     tile_tokens: int
-    policy: Policy
+    policy: BatchPolicy
 
     @classmethod
     def from_packed(
-        cls, tables: PrefillTiles, policy: Policy, packed: torch.Tensor
+        cls, tables: PrefillTiles, policy: BatchPolicy, packed: torch.Tensor
     ) -> "PrefillMetadata":
         """Name the parts of ``packed``, the caller's device copy of ``tables.packed`` (or longer).
 
@@ -72,7 +72,7 @@ class PrefillMetadata:
 
     @classmethod
     def on(
-        cls, device: torch.device | str, tables: PrefillTiles, policy: Policy
+        cls, device: torch.device | str, tables: PrefillTiles, policy: BatchPolicy
     ) -> "PrefillMetadata":
         """Copy the tables to a device; for callers without a persistent buffer."""
         return cls.from_packed(tables, policy, torch.from_numpy(tables.packed).to(device))
@@ -253,5 +253,5 @@ def _prefill_triton(
         )
     policy = metadata.policy
     tables = (metadata.tiles, metadata.requests, metadata.separators, metadata.until)
-    numbers = (policy.initial_tokens, policy.window, rank_bound(policy))
+    numbers = (policy.initial_tokens, rank_bound(policy))
     kernel.launch(query, key, value, cache, tables, numbers, logits, out, tuning)

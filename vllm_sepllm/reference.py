@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 
 def spill(caches: Sequence[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) -> None:
@@ -41,7 +41,7 @@ def prefill(
     separators: torch.Tensor,
     out: torch.Tensor,
     *,
-    policy: Policy,
+    policy: BatchPolicy,
     scale: float,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -54,15 +54,16 @@ def prefill(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     factors = (1.0, 1.0) if scales is None else (float(scales[0]), float(scales[1]))
-    for table_row, start, end, first, num_spilled, offset, count, _ in requests.tolist():
+    for table_row, start, end, first, num_spilled, offset, count, _, window in requests.tolist():
+        own = Policy(policy.initial_tokens, window, policy.max_separators)
         listed = separators[offset : offset + count].tolist()
-        keys = _keys_of_request(policy, start, end, num_spilled, listed)
+        keys = _keys_of_request(own, start, end, num_spilled, listed)
         compact = torch.tensor([index for _, _, index in keys if index >= 0], dtype=torch.int64)
         rows, blocks = slice(first, first + end - start), block_table[table_row]
         k = _gather(key_cache, blocks, compact).to(dtype) * factors[0]
         v = _gather(value_cache, blocks, compact).to(dtype) * factors[1]
         k, v = torch.cat([k, key[rows].to(dtype)]), torch.cat([v, value[rows].to(dtype)])
-        visible = _visible(policy, start, end, num_spilled, listed, keys).to(query.device)
+        visible = _visible(own, start, end, num_spilled, listed, keys).to(query.device)
         result = attend(query[rows].to(dtype), k, v, visible, scale, soft_cap, sinks)
         out[rows] = result.to(out.dtype)
 

@@ -81,23 +81,25 @@ class Engine:
         watch: Watch | None = None,
         max_steps: int | None = None,
         loras: Sequence[Any] | None = None,
+        choices: Sequence[Any] | None = None,
         **sampling: Any,
     ) -> list[Answer]:
         """Greedy continuations of token-id prompts, all submitted at once.
 
-        ``loras`` has a LoRARequest or None for each prompt.
+        ``loras`` has a LoRARequest or None for each prompt, ``choices`` its extra_args or None.
         """
         from vllm import SamplingParams
 
         names = []
         parameters = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False}
-        for prompt, lora in zip(prompts, loras or [None] * len(prompts), strict=True):
+        nothing = [None] * len(prompts)
+        for prompt, lora, choice in zip(prompts, loras or nothing, choices or nothing, strict=True):
             self._counter += 1
             names.append(f"request-{self._counter}")
             self.engine.add_request(
                 names[-1],
                 {"prompt_token_ids": list(prompt)},
-                SamplingParams(max_tokens=max_tokens, **(parameters | sampling)),
+                SamplingParams(max_tokens=max_tokens, extra_args=choice, **(parameters | sampling)),
                 lora_request=lora,
             )
         finished: dict[str, Any] = {}

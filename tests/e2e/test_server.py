@@ -108,6 +108,64 @@ def test_concurrent_requests_with_random_aborts(
     assert metric(base_url, "vllm:generation_tokens_total") > 0
 
 
+@pytest.mark.compatibility("A policy per request over HTTP (`vllm_xargs`)", "works, else HTTP 400")
+def test_a_request_chooses_its_policy(client: OpenAI, documents: list[str]) -> None:
+    """Proves vllm_xargs in chat and completions, and a sentence with HTTP 400 for all nonsense.
+
+    Also for what vLLM's server would drop: a field beside vllm_xargs, a beam search.
+    """
+    from openai import BadRequestError
+
+    def ask(xargs: dict[str, object] | None, **body: object) -> str:
+        extra = body | ({} if xargs is None else {"vllm_xargs": xargs})
+        made = client.completions.create(
+            model="smol", prompt=documents[1], temperature=0.0, max_tokens=24, extra_body=extra
+        )
+        return str(made.choices[0].text)
+
+    default, full, small = ask(None), ask({"sepllm": False}), ask({"sepllm_window": 60})
+    assert ask({"sepllm": True}) == ask({"sepllm_window": 124}) == default
+    assert len({default, full, small}) == 3
+    assert ask({"sepllm": False}) == full
+
+    message = {"role": "user", "content": documents[1]}
+    chat = {"model": "smol", "messages": [message], "temperature": 0.0, "max_tokens": 24}
+    answers = {
+        client.chat.completions.create(**chat, extra_body={"vllm_xargs": xargs})
+        .choices[0]
+        .message.content
+        for xargs in ({"sepllm": True}, {"sepllm": False})
+    }
+    assert len(answers) == 2
+
+    for xargs, body, sentence in (
+        ({"sepllm_window": 8}, {}, "sepllm_window must be at least 16 here, got 8"),
+        ({"sepllm_window": 0}, {}, "sepllm_window must be at least 16 here, got 0"),
+        (
+            {"sepllm_window": 64.5},
+            {},
+            "sepllm_window must be an integer number of tokens",
+        ),
+        (
+            {"sepllm_window": "64"},
+            {},
+            "sepllm_window must be an integer number of tokens",
+        ),
+        ({"sepllm_window": 9000}, {}, "at most max_model_len, which is 8192, got 9000"),
+        ({"sepllm": "off"}, {}, "sepllm must be true (the engine's policy) or false"),
+        ({"sepllm_separators": 3}, {}, "unknown key 'sepllm_separators'"),
+        ({"sepllm": False, "sepllm_window": 60}, {}, "give one of the two"),
+        (None, {"sepllm_window": 60}, "put it into vllm_xargs"),
+        ({"sepllm": False}, {"use_beam_search": True}, "beam search"),
+    ):
+        with pytest.raises(BadRequestError) as refused:
+            ask(xargs, **body)
+        assert sentence in str(refused.value)
+        extra = body | ({} if xargs is None else {"vllm_xargs": xargs})
+        with pytest.raises(BadRequestError, match="400"):
+            client.chat.completions.create(**chat, extra_body=extra)
+
+
 @pytest.mark.compatibility("Requests beyond the length of the model", "HTTP 400, as stock vLLM")
 def test_a_request_beyond_the_model_length_is_a_client_error(
     base_url: str, client: OpenAI, documents: list[str]

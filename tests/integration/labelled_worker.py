@@ -39,9 +39,13 @@ class LabelledWorker:
     """The layers of all KV cache groups; ``apart`` tells requests with equal tokens apart."""
 
     def __init__(
-        self, policy: Policy, kv: KVCacheManager, ours: Sequence[int], apart: Mapping[str, int]
+        self,
+        policies: Mapping[str, Policy],
+        kv: KVCacheManager,
+        ours: Sequence[int],
+        apart: Mapping[str, int],
     ) -> None:
-        self.policy = policy
+        self.policies = policies
         self.kv = kv
         self.ours = ours
         self.apart = apart
@@ -54,6 +58,7 @@ class LabelledWorker:
             self.move(source * BLOCK + offset, target * BLOCK + offset)
 
     def forward(self, part: Scheduled, plan: StepPlan) -> None:
+        self.policy = self.policies[part.name]
         tables = self.kv.get_block_ids(part.name)
         tokens, end = list(part.request.all_token_ids), part.start + part.size
         labels = [(self.apart[part.name], *tokens[: i + 1]) for i in range(part.start, end)]

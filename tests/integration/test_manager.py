@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,7 +40,10 @@ class FakeRequest:
 
 
 def make_manager(
-    policy: Policy, num_blocks: int, requests: dict[str, FakeRequest]
+    policy: Policy,
+    num_blocks: int,
+    requests: dict[str, FakeRequest],
+    policies: dict[str, Policy] | None = None,
 ) -> KVCacheManager:
     spec = SepLLMSpec.from_full_attention(FULL, policy)
     config = KVCacheConfig(
@@ -54,7 +58,12 @@ def make_manager(
         hash_block_size=BLOCK,
         enable_caching=False,
     )
-    separators = RequestSeparators(policy, np.array([False, True]), requests)
+    separators = RequestSeparators(
+        policy,
+        np.array([False, True]),
+        requests,
+        choose=lambda request: (policies or {}).get(request.request_id, policy),
+    )
     bind_managers(manager.coordinator, separators, 256)
     return manager
 
@@ -78,16 +87,19 @@ def kept(policy: Policy, token_ids: list[int], num_tokens: int) -> int:
     requests=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=300), max_size=6),
     steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90)), max_size=40),
     frees=st.sets(st.integers(0, 39)),
+    windows=st.lists(st.sampled_from([16, 33, 100, 4096]), max_size=3),
 )
 def test_held_blocks_are_those_of_the_compact_length(
     policy: Policy,
     requests: list[list[int]],
     steps: list[tuple[int, int]],
     frees: set[int],
+    windows: list[int],
 ) -> None:
-    """Invariant 3, whatever the pool is and whoever is freed in between."""
+    """Invariant 3, whatever the pool is and whoever is freed, whatever windows requests choose."""
     live = {f"r{i}": FakeRequest(f"r{i}", t) for i, t in enumerate(requests)}
-    manager = make_manager(policy, num_blocks=24, requests=live)
+    own = {f"r{i}": replace(policy, window=window) for i, window in enumerate(windows)}
+    manager = make_manager(policy, num_blocks=24, requests=live, policies=own)
     pool = manager.block_pool
     for number, (which, size) in enumerate(steps):
         request = live.get(f"r{which}")
@@ -100,7 +112,10 @@ def test_held_blocks_are_those_of_the_compact_length(
         if size == 0:
             continue
         end = request.num_computed_tokens + size
-        needed = math.ceil(kept(policy, request._all_token_ids, end) / BLOCK)
+        its = own.get(request.request_id, policy)
+        needed = math.ceil(kept(its, request._all_token_ids, end) / BLOCK)
+        (ours,) = manager.coordinator.single_type_managers
+        assert needed <= ours.most_blocks(its, end)
         held = len(manager.get_block_ids(request.request_id)[0])
         free = pool.get_num_free_blocks()
         blocks = manager.allocate_slots(request, size)

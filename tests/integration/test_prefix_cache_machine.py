@@ -4,6 +4,7 @@ The machine plays the scheduler; the worker's memory holds labels instead of KV,
 compared with the rule (labelled_worker.py).
 """
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -29,9 +30,11 @@ from vllm.v1.request import Request
 from tests.integration.labelled_worker import BLOCK, LabelledWorker, Scheduled
 from vllm_sepllm.integration.coordinator import bind_managers
 from vllm_sepllm.integration.manager import SepLLMManager
+from vllm_sepllm.integration.request_choices import salted
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.policy.plan import StepPlanBuilder
+from vllm_sepllm.policy.request_policy import RequestLimits
 from vllm_sepllm.policy.visibility import Policy
 
 SIZES: dict[str, Any] = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
@@ -49,18 +52,11 @@ OTHERS: dict[str, list[KVCacheSpec]] = {
 FLAGS = np.array([False, True, False])
 
 
-class TwoPolicies(RequestSeparators):
-    """Says of some requests that they have another policy; all have the same, so labels agree."""
-
-    others: set[str]
-
-    def salt(self, request_id: str) -> bytes:
-        salt = super().salt(request_id)
-        return salt[::-1] if request_id in self.others else salt
-
-
 class PrefixCacheMachine(RuleBasedStateMachine):
-    """Requests come, step, are preempted, finish; texts share prefixes of every length."""
+    """Requests come, step, are preempted, finish; texts share prefixes of every length.
+
+    Some choose a window of their own, one of them full attention; labels say whose KV it is.
+    """
 
     @initialize(
         policy=st.builds(
@@ -82,6 +78,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.hasher = get_request_block_hasher(BLOCK, sha256)
         self.requests: dict[str, Request] = {}
         self.apart: dict[str, int] = {}
+        self.policies: dict[str, Policy] = {}
+        self.limits = RequestLimits(policy, max_model_len=512, min_window=5)
         self.counter = 0
         specs = OTHERS[others] + [SepLLMSpec.from_full_attention(FULL, policy)] * num_groups
         num_blocks *= len(specs)
@@ -94,36 +92,36 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             enable_caching=True,
         )
         self.pool = self.kv.block_pool
-        self.separators = TwoPolicies(policy, FLAGS, self.requests)
-        self.separators.others = set()
+        self.separators = RequestSeparators(
+            policy, FLAGS, self.requests, choose=lambda request: self.policies[request.request_id]
+        )
         self.cache = bind_managers(self.kv.coordinator, self.separators, interval)
         every = self.kv.coordinator.single_type_managers
         self.ours = [m.kv_cache_group_id for m in every if isinstance(m, SepLLMManager)]
         assert len(self.ours) == num_groups
-        self.worker = LabelledWorker(policy, self.kv, self.ours, self.apart)
+        self.worker = LabelledWorker(self.policies, self.kv, self.ours, self.apart)
 
     @rule(
         num_shared=st.integers(0, 70),
         own=st.lists(st.integers(0, 1), min_size=1, max_size=12),
-        apart=st.integers(0, 4),
+        apart=st.integers(0, 3),
+        window=st.sampled_from([None, None, None, 6, 12, 30, 512]),
     )
-    def arrive(self, num_shared: int, own: list[int], apart: int) -> None:
+    def arrive(self, num_shared: int, own: list[int], apart: int, window: int | None) -> None:
         # a fixed text of zeros and ones that many requests begin with
         shared = [(i * i // 3 + i // 7) % 2 for i in range(num_shared)]
         self.counter += 1
         name = f"r{self.counter}"
-        self.apart[name] = max(1, apart)
-        if apart == 4:
-            self.separators.others.add(name)
-        # layers of other kinds are found by vLLM's hashes, which do not know the policy
-        needs_salt = apart == 2 or (apart == 4 and len(self.ours) < self.kv.num_kv_cache_groups)
+        policy = self.policy if window is None else replace(self.policy, window=window)
+        self.policies[name] = policy
+        self.apart[name] = max(1, apart) + 10 * policy.window
         self.requests[name] = Request(
             name,
             [*shared, *own],
             SamplingParams(max_tokens=30),
             None,
             block_hasher=self.hasher,
-            cache_salt=f"salt {apart}" if needs_salt else None,
+            cache_salt=salted(self.limits, policy, "salt" if apart == 2 else None),
             lora_request=LoRARequest("adapter", 1, "path") if apart == 3 else None,
         )
 

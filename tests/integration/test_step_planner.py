@@ -1,6 +1,7 @@
 """Planning all requests at once gives the plan that planning them one by one gives."""
 
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +30,19 @@ def snapshots_at(start: int, end: int) -> tuple[PlannedSnapshot, ...]:
 class Machine:
     """Requests with endless texts; tokens become known ``lag`` steps late."""
 
-    def __init__(self, policy: Policy, lag: int) -> None:
+    def __init__(self, policy: Policy, lag: int, windows: dict[str, int]) -> None:
         self.policy, self.lag = policy, lag
+        self.windows = windows
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
-        self.separators = RequestSeparators(policy, FLAGS, self.requests)
-        self.planner = StepPlanner(self.separators, self.take_snapshots, INTERVAL)
+        self.separators = RequestSeparators(
+            policy, FLAGS, self.requests, choose=lambda request: self.own(request.request_id)
+        )
+        self.planner = StepPlanner(self.separators, self.take_snapshots, lambda policy: INTERVAL)
+
+    def own(self, name: str) -> Policy:
+        """The policy of a request."""
+        return replace(self.policy, window=self.windows.get(name, self.policy.window))
 
     @staticmethod
     def take_snapshots(request: Any, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
@@ -70,10 +78,12 @@ class Machine:
 
     def compare(self, plan: StepPlan, sizes: dict[str, int]) -> None:
         assert sorted(plan.rows) == sorted(sizes)
+        windows = {name: self.own(name).window for name in sizes}
+        assert (plan.window is None) == (set(windows.values()) == {self.policy.window})
         for name, size in sizes.items():
             request = self.requests[name]
             start, known = request.num_computed_tokens, request._all_token_ids
-            index = SeparatorIndex(self.policy, np.append(FLAGS, False))
+            index = SeparatorIndex(self.own(name), np.append(FLAGS, False))
             taken = snapshots_at(start, start + size) if start + size <= len(known) else ()
             builder = StepPlanBuilder(self.policy)
             builder.add(name, index, known, start, size, taken)
@@ -81,6 +91,7 @@ class Machine:
             assert plan.start[row] == want.start[0]
             assert plan.num_spilled[row] == want.num_spilled[0]
             assert plan.spills[row] == want.spills[0]
+            assert plan.window is None or plan.window[row] == windows[name]
             assert plan.snapshots.get(row, ()) == want.snapshots.get(0, ())
             assert (row in plan.separators) == (0 in want.separators)
             if row in plan.separators:
@@ -96,6 +107,7 @@ class Machine:
         max_separators=st.sampled_from([3, None]),
     ),
     lag=st.integers(0, 3),
+    windows=st.dictionaries(st.sampled_from(["r0", "r1", "r2"]), st.sampled_from([4, 9, 50, 900])),
     actions=st.lists(
         st.tuples(
             st.sampled_from(["step"] * 8 + ["chunk", "skip", "preempt", "finish", "again"]),
@@ -104,9 +116,14 @@ class Machine:
         max_size=80,
     ),
 )
-def test_plans_agree(policy: Policy, lag: int, actions: list[tuple[str, int]]) -> None:
-    """Whoever comes, goes, waits, is preempted or takes a finished request's name."""
-    machine = Machine(policy, lag)
+def test_plans_agree(
+    policy: Policy, lag: int, windows: dict[str, int], actions: list[tuple[str, int]]
+) -> None:
+    """Whoever comes, goes, waits, is preempted or takes a finished request's name.
+
+    Some requests have windows of their own.
+    """
+    machine = Machine(policy, lag, windows)
     for number in range(3):
         machine.arrive(f"r{number}", number, 5 + 20 * number)
     for step, (action, which) in enumerate(actions):

@@ -7,7 +7,7 @@ import torch
 
 from vllm_sepllm import ops, reference
 from vllm_sepllm.policy.tiles import PrefillRequests, plan_tiles
-from vllm_sepllm.policy.visibility import Policy, visible_mask
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy, visible_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -30,7 +30,7 @@ class Shape:
 class Case:
     """A step on DEVICE; ``keys`` and ``values`` are whole prompts as the queries should see."""
 
-    policy: Policy
+    policy: BatchPolicy
     prompts: list[tuple[list[bool], int]]
     query: torch.Tensor
     key: torch.Tensor
@@ -53,8 +53,9 @@ class Case:
         """The rule's attention over whole prompts in ``dtype``, on the CPU."""
         scale = self.query.shape[2] ** -0.5
         rows, first = [], 0
-        for (flags, start), key, value in zip(self.prompts, self.keys, self.values, strict=True):
-            mask = visible_mask(self.policy, np.array(flags, dtype=bool))[start:]
+        for row, (flags, start) in enumerate(self.prompts):
+            key, value = self.keys[row], self.values[row]
+            mask = visible_mask(self.policy.of_row(row), np.array(flags, dtype=bool))[start:]
             query = self.query[first : first + len(flags) - start].cpu().to(dtype)
             kv = key.to(dtype), value.to(dtype)
             rows.append(reference.attend(query, *kv, torch.from_numpy(mask), scale, **options))
@@ -76,7 +77,7 @@ def compact_positions(policy: Policy, is_separator: list[bool], num_tokens: int)
 
 
 def make_case(
-    policy: Policy, prompts: list[tuple[list[bool], int]], shape: Shape, seed: int = 0
+    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], shape: Shape, seed: int = 0
 ) -> Case:
     """Prompts are (is_separator, chunk_start); unused slots and padding rows hold NaN."""
     gen = torch.Generator().manual_seed(seed)
@@ -99,7 +100,10 @@ def make_case(
 
 def _fill_cache(policy, prompts, shape, keys, values, gen) -> ops.PagedCache:
     """Random blocks; where the cache is fp8, ``keys`` and ``values`` become what fp8 kept."""
-    held = [compact_positions(policy, flags, start) for flags, start in prompts]
+    held = [
+        compact_positions(policy.of_row(row), flags, start)
+        for row, (flags, start) in enumerate(prompts)
+    ]
     max_blocks = 1 + max(max(h, default=0) for h in held) // shape.block_size
     num_blocks = len(prompts) * max_blocks + 2
     table = torch.randperm(num_blocks, generator=gen)[: len(prompts) * max_blocks]
@@ -133,9 +137,12 @@ def _empty_caches(num_blocks: int, shape: Shape) -> list[torch.Tensor]:
 
 
 def _metadata(
-    policy: Policy, prompts: list[tuple[list[bool], int]], tile_tokens: int
+    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
 ) -> ops.PrefillMetadata:
-    lowest = [max(policy.initial_tokens, start - policy.window) for _, start in prompts]
+    lowest = [
+        max(policy.initial_tokens, start - policy.of_row(row).window)
+        for row, (_, start) in enumerate(prompts)
+    ]
     spilled = [
         sum(flags[policy.initial_tokens : low])
         for (flags, _), low in zip(prompts, lowest, strict=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.kernels.cases import DEVICE, Case, Shape, make_case, random_prompt
 from vllm_sepllm import ops
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import Policy, RowPolicies
 
 ATOL = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
@@ -48,10 +48,13 @@ def prompt(length: int, start: int, density: float = 0.3) -> tuple[list[bool], i
         layout=st.sampled_from(["bhtd", "bthd", "bhdt"]),
         tile_tokens=st.sampled_from([3, 7, 8]),
     ),
+    second_window=st.sampled_from([1, 6, 20, 200]),
     density=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 2**16),
 )
-def test_matches_the_rule_on_random_layouts(policy, shape, density, seed) -> None:
+def test_matches_the_rule_on_random_layouts(policy, shape, second_window, density, seed) -> None:
+    windows = np.array([policy.window, second_window])
+    policy = RowPolicies(policy.initial_tokens, windows, policy.max_separators)
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 40, 2)
     prompts = [random_prompt(rng, n, int(rng.integers(0, n)), density) for n in lengths]
@@ -114,6 +117,15 @@ def test_result_does_not_depend_on_the_chunk_size() -> None:
         full = make_case(policy, [(flags, 0)], Shape())
         case = replace(case, query=full.query[start:])
         assert (case.run("triton") - whole[start:]).abs().max() <= 2e-6
+
+
+def test_requests_with_windows_of_their_own() -> None:
+    """Smaller and larger than the chunk, one that has not begun to wrap, one beyond the request."""
+    policy = RowPolicies(3, np.array([5, 24, 60, 4096]), 6)
+    prompts = [prompt(60, 25), prompt(70, 50), prompt(64, 62), prompt(50, 7)]
+    case = make_case(policy, prompts, Shape())
+    check(case)
+    assert (case.run("reference") - case.run("triton")).abs().max() <= 2e-6
 
 
 def test_matches_the_reference_implementation() -> None:

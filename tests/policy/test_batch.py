@@ -4,7 +4,7 @@ Prefill chunks, single tokens and drafts that turn out right or wrong share a ba
 step a cache holds the rule's visible set, and nothing that is still read was overwritten.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from hypothesis import given, settings
@@ -85,14 +85,14 @@ def run(
     requests: list[Request], actions: list[Action], snapshots: dict[str, PlannedSnapshot]
 ) -> dict[int, object]:
     """One step; returns what the checkpoints' slots hold."""
-    policy = requests[0].policy
-    plan = StepPlanBuilder(policy)
+    engine = requests[0].policy
+    plan = StepPlanBuilder(engine)
     for request, action in zip(requests, actions, strict=True):
         start, known = request.num_tokens, request.token_ids[: request.num_tokens + 1]
-        request.index.extend(request.token_ids, layout.num_left_window(policy, start))
+        request.index.extend(request.token_ids, layout.num_left_window(request.policy, start))
         if action.num_drafts or action.num_new == 1:
             commit, staged = propose(
-                policy, request.index, request.last, start, action.num_drafts, MAX_PROPOSED
+                request.index, request.last, start, action.num_drafts, MAX_PROPOSED
             )
             request.last = staged
             if request.name in snapshots:
@@ -109,7 +109,8 @@ def run(
     first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     rows = plan.build().of(np.arange(len(requests)), 0)
     padding = 3
-    step = plan_batch(policy, rows, first, int(first[-1]) + padding, BLOCK_SIZE)
+    assert (rows.window is None) == all(r.policy == engine for r in requests)
+    step = plan_batch(rows.policy(engine), rows, first, int(first[-1]) + padding, BLOCK_SIZE)
     slots = play(requests, step, first)
     assert (step.target[first[-1] :] == -1).all()
     for request, action in zip(requests, actions, strict=True):
@@ -148,11 +149,14 @@ def play(requests: list[Request], step: BatchStep, first: np.ndarray) -> dict[in
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[Policy, list[list[int]], list[list[Action]]]:
+def batches(draw: st.DrawFn) -> tuple[list[Policy], list[list[int]], list[list[Action]]]:
+    """Requests with the engine's policy or with windows of their own, the longest never full."""
     policy = draw(policies)
     tokens = draw(
         st.lists(st.lists(st.integers(0, 1), min_size=8, max_size=60), min_size=1, max_size=3)
     )
+    windows = st.sampled_from([policy.window, 2 * MAX_PROPOSED, 9, 17, 100])
+    own = [replace(policy, window=draw(windows)) for _ in tokens]
     steps = []
     for _ in range(draw(st.integers(1, 12))):
         row = []
@@ -160,17 +164,17 @@ def batches(draw: st.DrawFn) -> tuple[Policy, list[list[int]], list[list[Action]
             drafts = draw(st.integers(0, MAX_DRAFTS))
             row.append(Action(1, drafts, draw(st.integers(0, drafts))))
         steps.append(row)
-    return policy, tokens, steps
+    return own, tokens, steps
 
 
 @settings(max_examples=300, deadline=None)
 @given(batches(), st.lists(st.integers(1, 20), min_size=3, max_size=3))
 def test_drafts_never_overwrite_what_is_read(
-    batch: tuple[Policy, list[list[int]], list[list[Action]]], prompts: list[int]
+    batch: tuple[list[Policy], list[list[int]], list[list[Action]]], prompts: list[int]
 ) -> None:
     """Prompts first, then steps in which rows with drafts and single tokens are mixed."""
-    policy, tokens, steps = batch
-    requests = [Request(str(i), policy, ids) for i, ids in enumerate(tokens)]
+    own, tokens, steps = batch
+    requests = [Request(str(i), own[i], ids) for i, ids in enumerate(tokens)]
     starts = [min(p, len(r.token_ids) - 1) for p, r in zip(prompts, requests, strict=False)]
     order = sorted(range(len(requests)), key=lambda i: starts[i])
     requests = [requests[i] for i in order]
@@ -214,10 +218,10 @@ def test_staging_lies_behind_what_the_next_commit_may_fill() -> None:
     policy = Policy(3, 8)
     index = SeparatorIndex(policy, FLAGS)
     index.extend([0] * 4 + [1] + [0] * 20, 20)
-    commit, staged = propose(policy, index, None, 20, 2, 3)
+    commit, staged = propose(index, None, 20, 2, 3)
     assert commit is None
     assert staged == Staged(20, 3 + 8 + 1 + 3)
-    commit, staged = propose(policy, index, staged, 22, 0, 3)
+    commit, staged = propose(index, staged, 22, 0, 3)
     assert staged is None
     assert commit is not None
     moves = staging.commit_moves(policy, commit)

@@ -30,7 +30,7 @@ def test_steps_equal_a_count(
     lag: int,
 ) -> None:
     """Also after jumps (prefill, preemption), and with no token known but those that are needed."""
-    table = DecodeTable(policy)
+    table = DecodeTable()
     slots = [table.add() for _ in texts]
     indices = [SeparatorIndex(policy, FLAGS) for _ in texts]
     at = [0] * len(texts)
@@ -52,7 +52,7 @@ def test_steps_equal_a_count(
 
 def test_more_separators_than_a_slot_lays_out() -> None:
     policy = Policy(2, 100)
-    table, index = DecodeTable(policy), SeparatorIndex(policy, FLAGS)
+    table, index = DecodeTable(), SeparatorIndex(policy, FLAGS)
     slots = np.array([table.add()])
     for position in range(500):
         start = np.array([position])
@@ -63,7 +63,7 @@ def test_more_separators_than_a_slot_lays_out() -> None:
 
 
 def test_slots_grow_and_return() -> None:
-    table = DecodeTable(Policy(0, 4))
+    table = DecodeTable()
     slots = [table.add() for _ in range(200)]
     assert sorted(slots) == list(range(200))
     assert len(table.unknown(np.array(slots), np.zeros(200, dtype=np.int64))) == 200
@@ -73,7 +73,7 @@ def test_slots_grow_and_return() -> None:
 
 def test_a_forgotten_slot_is_unknown() -> None:
     policy = Policy(0, 4)
-    table, index = DecodeTable(policy), SeparatorIndex(policy, FLAGS)
+    table, index = DecodeTable(), SeparatorIndex(policy, FLAGS)
     slots, start = np.array([table.add()]), np.array([9])
     table.look_up(0, index, [1] * 9, 9, 100)
     assert len(table.unknown(slots, start)) == 0

@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vllm_sepllm.policy.tiles import NEVER, PrefillRequests, PrefillTiles, plan_tiles, rank_bound
-from vllm_sepllm.policy.visibility import Policy, is_visible
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy, RowPolicies, is_visible
 
 policies = st.builds(
     Policy,
@@ -19,9 +19,26 @@ flags = st.lists(st.booleans(), max_size=40)
 prompts = st.lists(st.tuples(flags, st.floats(0, 1)), min_size=1, max_size=3)
 
 
-def plan(policy: Policy, prompts: list[tuple[list[bool], int]], tile_tokens: int) -> PrefillTiles:
+# None: all requests have the engine's
+windows = st.none() | st.lists(st.integers(1, 50), min_size=3, max_size=3).map(np.array)
+
+
+def with_windows(policy: Policy, window: np.ndarray | None) -> BatchPolicy:
+    """The policies of three requests."""
+    if window is None:
+        return policy
+    return RowPolicies(policy.initial_tokens, window, policy.max_separators)
+
+
+def plan(
+    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
+) -> PrefillTiles:
     """Tables for prompts (is_separator, chunk_start), their chunks one after the other."""
-    lowest = [max(policy.initial_tokens, start - policy.window) for _, start in prompts]
+    policy = policy.of_rows(slice(len(prompts)))
+    lowest = [
+        max(policy.initial_tokens, start - policy.of_row(row).window)
+        for row, (_, start) in enumerate(prompts)
+    ]
     listed = [
         [p for p in range(low, len(is_separator)) if is_separator[p]]
         for (is_separator, _), low in zip(prompts, lowest, strict=True)
@@ -45,11 +62,14 @@ def plan(policy: Policy, prompts: list[tuple[list[bool], int]], tile_tokens: int
 
 
 def keys_of_tile(
-    tables: PrefillTiles, policy: Policy, tile: np.ndarray, is_separator: list[bool]
+    tables: PrefillTiles, policies: BatchPolicy, tile: np.ndarray, is_separator: list[bool]
 ) -> list[tuple[int, int]]:
     """(position, until) of every key that the kernel touches for one tile."""
     request, _, first, num_tokens, window_start, rank_start, _, rank_end = tile.tolist()
-    start, end, _, num_spilled, offset, count, until_start = tables.requests[request, 1:].tolist()
+    row = tables.requests[request, 1:].tolist()
+    start, end, _, num_spilled, offset, count, until_start, window_size = row
+    policy = policies.of_row(request)
+    assert window_size == policy.window
     positions = [p for p, flag in enumerate(is_separator) if flag and p >= policy.initial_tokens]
     listed = tables.separators[offset : offset + count].tolist()
     assert listed == positions[num_spilled : num_spilled + count]
@@ -65,17 +85,19 @@ def keys_of_tile(
     ]
 
 
-@given(policies, prompts, st.integers(1, 9))
-@example(Policy(0, 1), [([False] * 3, 0.0)], 1)
-@example(Policy(3, 2, 0), [([True] * 9, 0.5)], 4)
-def test_tile_reads_what_the_rule_shows(policy, prompts, tile_tokens) -> None:
+@given(policies, windows, prompts, st.integers(1, 9))
+@example(Policy(0, 1), None, [([False] * 3, 0.0)], 1)
+@example(Policy(3, 2, 0), None, [([True] * 9, 0.5)], 4)
+def test_tile_reads_what_the_rule_shows(policy, window, prompts, tile_tokens) -> None:
     """Every query reads its visible keys, exactly once each, and no tile touches other keys."""
+    policy = with_windows(policy, window)
     cut = [(flags, int(part * len(flags))) for flags, part in prompts]
     tables = plan(policy, cut, tile_tokens)
     covered = []
     for tile in tables.tiles:
         request, row, first, num_tokens = tile[:4].tolist()
         is_separator, start = cut[request]
+        own = policy.of_row(request)
         covered += [(request, p) for p in range(first, first + num_tokens)]
         assert row - first == tables.requests[request, 3] - start
         keys = keys_of_tile(tables, policy, tile, is_separator)
@@ -83,7 +105,7 @@ def test_tile_reads_what_the_rule_shows(policy, prompts, tile_tokens) -> None:
         for query in range(first, first + num_tokens):
             read = sorted(p for p, until in keys if p <= query < until)
             assert read == [
-                key for key in range(query + 1) if is_visible(policy, is_separator, query, key)
+                key for key in range(query + 1) if is_visible(own, is_separator, query, key)
             ]
             touched |= set(read)
         assert touched == {p for p, _ in keys}
@@ -117,7 +139,7 @@ def test_size_grows_with_the_chunk_and_not_with_the_context() -> None:
 def test_no_request_gives_empty_tables() -> None:
     tables = plan(Policy(4, 64), [([False] * 7, 7)], 32)
     assert tables.tiles.shape == (0, 8)
-    assert tables.requests.shape == (1, 8)
+    assert tables.requests.shape == (1, 9)
 
 
 def test_refuses_a_separator_that_has_left() -> None:

@@ -181,7 +181,6 @@ def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSour
             constants[name] = None
     constants |= {
         "INITIAL": 4,
-        "WINDOW": 256,
         "MAX_SEPARATORS": 2**30,
         "GROUP": GROUP,
         "HEAD": variant.head_size,

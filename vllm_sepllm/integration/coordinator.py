@@ -1,10 +1,12 @@
 """Puts our managers to work under vLLM's KV cache coordinators."""
 
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
+from vllm.v1.request import Request
 
 from vllm_sepllm.integration.manager import SepLLMManager
 from vllm_sepllm.integration.prefix_cache import PrefixCache
 from vllm_sepllm.integration.request_separators import RequestSeparators
+from vllm_sepllm.policy.visibility import Policy
 
 
 def bind_managers(
@@ -31,6 +33,27 @@ def bind_managers(
     if isinstance(coordinator, HybridKVCacheCoordinator):
         _answer_by_instance(coordinator)
     return cache
+
+
+def most_blocks(
+    coordinator: KVCacheCoordinator, policy: Policy, request: Request, num_tokens: int
+) -> int:
+    """The most blocks that a new request holds at once by the time it has ``num_tokens`` tokens."""
+    total = 0
+    for manager in coordinator.single_type_managers:
+        if isinstance(manager, SepLLMManager):
+            total += manager.most_blocks(policy, num_tokens)
+        else:
+            total += manager.get_num_blocks_to_allocate(
+                request_id=request.request_id,
+                num_tokens=num_tokens,
+                new_computed_blocks=(),
+                total_computed_tokens=0,
+                num_local_computed_tokens=0,
+                num_tokens_main_model=num_tokens,
+                apply_admission_cap=True,
+            )
+    return total
 
 
 def _answer_by_instance(coordinator: HybridKVCacheCoordinator) -> None:

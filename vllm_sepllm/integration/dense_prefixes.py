@@ -31,8 +31,8 @@ class DensePrefixes:
         self._unit = lcm(alignment, *(m.block_size for m in managers))
 
     def find(self, hashes: Sequence[BlockHash], max_length: int) -> int:
-        """Tokens of the longest prefix whose blocks every group has."""
-        limit = min(max_length, self._managers[0].policy.num_dense, len(hashes) * self._hash_size)
+        """Tokens of the longest prefix whose blocks every group has; at most a + n."""
+        limit = min(max_length, len(hashes) * self._hash_size)
         position = 0
         while position + self._unit <= limit:
             end = position + self._unit

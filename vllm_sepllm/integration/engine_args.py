@@ -54,6 +54,11 @@ def _create_engine_config(
         vllm_config = original(engine_args, *args, **kwargs)
     refusals.check_vllm_config(vllm_config)
     apply_selection(vllm_config)
+    # not at the top: the API server's half of vLLM, which nobody needs who did not select sepllm
+    from vllm_sepllm.integration import request_bodies, request_choices
+
+    request_choices.install()
+    request_bodies.install()
     return vllm_config
 
 

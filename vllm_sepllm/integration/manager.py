@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
 from vllm_sepllm.policy import checkpoint, layout
+from vllm_sepllm.policy.visibility import Policy
 
 if TYPE_CHECKING:
     from vllm_sepllm.integration.prefix_cache import PrefixCache
@@ -31,6 +32,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
+        # the engine's; requests may have a window of their own
         self.policy = kv_cache_spec.policy  # type: ignore[attr-defined]  # a SepLLMSpec
         # of several groups, the one that speaks for all
         self._is_first = True
@@ -65,16 +67,21 @@ class SepLLMManager(SingleTypeKVCacheManager):
     # ------------------------------------------------------------------ block accounting
 
     def _num_spilled(self, request_id: str, num_tokens: int) -> int:
-        left = layout.num_left_window(self.policy, num_tokens)
+        left = layout.num_left_window(self._separators.policy_of(request_id), num_tokens)
         return self._separators.count_below(request_id, left)
+
+    def _num_entries(self, request_id: str, num_tokens: int) -> int:
+        """Compact length of the request after ``num_tokens`` tokens."""
+        num_spilled = self._num_spilled(request_id, num_tokens)
+        policy = self._separators.policy_of(request_id)
+        return layout.compact_length(policy, num_tokens, num_spilled)
 
     def num_blocks(self, request_id: str, num_tokens: int) -> int:
         """Blocks the request holds once ``num_tokens`` of its tokens are computed."""
         first, last, known = self._same_blocks.get(request_id, (0, -1, 0))
         if first <= num_tokens <= last:
             return known
-        num_spilled = self._num_spilled(request_id, num_tokens)
-        entries = layout.compact_length(self.policy, num_tokens, num_spilled)
+        entries = self._num_entries(request_id, num_tokens)
         num_blocks = cdiv(entries, self.block_size)
         # a token adds one entry at most, and never takes one away
         room = num_blocks * self.block_size - entries
@@ -84,9 +91,13 @@ class SepLLMManager(SingleTypeKVCacheManager):
     def _num_blocks_to_hold(self, request_id: str, num_tokens: int) -> int:
         if not self._num_staging:
             return self.num_blocks(request_id, num_tokens)
-        num_spilled = self._num_spilled(request_id, num_tokens)
-        entries = layout.compact_length(self.policy, num_tokens, num_spilled)
-        return cdiv(entries + self._num_staging, self.block_size)
+        entries = self._num_entries(request_id, num_tokens) + self._num_staging
+        return cdiv(entries, self.block_size)
+
+    def most_blocks(self, policy: Policy, num_tokens: int) -> int:
+        """The most that a request of ``num_tokens`` tokens can hold, whatever its tokens are."""
+        entries = layout.max_compact_length(policy, num_tokens) + self._num_staging
+        return cdiv(entries, self.block_size)
 
     def get_num_blocks_to_allocate(
         self,
@@ -166,12 +177,19 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     def written_blocks(self, request_id: str, num_tokens: int) -> list[int]:
         """Blocks of the request's state after ``num_tokens`` tokens that it would write later."""
+        request, policy = (
+            self._separators.request(request_id),
+            self._separators.policy_of(request_id),
+        )
+        longest = request.num_prompt_tokens + request.max_tokens
+        stays_dense = longest <= policy.num_dense and not request.resumable
         return checkpoint.written_blocks(
-            self.policy,
+            policy,
             self.block_size,
             num_tokens,
             self._num_spilled(request_id, num_tokens),
-            may_wrap=self._may_wrap(self._separators.request(request_id)),
+            may_wrap=not stays_dense and self._may_wrap(request),
+            stays_dense=stays_dense,
         )
 
     def _may_wrap(self, request: Request) -> bool:
@@ -198,14 +216,12 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     def _note_overwritten(self, request: Request, num_tokens: int) -> None:
         start = request.num_computed_tokens
+        policy = self._separators.policy_of(request.request_id)
         # the ring goes round once over blocks that others may find
-        if (
-            num_tokens <= self.policy.num_dense
-            or start >= self.policy.num_dense + self.policy.window
-        ):
+        if num_tokens <= policy.num_dense or start >= policy.num_dense + policy.window:
             return
         blocks = self.req_to_blocks[request.request_id]
-        for i in checkpoint.overwritten_blocks(self.policy, self.block_size, start, num_tokens):
+        for i in checkpoint.overwritten_blocks(policy, self.block_size, start, num_tokens):
             if i < len(blocks) and (key := blocks[i].block_hash) is not None:
                 self._overwritten.append((blocks[i], key))
 

@@ -18,6 +18,7 @@ from vllm_sepllm.integration.dense_prefixes import DensePrefixes
 from vllm_sepllm.integration.standing_checkpoints import StandingCheckpoints
 from vllm_sepllm.policy import checkpoint
 from vllm_sepllm.policy.plan import PlannedSnapshot
+from vllm_sepllm.policy.visibility import Policy
 
 if TYPE_CHECKING:
     from vllm_sepllm.integration.manager import SepLLMManager
@@ -39,11 +40,10 @@ class PrefixCache:
         self._separators = separators
         self._pool = managers[0].block_pool
         self._is_enabled = managers[0].enable_caching
-        self._num_dense = managers[0].policy.num_dense
         self._alignment = alignment
         # checkpoints end at multiples of it, except those of requests that end
         self._unit = lcm(alignment, *(m.block_size for m in managers))
-        self.interval = -(-checkpoint_interval // self._unit) * self._unit
+        self._interval = checkpoint_interval
         self._registry = CheckpointRegistry(self._pool)
         self._dense = DensePrefixes(managers, alignment)
         # a request that ends does so between two of the positions that other layers can hit
@@ -57,6 +57,16 @@ class PrefixCache:
         self._kept_until: dict[str, int] = {}
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
+
+    def interval_of(self, policy: Policy) -> int:
+        """Distance of the regular checkpoints of requests with ``policy``.
+
+        It grows with a window that is larger than the engine's, as the ring does of which each
+        checkpoint holds a copy.
+        """
+        engine = self._separators.policy.num_dense
+        wanted = self._interval * max(policy.num_dense, engine)
+        return -(-wanted // (engine * self._unit)) * self._unit
 
     # ------------------------------------------------------------------ a new request
 
@@ -80,7 +90,8 @@ class PrefixCache:
         """The longest prefix of at most ``max_length`` tokens: its blocks by group, its length."""
         assert self._looked_up is not None, "the scheduler says whose prefix is looked up"
         request, hashes = self._looked_up
-        dense = self._dense.find(hashes, max_length)
+        num_dense = self._separators.policy_of(request.request_id).num_dense
+        dense = self._dense.find(hashes, min(max_length, num_dense))
         tokens = request._all_token_ids
         found = self._registry.find(hashes, tokens, max_length, self._alignment)
         if found is not None and found.position > dense:
@@ -125,7 +136,8 @@ class PrefixCache:
         # proposals that turned out right reach the cache in this step only
         is_settled = request.request_id not in self._separators.staged
         if self._standing is not None and is_settled:
-            self._standing.note(request)
+            policy = self._separators.policy_of(request.request_id)
+            self._standing.note(request, policy.num_dense)
 
     def plan_copies(self) -> None:
         """All requests of the step are known and no block is changed yet: copy what is kept."""
@@ -142,14 +154,15 @@ class PrefixCache:
         if not self._is_enabled:
             return ()
         known = min(end, request.num_tokens)
-        if end <= self._num_dense:
+        policy = self._separators.policy_of(request.request_id)
+        if end <= policy.num_dense:
             self._keep_dense(request, start, known)
             return ()
         if end > known:  # an asynchronous step beyond the known tokens
             return ()
         wanted = self._wanted.get(request.request_id, ())
         positions = checkpoint.checkpoint_positions(
-            start, end, interval=self.interval, wanted=wanted
+            start, end, interval=self.interval_of(policy), wanted=wanted
         )
         if not positions:
             return ()
@@ -186,7 +199,7 @@ class PrefixCache:
         if not 0 < num_hashes <= len(hashes):
             return None
         block_hash = hashes[num_hashes - 1]
-        is_dense = position <= self._num_dense
+        is_dense = position <= self._separators.policy_of(request.request_id).num_dense
         if not is_dense and self._registry.has(block_hash, ()):
             return None
         own = [

@@ -1,6 +1,6 @@
 """The separators of every live request, shared by the managers and the scheduler."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 
 import numpy as np
@@ -23,21 +23,28 @@ class RequestSeparators:
         flags: BoolArray,
         requests: Mapping[str, Request],
         interval: int | None = None,
+        choose: Callable[[Request], Policy] | None = None,
     ) -> None:
-        """``flags`` is [vocab_size]; ``requests`` is the scheduler's table, not a copy.
+        """Nothing is known of any request yet.
 
-        ``interval``: see SepLLMConfig.
+        Args:
+            policy: the engine's.
+            flags: [vocab_size], whether each token id is a separator.
+            requests: the scheduler's table, not a copy.
+            interval: see SepLLMConfig.
+            choose: the policy of a request, always the same; None: all have the engine's.
         """
         self.policy = policy
+        self._choose = choose or (lambda request: policy)
         self._interval = interval
         # token ids past the vocabulary (added tokens) read the last entry, which is False
         self._flags = np.append(flags, False)
         self._requests = requests
         self._indices: dict[str, SeparatorIndex] = {}
-        self._salt = sha256(repr(policy).encode() + self._flags.tobytes()).digest()
+        self._salts: dict[Policy, bytes] = {}
         # request -> what its last step proposed, until its next step or its blocks are freed
         self.staged: dict[str, Staged] = {}
-        self.decodes = DecodeTable(policy)
+        self.decodes = DecodeTable()
         self._slots: dict[str, int] = {}
         # grows whenever a request comes, goes or is truncated
         self.version = 0
@@ -49,21 +56,31 @@ class RequestSeparators:
     def salt(self, request_id: str) -> bytes:
         """The policy of the request, separators included, as 32 bytes.
 
-        It keeps SepLLM layers apart. Layers of other kinds are found by vLLM's hashes: a request
-        with a policy of its own would need it in its ``cache_salt``, too.
+        It keeps SepLLM layers apart. Layers of other kinds are found by vLLM's hashes, which know
+        of a policy by the request's ``cache_salt`` (RequestChoices).
         """
-        return self._salt
+        policy = self.policy_of(request_id)
+        salt = self._salts.get(policy)
+        if salt is None:
+            salt = sha256(repr(policy).encode() + self._flags.tobytes()).digest()
+            self._salts[policy] = salt
+        return salt
 
     def salted(self, request: Request) -> list[BlockHash]:
         """vLLM's hashes of the request's blocks, which no request of another policy has."""
         salt = self.salt(request.request_id)
         return [BlockHash(salt + block_hash) for block_hash in request.block_hashes]
 
+    def policy_of(self, request_id: str) -> Policy:
+        """The request's own policy."""
+        return self.index(request_id).policy
+
     def index(self, request_id: str) -> SeparatorIndex:
         """The request's index, empty when first asked for."""
         index = self._indices.get(request_id)
         if index is None:
-            index = SeparatorIndex(self.policy, self._flags, self._interval)
+            policy = self._choose(self._requests[request_id])
+            index = SeparatorIndex(policy, self._flags, self._interval)
             self._indices[request_id] = index
             self._slots[request_id] = self.decodes.add()
             self.version += 1
@@ -91,9 +108,9 @@ class RequestSeparators:
     ) -> tuple[Commit | None, Staged | None]:
         """Follow the proposals of a request through its next step (policy/staging.py)."""
         index = self.index(request_id)
-        self.count_below(request_id, layout.num_left_window(self.policy, start))
+        self.count_below(request_id, layout.num_left_window(index.policy, start))
         last = self.staged.pop(request_id, None)
-        commit, staged = propose(self.policy, index, last, start, num_drafts, max_tokens)
+        commit, staged = propose(index, last, start, num_drafts, max_tokens)
         if staged is not None:
             self.staged[request_id] = staged
         return commit, staged

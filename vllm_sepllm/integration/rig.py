@@ -185,7 +185,9 @@ class BuilderRig:
         with self._step.of(output):
             rows = self._step.rows(self._ids, 0)
             num_rows = len(self._ids)
-            plan_batch(self._policy, rows, np.arange(num_rows + 1), num_rows, BLOCK_SIZE)
+            plan_batch(
+                rows.policy(self._policy), rows, np.arange(num_rows + 1), num_rows, BLOCK_SIZE
+            )
 
     def build_wrapped(self, common: CommonAttentionMetadata) -> None:
         """vLLM's own metadata for the same cache: what any backend pays."""

@@ -3,8 +3,10 @@
 Nothing flows back from the workers: what is kept depends on token ids and positions alone.
 """
 
+from functools import partial
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -12,7 +14,8 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, StreamingUpdate
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.coordinator import bind_managers
+from vllm_sepllm.integration import request_choices
+from vllm_sepllm.integration.coordinator import bind_managers, most_blocks
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import max_proposed
 from vllm_sepllm.integration.step_planner import StepPlanner
@@ -20,6 +23,9 @@ from vllm_sepllm.integration.steps import attach_plan
 from vllm_sepllm.policy import staging
 from vllm_sepllm.policy.plan import StepPlan
 from vllm_sepllm.policy.separators import flags
+
+# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
+logger = init_logger("vllm.plugins.sepllm")
 
 
 class _SepLLMMixin(Scheduler):
@@ -30,8 +36,15 @@ class _SepLLMMixin(Scheduler):
         config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
         vocab_size = self.vllm_config.model_config.get_vocab_size()
         separator_ids = [int(i) for i in config.separators]
+        self._limits = request_choices.request_limits(self.vllm_config)
+        # requests that wait for their end: what they ask for cannot be served
+        self._refused: set[str] = set()
         self._separators = RequestSeparators(
-            config.policy, flags(separator_ids, vocab_size), self.requests, config.interval
+            config.policy,
+            flags(separator_ids, vocab_size),
+            self.requests,
+            config.interval,
+            partial(request_choices.policy_of, self._limits),
         )
         assert config.checkpoint_interval is not None, "resolved at start-up"
         self._prefix_cache = bind_managers(
@@ -43,9 +56,42 @@ class _SepLLMMixin(Scheduler):
         self._planner = StepPlanner(
             self._separators,
             self._prefix_cache.take_snapshots,
-            self._prefix_cache.interval,
+            self._prefix_cache.interval_of,
             max_proposed(self.vllm_config),
         )
+
+    def add_request(self, request: Request) -> None:
+        """See vLLM's Scheduler.add_request; a request may choose its own policy."""
+        if request.request_id not in self.requests:
+            try:
+                self._take_choice(request)
+            except ValueError as error:
+                logger.warning(
+                    "sepllm: request %s ends with an error: %s.", request.request_id, error
+                )
+                self._refused.add(request.request_id)
+        super().add_request(request)
+
+    def _take_choice(self, request: Request) -> None:
+        policy = request_choices.policy_of(self._limits, request)
+        if policy != self._limits.engine:
+            kv = self.kv_cache_manager
+            longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            needed = most_blocks(kv.coordinator, policy, request, longest)
+            request_choices.check_fits(needed, kv.block_pool.num_gpu_blocks - 1, longest)
+        salt = request_choices.salted(self._limits, policy, request.cache_salt)
+        if salt != request.cache_salt:
+            request.cache_salt = salt
+            request.block_hashes.clear()
+            request.update_block_hashes()
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """A refused request is not scheduled; vLLM ends it as one whose grammar is wrong."""
+        if request.request_id in self._refused:
+            self.grammar_compile_error_reqs.add(request.request_id)
+            return False
+        is_ready: bool = super()._handle_blocked_waiting_request(request)
+        return is_ready
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
@@ -88,6 +134,7 @@ class _SepLLMMixin(Scheduler):
         freed: tuple[dict[str, Any] | None, dict[str, Any] | None]
         freed = super()._free_request(request, delay_free_blocks)
         self._separators.forget(request.request_id)
+        self._refused.discard(request.request_id)
         return freed
 
 

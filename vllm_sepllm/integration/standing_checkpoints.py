@@ -37,18 +37,15 @@ class StandingCheckpoints:
         self._pool = managers[0].block_pool
         self._registry = registry
         self._unit = unit
-        self._num_dense = managers[0].policy.num_dense
         self._noted: list[_Noted] = []
         # request -> the copies of its last checkpoint and their keys
         self._copies: dict[str, list[tuple[KVCacheBlock, BlockHashWithGroupId | None]]] = {}
 
-    def note(self, request: Request) -> None:
-        """The request takes part in the step that is being scheduled."""
+    def note(self, request: Request, num_dense: int) -> None:
+        """The request, whose a + n is given, takes part in the step that is being scheduled."""
         position = request.num_computed_tokens
         # a prompt has checkpoints of its own; up to a + n tokens every block is found anyway
-        if position % self._unit == 0 and position > max(
-            self._num_dense, request.num_prompt_tokens
-        ):
+        if position % self._unit == 0 and position > max(num_dense, request.num_prompt_tokens):
             self._noted.append(_Noted(request, position))
 
     def renew(self, separators: "RequestSeparators") -> None:

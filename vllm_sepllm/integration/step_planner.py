@@ -9,8 +9,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vllm_sepllm.integration.request_separators import RequestSeparators
-from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlan, StepPlanBuilder
-from vllm_sepllm.policy.visibility import IntArray
+from vllm_sepllm.policy.plan import PlannedSnapshot, StepPlan, StepPlanBuilder, row_windows
+from vllm_sepllm.policy.visibility import IntArray, Policy
 
 # request, start and end of its step -> checkpoints that the step leaves
 TakeSnapshots = Callable[[Request, int, int], tuple[PlannedSnapshot, ...]]
@@ -28,6 +28,7 @@ class _Batch:
         rows: request id -> row.
         requests: [num_rows].
         slots: [num_rows], in the table of decodes.
+        window: [num_rows], as in StepPlan.
     """
 
     version: int
@@ -35,6 +36,7 @@ class _Batch:
     rows: dict[str, int]
     requests: list[Request]
     slots: IntArray
+    window: IntArray | None
 
     def subset(self, chosen: list[int]) -> "_Batch":
         """The batch of some of its rows."""
@@ -45,6 +47,7 @@ class _Batch:
             rows={request_id: row for row, request_id in enumerate(ids)},
             requests=[self.requests[row] for row in chosen],
             slots=self.slots[chosen],
+            window=None if self.window is None else self.window[chosen],
         )
 
 
@@ -55,7 +58,7 @@ class StepPlanner:
         self,
         separators: RequestSeparators,
         take_snapshots: TakeSnapshots,
-        interval: int,
+        interval: Callable[[Policy], int],
         max_proposed: int = 0,
     ) -> None:
         """Plan the steps of one scheduler.
@@ -64,14 +67,15 @@ class StepPlanner:
             separators: of its requests.
             take_snapshots: says which checkpoints a step leaves; asked of every step that leaves
                 the rows of ``DecodeTable``.
-            interval: beyond a + n tokens, decode steps leave checkpoints at its multiples only.
+            interval: of a policy: beyond a + n tokens, decode steps leave checkpoints at its
+                multiples only.
             max_proposed: most tokens that a step of speculative decoding proposes; 0: none.
         """
         self._separators = separators
         self._take_snapshots = take_snapshots
         self._interval = interval
         self._max_proposed = max_proposed
-        self._batch = _Batch(0, [], {}, [], np.zeros(0, dtype=np.int64))
+        self._batch = _Batch(0, [], {}, [], np.zeros(0, dtype=np.int64), None)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of a step, while ``num_computed_tokens`` still is the start of the step."""
@@ -105,6 +109,9 @@ class StepPlanner:
             rows={request_id: row for row, request_id in enumerate(ids)},
             requests=[separators.request(request_id) for request_id in ids],
             slots=slots,
+            window=row_windows(
+                [separators.policy_of(request_id).window for request_id in ids], separators.policy
+            ),
         )
         return self._batch
 
@@ -112,12 +119,13 @@ class StepPlanner:
         """Prepare a step of one token; False if it may leave a checkpoint: it is planned alone."""
         request = batch.requests[row]
         start = request.num_computed_tokens
+        index = self._separators.index(request.request_id)
+        interval = self._interval(index.policy)
         # the step that reaches position P = start + 1 leaves the checkpoint at P
-        stop = (start + 1 + self._interval - 1) // self._interval * self._interval - 1
-        is_dense = start < self._separators.policy.num_dense
+        stop = (start + interval) // interval * interval - 1
+        is_dense = start < index.policy.num_dense
         if is_dense or start < request.num_prompt_tokens or start == stop:
             return False
-        index = self._separators.index(request.request_id)
         self._separators.decodes.look_up(
             int(batch.slots[row]), index, request._all_token_ids, start, stop
         )
@@ -125,7 +133,9 @@ class StepPlanner:
 
     def _decodes(self, batch: _Batch, start: IntArray) -> StepPlan:
         num_spilled, spills = self._separators.decodes.step(batch.slots, start)
-        return StepPlan(batch.rows, start, num_spilled, spills, separators={}, snapshots={})
+        return StepPlan(
+            batch.rows, start, num_spilled, spills, separators={}, snapshots={}, window=batch.window
+        )
 
     def _add(self, plan: StepPlanBuilder, request: Request, num_new_tokens: int) -> None:
         start = request.num_computed_tokens

@@ -30,6 +30,11 @@ def register_model() -> None:
     ModelRegistry.register_model(ARCHITECTURE, _MODEL)
 
 
+def is_trained(model_config: ModelConfig) -> bool:
+    """Whether the checkpoint was trained with SepLLM."""
+    return isinstance(model_config.hf_config, SepLLMGPTNeoXConfig)
+
+
 def check_served_as_trained(vllm_config: VllmConfig) -> None:
     """Refuse to serve such a checkpoint with full attention: it would be another model.
 
@@ -57,7 +62,7 @@ def with_trained_policy(given: SepLLMConfig, model_config: ModelConfig) -> SepLL
     Raises:
         ValueError: if the checkpoint's policy cannot be served exactly.
     """
-    if not isinstance(model_config.hf_config, SepLLMGPTNeoXConfig):
+    if not is_trained(model_config):
         return given
     policy = trained.trained_policy(
         model_config.hf_config.to_dict(),

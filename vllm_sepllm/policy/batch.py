@@ -14,7 +14,7 @@ from vllm_sepllm.policy import checkpoint, decode, layout, prefill
 from vllm_sepllm.policy.plan import BatchRows
 from vllm_sepllm.policy.staging import commit_moves
 from vllm_sepllm.policy.tiles import PrefillRequests
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,12 @@ class BatchStep:
 
 
 def plan_batch(
-    policy: Policy, rows: BatchRows, first: IntArray, num_tokens: int, block_size: int
+    policy: BatchPolicy, rows: BatchRows, first: IntArray, num_tokens: int, block_size: int
 ) -> BatchStep:
     """Plan the step.
 
     Args:
-        policy: a, n and s.
+        policy: a, n and s of the rows.
         rows: the step's plan in the order of the batch, single-token rows first.
         first: [num_rows + 1], first token of each row.
         num_tokens: tokens of the batch, padding of a CUDA graph included.
@@ -109,12 +109,13 @@ def plan_batch(
     until = int(first[num_library])
     owner[: first[-1]] = np.repeat(np.arange(num_rows), num_new)
     position = rows.start[owner[:until]] + np.arange(until) - first[owner[:until]]
-    target[:until] = layout.ring_index(policy, position)
+    target[:until] = layout.ring_index(policy.of_rows(owner[:until]), position)
 
     of_library = slice(num_library)
     start, spilled = rows.start[of_library], rows.num_spilled[of_library]
     spills = rows.spills[of_library]
-    copies = decode.spill_copies(policy, start, spilled, spills)
+    own = policy.of_rows(of_library)
+    copies = decode.spill_copies(own, start, spilled, spills)
     chunks = [_chunk(policy, rows, row, first) for row in range(num_library, num_rows)]
     moves = _write_chunks(chunks, rows, num_library, first, target)
     commit_spills, commits = _commits(policy, rows)
@@ -126,7 +127,7 @@ def plan_batch(
         spills=Moves(copies.rows, copies.source, copies.target),
         num_library=num_library,
         num_library_tokens=until,
-        lengths=decode.compact_lengths(policy, start + num_new[of_library], spilled, spills),
+        lengths=decode.compact_lengths(own, start + num_new[of_library], spilled, spills),
         max_query_len=int(num_new[of_library].max(initial=0)),
         requests=_requests(chunks, num_library, first) if chunks else None,
         moves_after=moves,
@@ -138,7 +139,7 @@ def plan_batch(
     )
 
 
-def _chunk(policy: Policy, rows: BatchRows, row: int, first: IntArray) -> prefill.Chunk:
+def _chunk(policy: BatchPolicy, rows: BatchRows, row: int, first: IntArray) -> prefill.Chunk:
     separators = rows.separators[row]
     start = int(rows.start[row])
     end = start + int(first[row + 1] - first[row])
@@ -146,7 +147,7 @@ def _chunk(policy: Policy, rows: BatchRows, row: int, first: IntArray) -> prefil
         # Model Runner V1 puts a prompt of one token among chunks; it reads itself alone
         assert end == 1, "the plan of a row of several tokens lists its separators"
         separators = np.zeros(0, dtype=np.int64)
-    return prefill.Chunk(policy, start, end, int(rows.num_spilled[row]), separators)
+    return prefill.Chunk(policy.of_row(row), start, end, int(rows.num_spilled[row]), separators)
 
 
 def _requests(chunks: Sequence[prefill.Chunk], first_row: int, first: IntArray) -> PrefillRequests:
@@ -183,12 +184,12 @@ def _write_chunks(
     return Moves(*_joined(moved))
 
 
-def _commits(policy: Policy, rows: BatchRows) -> tuple[Moves, Moves]:
+def _commits(policy: BatchPolicy, rows: BatchRows) -> tuple[Moves, Moves]:
     spills: list[IntArray] = []
     commits: list[IntArray] = []
     for row, commit in enumerate(rows.commits):
         if commit is not None:
-            moves = commit_moves(policy, commit)
+            moves = commit_moves(policy.of_row(row), commit)
             spills.append(_of_row(row, moves.spill_source, moves.spill_target))
             commits.append(_of_row(row, moves.source, moves.target))
     return Moves(*_joined(spills)), Moves(*_joined(commits))
@@ -199,7 +200,7 @@ def _of_row(row: int, *columns: IntArray) -> IntArray:
 
 
 def _snapshots(
-    policy: Policy, rows: BatchRows, first: IntArray, block_size: int
+    policy: BatchPolicy, rows: BatchRows, first: IntArray, block_size: int
 ) -> tuple[Saves, IntArray, IntArray, Saves]:
     """Checkpoints of the step: saves before it, tokens and their slots, saves after it.
 
@@ -217,7 +218,7 @@ def _snapshots(
             chunk = _chunk(policy, rows, row, first)
             own = _own_slots(snap.blocks, block_size)
             if chunk.end - chunk.start == 1:
-                length = layout.compact_length(policy, chunk.end, chunk.num_spilled_after)
+                length = layout.compact_length(chunk.policy, chunk.end, chunk.num_spilled_after)
                 entries = np.flatnonzero(own[:length] >= 0)
                 after.append(_of_row(row, entries, own[entries]))
                 continue

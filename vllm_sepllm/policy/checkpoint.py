@@ -31,12 +31,19 @@ class Snapshot:
 
 
 def written_blocks(
-    policy: Policy, block_size: int, num_tokens: int, num_spilled: int, *, may_wrap: bool
+    policy: Policy,
+    block_size: int,
+    num_tokens: int,
+    num_spilled: int,
+    *,
+    may_wrap: bool,
+    stays_dense: bool = False,
 ) -> list[int]:
     """Blocks of a state that a request going on from it would write, ascending.
 
     The ring, and the tail's last block if it is not full. If the request may spill more than
-    max_separators, the tail is a ring too and no block is safe.
+    max_separators, the tail is a ring too and no block is safe. If it ends within a + n tokens, as
+    with full attention, the ring never goes round and full blocks stay as they are.
     """
     length = layout.compact_length(policy, num_tokens, num_spilled)
     num_blocks = -(-length // block_size)
@@ -45,7 +52,7 @@ def written_blocks(
     return [
         i
         for i in range(num_blocks)
-        if i * block_size < policy.num_dense or (i + 1) * block_size > length
+        if (i * block_size < policy.num_dense and not stays_dense) or (i + 1) * block_size > length
     ]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_sepllm.policy import layout
-from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,12 @@ class Spills:
 
 
 def compact_lengths(
-    policy: Policy, end: IntArray, num_spilled: IntArray, spills: BoolArray
+    policy: BatchPolicy, end: IntArray, num_spilled: IntArray, spills: BoolArray
 ) -> IntArray:
     """Compact length of each row after the step, [num_rows].
 
     Args:
-        policy: a, n and s.
+        policy: a, n and s of the rows.
         end: [num_rows], tokens computed after the step.
         num_spilled: [num_rows], separators that left the window before the step.
         spills: [num_rows], whether one more leaves in it.
@@ -39,7 +39,7 @@ def compact_lengths(
 
 
 def spill_copies(
-    policy: Policy, start: IntArray, num_spilled: IntArray, spills: BoolArray
+    policy: BatchPolicy, start: IntArray, num_spilled: IntArray, spills: BoolArray
 ) -> Spills:
     """The copies that decode rows need: the token at ``start`` overwrites one at start - n.
 
@@ -48,5 +48,6 @@ def spill_copies(
     rows = np.flatnonzero(spills)
     if policy.max_separators == 0:
         rows = rows[:0]
+    policy = policy.of_rows(rows)
     source = layout.ring_index(policy, start[rows])
     return Spills(rows, source, layout.tail_index(policy, num_spilled[rows]))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_sepllm.policy.separator_index import SeparatorIndex
-from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
+from vllm_sepllm.policy.visibility import BoolArray, IntArray
 
 _FIRST_SIZE = 64  # slots
 _AHEAD = 64  # separators of a slot that are laid out: about a default window's worth
@@ -29,8 +29,7 @@ class DecodeTable:
     prefix hit, is outside its range and is looked up again.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+    def __init__(self) -> None:
         self._num_slots = 0
         self._free: list[int] = []
         self._first = _column()
@@ -90,7 +89,7 @@ class DecodeTable:
             start: position of the step's token.
             stop: the steps from this start on must be looked up again; above ``start``.
         """
-        policy = self._policy
+        policy = index.policy
         oldest = start - policy.window
         # all that is known: the next look-up is a window away
         index.extend(token_ids, max(oldest + 1, len(token_ids)))

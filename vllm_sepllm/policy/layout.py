@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
 Index = TypeVar("Index", int, IntArray)
 
 
-def num_tail(policy: Policy, num_spilled: Index) -> Index:
+def num_tail(policy: BatchPolicy, num_spilled: Index) -> Index:
     """Entries in the tail once ``num_spilled`` separators have left the window."""
     if policy.max_separators is None:
         return num_spilled
@@ -37,15 +37,19 @@ def max_compact_length(policy: Policy, num_tokens: int) -> int:
     return compact_length(policy, num_tokens, max(0, num_tokens - policy.num_dense))
 
 
-def ring_index(policy: Policy, position: IntArray) -> IntArray:
-    """Compact index of a token that is an initial one or inside the window."""
+def ring_index(policy: BatchPolicy, position: IntArray) -> IntArray:
+    """Compact index of a token that is an initial one or inside the window.
+
+    A row of ``policy`` for each position, if it has rows.
+    """
     a = policy.initial_tokens
     return np.where(position < a, position, a + (position - a) % policy.window)
 
 
-def tail_index(policy: Policy, rank: IntArray) -> IntArray:
+def tail_index(policy: BatchPolicy, rank: IntArray) -> IntArray:
     """Compact index of the separator that left the window as number ``rank`` (from 0).
 
+    A row of ``policy`` for each rank, if it has rows.
     With ``max_separators`` 0 nothing has a place in the tail; the caller must not ask.
     """
     if policy.max_separators is None:

@@ -8,7 +8,7 @@ import numpy as np
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separator_index import SeparatorIndex
 from vllm_sepllm.policy.staging import Commit, Staged
-from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray, Policy, RowPolicies
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class StepPlan:
         snapshots: row -> checkpoints that the step leaves; rows without any are absent.
         commits: row -> tokens of the step before that turned out right (policy/staging.py).
         staged: row -> where the step leaves its proposals.
+        window: [num_rows], of requests that chose one; None: all rows have the engine's.
     """
 
     rows: dict[str, int]
@@ -57,6 +58,7 @@ class StepPlan:
     snapshots: dict[int, tuple[PlannedSnapshot, ...]]
     commits: dict[int, Commit] = field(default_factory=dict)
     staged: dict[int, Staged] = field(default_factory=dict)
+    window: IntArray | None = None
 
     def of(self, order: IntArray, group_id: int) -> "BatchRows":
         """The rows in ``order``, for a KV cache group."""
@@ -73,6 +75,7 @@ class StepPlan:
             ),
             commits=tuple(self.commits.get(row) for row in rows) if self.commits else (),
             staged=tuple(self.staged.get(row) for row in rows) if self.staged else (),
+            window=None if self.window is None else self.window[order],
         )
 
 
@@ -95,16 +98,24 @@ class BatchRows:
     snapshots: tuple[tuple[GroupSnapshot, ...], ...]
     commits: tuple[Commit | None, ...] = ()
     staged: tuple[Staged | None, ...] = ()
+    window: IntArray | None = None
+
+    def policy(self, engine: Policy) -> BatchPolicy:
+        """The policy of the rows, under an engine with policy ``engine``."""
+        if self.window is None:
+            return engine
+        return RowPolicies(engine.initial_tokens, self.window, engine.max_separators)
 
 
 @dataclass(slots=True)
 class StepPlanBuilder:
-    """Collects the rows of one step."""
+    """Collects the rows of one step; ``policy`` is the engine's."""
 
     policy: Policy
     _rows: dict[str, int] = field(default_factory=dict)
     _start: list[int] = field(default_factory=list)
     _num_spilled: list[int] = field(default_factory=list)
+    _window: list[int] = field(default_factory=list)
     _spills: list[bool] = field(default_factory=list)
     _separators: dict[int, IntArray] = field(default_factory=dict)
     _snapshots: dict[int, tuple[PlannedSnapshot, ...]] = field(default_factory=dict)
@@ -126,7 +137,7 @@ class StepPlanBuilder:
         snapshots, and up to start + 1 - window for one: an asynchronous scheduler does not know
         the newest yet.
         """
-        policy = self.policy
+        policy = index.policy
         row = len(self._rows)
         self._rows[request_id] = row
         left_before = layout.num_left_window(policy, start)
@@ -138,6 +149,7 @@ class StepPlanBuilder:
         num_known = index.count_below(last)
         self._start.append(start)
         self._num_spilled.append(num_spilled)
+        self._window.append(policy.window)
         leaves = num_new_tokens == 1 and index.count_below(left_after) > num_spilled
         self._spills.append(leaves)
         if needs_all:
@@ -163,7 +175,7 @@ class StepPlanBuilder:
         row = len(self._rows)
         known = min(len(token_ids), start + 1)
         self.add(request_id, index, token_ids, start, 1)
-        first = index.count_below(layout.num_left_window(self.policy, start))
+        first = index.count_below(layout.num_left_window(index.policy, start))
         index.extend(token_ids, known)
         self._separators[row] = index.positions(first, index.count_below(known))
         if commit is not None:
@@ -182,6 +194,7 @@ class StepPlanBuilder:
             snapshots=self._snapshots,
             commits=self._commits,
             staged=self._staged,
+            window=row_windows(self._window, self.policy),
         )
 
     def build_after(self, decodes: StepPlan) -> StepPlan:
@@ -194,4 +207,21 @@ class StepPlanBuilder:
             spills=np.concatenate([decodes.spills, own.spills]),
             separators={offset + row: found for row, found in own.separators.items()},
             snapshots={offset + row: made for row, made in own.snapshots.items()},
+            window=self._joined_window(decodes, own),
         )
+
+    def _joined_window(self, *parts: StepPlan) -> IntArray | None:
+        if all(part.window is None for part in parts):
+            return None
+        window: list[IntArray] = [
+            np.full(len(p.rows), self.policy.window) if p.window is None else p.window
+            for p in parts
+        ]
+        return np.concatenate(window)
+
+
+def row_windows(windows: Sequence[int], engine: Policy) -> IntArray | None:
+    """The windows of a plan's rows; None if all are the engine's, which is the fast path."""
+    if all(window == engine.window for window in windows):
+        return None
+    return np.array(windows, dtype=np.int64)

@@ -12,15 +12,15 @@ from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 class SeparatorIndex:
     """Append-only list of the separators of one request at positions >= initial_tokens."""
 
-    __slots__ = ("_flags", "_interval", "_num_seen", "_policy", "_positions")
+    __slots__ = ("_flags", "_interval", "_num_seen", "_positions", "policy")
 
     def __init__(self, policy: Policy, flags: BoolArray, interval: int | None = None) -> None:
         """``flags`` is [vocab_size], whether each token id is a separator.
 
         A token id past the end reads the last entry. With ``interval`` the tokens at positions
-        that it divides are the separators instead, whatever they are.
+        that it divides are the separators instead, whatever they are. ``policy`` is the request's.
         """
-        self._policy = policy
+        self.policy = policy
         self._flags = flags
         self._interval = interval
         self._positions = array("i")  # 4 bytes a separator
@@ -61,7 +61,7 @@ class SeparatorIndex:
     def truncate(self, num_tokens: int) -> None:
         """Forget everything from position ``num_tokens`` on: those tokens were replaced."""
         del self._positions[self.count_below(num_tokens) :]
-        self._num_seen = min(self._num_seen, max(num_tokens, self._policy.initial_tokens))
+        self._num_seen = min(self._num_seen, max(num_tokens, self.policy.initial_tokens))
 
     def count_below(self, position: int) -> int:
         """Separators at positions in [a, position). They must have been taken in."""

@@ -76,7 +76,6 @@ def num_entries(max_tokens: int) -> int:
 
 
 def propose(
-    policy: Policy,
     index: SeparatorIndex,
     last: Staged | None,
     start: int,
@@ -86,7 +85,6 @@ def propose(
     """Follow the proposals of a request through a step.
 
     Args:
-        policy: a, n and s.
         index: of the request, with its tokens up to start - window taken in.
         last: what the step before proposed.
         start: tokens computed before the step: the proposals before it were right.
@@ -98,6 +96,7 @@ def propose(
         token is certain, and before the window is full no entry is overwritten: both go to the
         cache directly, as in stock vLLM.
     """
+    policy = index.policy
     num_spilled = index.count_below(layout.num_left_window(policy, start))
     commit = staged = None
     if last is not None:

@@ -16,7 +16,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 NEVER = 2**31 - 1
 UNBOUNDED = 2**30  # as max_separators: more than any request has, and UNBOUNDED + rank fits int32
@@ -64,8 +64,9 @@ class PrefillTiles:
             window_start (first position in the window of the first query), rank_start, rank_split,
             rank_end. Far separators are the ranks [rank_start, rank_split) in the cache and
             [rank_split, rank_end) in the chunk.
-        requests: [num_requests, 8] table_row, chunk_start, chunk_end, query_start, num_spilled,
-            offset in ``separators``, number of separators there, offset of position 0 in ``until``.
+        requests: [num_requests, 9] table_row, chunk_start, chunk_end, query_start, num_spilled,
+            offset in ``separators``, number of separators there, offset of position 0 in ``until``,
+            window.
         separators: [num_separators] as in :class:`PrefillRequests`.
         until: [num_positions] ``until`` of the positions that leave the window during the chunk,
             [chunk_start - window + 1, chunk_end - window) of each request, from 0 at the lowest.
@@ -94,17 +95,18 @@ def _padded(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 
-def plan_tiles(requests: PrefillRequests, policy: Policy, tile_tokens: int) -> PrefillTiles:
+def plan_tiles(requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int) -> PrefillTiles:
     """Cut the chunks of a step into tiles and find the keys that each tile touches.
 
     Args:
         requests: the step's prefill requests; empty chunks are allowed and get no tile.
-        policy: a, n and s.
+        policy: a, n and s of the requests.
         tile_tokens: query tokens a tile, from :func:`vllm_sepllm.ops.prefill_tile_tokens`.
 
     Raises:
         ValueError: if a separator lies outside the positions that matter in this step.
     """
+    window = np.broadcast_to(policy.window, requests.chunk_start.shape)
     _check_separators(requests, policy)
     first = np.maximum(0, requests.chunk_start - policy.window + 1)
     # what is in the window of the chunk's last query is in that of all before it
@@ -121,17 +123,18 @@ def plan_tiles(requests: PrefillRequests, policy: Policy, tile_tokens: int) -> P
         starts[:-1],
         np.diff(starts),
         until_start,
+        window,
     )
     tiles = _tile_rows(requests, policy, tile_tokens)
     return _pack(tiles, request_rows, requests.separators, until, tile_tokens)
 
 
-def rank_bound(policy: Policy) -> int:
+def rank_bound(policy: BatchPolicy) -> int:
     """``max_separators`` as a number: :data:`UNBOUNDED` stands for no bound."""
     return UNBOUNDED if policy.max_separators is None else policy.max_separators
 
 
-def _check_separators(requests: PrefillRequests, policy: Policy) -> None:
+def _check_separators(requests: PrefillRequests, policy: BatchPolicy) -> None:
     owner = np.repeat(np.arange(len(requests.chunk_start)), np.diff(requests.separators_start))
     lowest = np.maximum(policy.initial_tokens, requests.chunk_start - policy.window)[owner]
     highest = requests.chunk_end[owner]
@@ -145,39 +148,42 @@ def _check_separators(requests: PrefillRequests, policy: Policy) -> None:
 
 
 def _until(
-    requests: PrefillRequests, policy: Policy, first: IntArray, num_positions: IntArray
+    requests: PrefillRequests, policy: BatchPolicy, first: IntArray, num_positions: IntArray
 ) -> IntArray:
     """First position that no longer sees each token that leaves the window, request by request.
 
     Args:
         requests: the step's prefill requests.
-        policy: a, n and s.
+        policy: a, n and s of the requests.
         first: [num_requests] lowest position to cover.
         num_positions: [num_requests] positions to cover.
     """
     offset = np.cumsum(num_positions) - num_positions - first
     position = np.arange(num_positions.sum()) - np.repeat(offset, num_positions)
-    until = np.where(position < policy.initial_tokens, NEVER, position + policy.window)
+    window = policy.of_rows(np.repeat(np.arange(len(first)), num_positions)).window
+    until = np.where(position < policy.initial_tokens, NEVER, position + window)
     separators, counts = requests.separators, np.diff(requests.separators_start)
     owner = np.repeat(np.arange(len(counts)), counts)
     later = np.arange(len(separators)) + rank_bound(policy)
     is_known = later < requests.separators_start[1:][owner]
     leaves = np.full(len(separators), NEVER)
-    leaves[is_known] = separators[later[is_known]] + policy.window
+    leaves[is_known] = separators[later[is_known]] + policy.of_rows(owner[is_known]).window
     # chunk_start - window is in the ring for its spill alone: no query of the chunk has it in view
     is_covered = (separators >= first[owner]) & (separators < (first + num_positions)[owner])
     until[(offset[owner] + separators)[is_covered]] = leaves[is_covered]
     return until
 
 
-def _tile_rows(requests: PrefillRequests, policy: Policy, tile_tokens: int) -> tuple[IntArray, ...]:
+def _tile_rows(
+    requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int
+) -> tuple[IntArray, ...]:
     """Columns of :attr:`PrefillTiles.tiles`, each [num_tiles]."""
     start, end = requests.chunk_start, requests.chunk_end
     num_tiles = -(-(end - start) // tile_tokens)
     owner = np.repeat(np.arange(len(start)), num_tiles)
     index = np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
     position = start[owner] + index * tile_tokens
-    window_start = np.maximum(0, position - policy.window + 1)
+    window_start = np.maximum(0, position - policy.of_rows(owner).window + 1)
     num_spilled = requests.num_spilled[owner]
     rank_end = num_spilled + _count_below(requests, owner, window_start)
     rank_start = np.maximum(0, rank_end - rank_bound(policy))

@@ -46,6 +46,46 @@ class Policy:
         """a + n: up to here every token is kept and the layout is vLLM's own."""
         return self.initial_tokens + self.window
 
+    def of_rows(self, rows: IntArray | slice) -> "Policy":
+        """As :meth:`RowPolicies.of_rows`: all rows of a batch have this policy."""
+        return self
+
+    def of_row(self, row: int) -> "Policy":
+        """As :meth:`RowPolicies.of_row`: all rows of a batch have this policy."""
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class RowPolicies:
+    """The policies of the rows of a batch: requests may choose n, the rest is the engine's.
+
+    Attributes:
+        initial_tokens: as in :class:`Policy`.
+        window: [num_rows].
+        max_separators: as in :class:`Policy`.
+    """
+
+    initial_tokens: int
+    window: IntArray
+    max_separators: int | None = None
+
+    @property
+    def num_dense(self) -> IntArray:
+        """[num_rows], as in :class:`Policy`."""
+        return self.initial_tokens + self.window
+
+    def of_rows(self, rows: IntArray | slice) -> "RowPolicies":
+        """The policies of some of the rows; with the owner of each token, one for each token."""
+        return RowPolicies(self.initial_tokens, self.window[rows], self.max_separators)
+
+    def of_row(self, row: int) -> Policy:
+        """The policy of one row."""
+        return Policy(self.initial_tokens, int(self.window[row]), self.max_separators)
+
+
+# what the functions for whole batches take: one policy for all rows costs nothing
+BatchPolicy = Policy | RowPolicies
+
 
 def is_visible(policy: Policy, is_separator: Sequence[bool], query: int, key: int) -> bool:
     """Whether the token at position ``query`` reads the one at position ``key``.

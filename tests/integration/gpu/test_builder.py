@@ -1,6 +1,6 @@
 """What a CUDA graph captures stays where it is, and its padding writes and reads nothing."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,13 +104,22 @@ def common(lengths: list[int], num_tokens: int, num_reqs: int, num_rows: int) ->
 
 
 def step(
-    builder: Any, starts: list[int], lengths: list[int], num_tokens: int, num_reqs: int
+    builder: Any,
+    starts: list[int],
+    lengths: list[int],
+    num_tokens: int,
+    num_reqs: int,
+    windows: tuple[int, ...] = (),
 ) -> Any:
-    """Build the metadata of a step of requests whose every fifth token is a separator."""
+    """Build the metadata of a step of requests whose every fifth token is a separator.
+
+    The first of them have ``windows`` of their own.
+    """
     plan = StepPlanBuilder(POLICY)
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         tokens = [int(i % 5 == 4) for i in range(start + length)]
-        plan.add(str(row), SeparatorIndex(POLICY, FLAGS), tokens, start, length)
+        own = replace(POLICY, window=windows[row]) if row < len(windows) else POLICY
+        plan.add(str(row), SeparatorIndex(own, FLAGS), tokens, start, length)
     output = SchedulerOutput.make_empty()
     output.total_num_scheduled_tokens = sum(lengths)
     attach_plan(output, plan.build())
@@ -159,6 +168,19 @@ def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
     assert made.prefill.metadata.requests[:, :4].tolist() == [[2, 30, 37, 6]]
     # of positions 30 .. 36 the window keeps the last six
     assert (made.slots[6:] == -1).tolist() == [True] + [False] * 6
+
+
+def test_rows_have_windows_of_their_own(builder: Any) -> None:
+    """Literal numbers: a = 2, windows 3, 100 and the engine's 6; separators at 4, 9, 14, ..."""
+    made = step(builder, [12, 12, 30], [1, 1, 7], num_tokens=9, num_reqs=3, windows=(3, 100))
+    part = made.library.metadata.common
+    # far of the first: 4 and 9; the second is full attention; entries 2 + 10 % 3 and 12
+    assert part.seq_lens.tolist() == [2 + 3 + 2, 13]
+    assert made.slots[:2].tolist() == [1 * 4 + 3, (5 + 3) * 4 + 0]
+    assert made.prefill.metadata.requests[:, [0, 1, 8]].tolist() == [[2, 30, 6]]
+    made = step(builder, [30], [7], num_tokens=7, num_reqs=1, windows=(4,))
+    assert made.prefill.metadata.requests[:, 8].tolist() == [4]
+    assert (made.slots == -1).tolist() == [True] * 3 + [False] * 4
 
 
 def test_runs_without_requests_write_nothing(builder: Any, cache: torch.Tensor) -> None:

@@ -80,7 +80,8 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 prefill=None,
             )
         num_new = np.diff(first)
-        is_library = (num_new == 1) | (rows.start + num_new <= self._policy.num_dense)
+        num_dense = rows.policy(self._policy).num_dense
+        is_library = (num_new == 1) | (rows.start + num_new <= num_dense)
         return SepLLMCPUMetadata(
             snapshots=self._snapshot_writes(rows, first, block_table),
             library=self._library_rows(common, rows, first, block_table, is_library),
@@ -127,12 +128,12 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> LibraryRows:
         """A batch of single tokens: :meth:`_library_rows` with one token a row, in its order."""
         start, spilled, spills = rows.start, rows.num_spilled, rows.spills
-        num_rows = len(start)
-        compact = layout.ring_index(self._policy, start)
+        num_rows, policy = len(start), rows.policy(self._policy)
+        compact = layout.ring_index(policy, start)
         block = compact // self.block_size
         slots = self._slots(block_table[np.arange(num_rows), block], compact)
-        lengths = decode.compact_lengths(self._policy, start + 1, spilled, spills)
-        copies = decode.spill_copies(self._policy, start, spilled, spills)
+        lengths = decode.compact_lengths(policy, start + 1, spilled, spills)
+        copies = decode.spill_copies(policy, start, spilled, spills)
         return LibraryRows(
             spills=self._copies(block_table, copies.rows, copies.source, copies.target),
             tokens=None,
@@ -163,15 +164,16 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         owner = np.repeat(np.arange(len(chosen)), num_new)
         within = np.arange(query_first[-1]) - query_first[owner]
 
-        compact = layout.ring_index(self._policy, start[owner] + within)
+        policy = rows.policy(self._policy).of_rows(chosen)
+        compact = layout.ring_index(policy.of_rows(owner), start[owner] + within)
         slots = self._slots(block_table[chosen[owner], compact // self.block_size], compact)
         is_prefix = bool(is_library[: len(chosen)].all())
         tokens = None if is_prefix else torch.from_numpy(first[chosen][owner] + within)
-        lengths = decode.compact_lengths(self._policy, start + num_new, spilled, spills)
+        lengths = decode.compact_lengths(policy, start + num_new, spilled, spills)
         metadata = self._library_metadata(
             common, query_first, lengths, slots, block_table if is_prefix else block_table[chosen]
         )
-        copies = decode.spill_copies(self._policy, start, spilled, spills)
+        copies = decode.spill_copies(policy, start, spilled, spills)
         owners = chosen[copies.rows]
         return LibraryRows(
             spills=self._copies(block_table, owners, copies.source, copies.target),
@@ -253,9 +255,9 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
     def _chunk(self, rows: BatchRows, row: int, num_new_tokens: int) -> prefill.Chunk:
         separators = rows.separators[row]
         assert separators is not None, "the plan of a row of several tokens lists its separators"
-        start = int(rows.start[row])
+        start, policy = int(rows.start[row]), rows.policy(self._policy).of_row(row)
         return prefill.Chunk(
-            self._policy, start, start + num_new_tokens, int(rows.num_spilled[row]), separators
+            policy, start, start + num_new_tokens, int(rows.num_spilled[row]), separators
         )
 
     def _chunk_rows(self, chunk: prefill.Chunk, first: int, block_ids: IntArray) -> ChunkRows:

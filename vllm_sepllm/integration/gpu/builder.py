@@ -28,7 +28,7 @@ from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import CurrentStep
 from vllm_sepllm.policy import batch
 from vllm_sepllm.policy.tiles import PrefillRequests, plan_tiles
-from vllm_sepllm.policy.visibility import IntArray
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 RequestIds = Callable[[CommonAttentionMetadata], Sequence[str]]
 
@@ -161,8 +161,9 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             return SepLLMGPUMetadata(common.slot_mapping, library, None, None)
         rows = self._step.rows(self._request_ids(common), self._group_id)
         first = common.query_start_loc_cpu[: len(rows.start) + 1].numpy().astype(np.int64)
+        policy = rows.policy(self._policy)
         step = batch.plan_batch(
-            self._policy, rows, first, common.num_actual_tokens, self._manager_block_size
+            policy, rows, first, common.num_actual_tokens, self._manager_block_size
         )
         slots = self._slots[: common.num_actual_tokens]
         self._entry_slots(step.rows, step.target, common, slots)
@@ -176,7 +177,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         return SepLLMGPUMetadata(
             slots=slots,
             library=self._library(common, step),
-            prefill=self._prefill(common, step),
+            prefill=self._prefill(common, step, policy),
             snapshot=self._snapshot(step),
         )
 
@@ -242,14 +243,15 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         return LibraryRows(num_tokens, self._build_wrapped(part))
 
     def _prefill(
-        self, common: CommonAttentionMetadata, step: batch.BatchStep
+        self, common: CommonAttentionMetadata, step: batch.BatchStep, policy: BatchPolicy
     ) -> PrefillRows | None:
         if step.requests is None:
             return None
-        tables = plan_tiles(step.requests, self._policy, self._tile_tokens)
+        own = policy.of_rows(step.requests.table_row)
+        tables = plan_tiles(step.requests, own, self._tile_tokens)
         packed = self._upload(tables.packed, torch.int32)
         return PrefillRows(
-            ops.PrefillMetadata.from_packed(tables, self._policy, packed),
+            ops.PrefillMetadata.from_packed(tables, own, packed),
             common.block_table_tensor,
             self._move_entries(step.moves_after, common),
         )

@@ -1,0 +1,113 @@
+"""The policy that a request chooses for itself, as plain values of its ``extra_args``.
+
+A request may choose its window: ``{"sepllm_window": 1024}``, or all of it: ``{"sepllm": false}`` is
+full attention, because a window as long as any request is vLLM's own layout throughout. Initial
+tokens, separators and max_separators stay the engine's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from vllm_sepllm.policy.visibility import Policy
+
+PREFIX = "sepllm"
+SWITCH_KEY = "sepllm"
+WINDOW_KEY = "sepllm_window"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What an engine lets its requests choose.
+
+    Attributes:
+        engine: its own policy, which a request has that chooses nothing.
+        max_model_len: tokens of the longest request.
+        min_window: smallest window that the engine can serve.
+        is_trained: the model was trained with the engine's policy.
+    """
+
+    engine: Policy
+    max_model_len: int
+    min_window: int
+    is_trained: bool = False
+
+    @property
+    def full(self) -> Policy:
+        """Full attention: no token of any request leaves the window."""
+        return replace(self.engine, window=max(self.engine.window, self.max_model_len))
+
+
+def chosen_keys(given: Mapping[str, object] | None) -> list[str]:
+    """The keys that are meant for us, whatever their case: none of them may be ignored."""
+    return [key for key in given or () if isinstance(key, str) and key.lower().startswith(PREFIX)]
+
+
+def request_policy(
+    limits: RequestLimits, given: Mapping[str, object] | None, *, is_session: bool = False
+) -> Policy:
+    """The policy of a request: a function of the engine and of what the request gives.
+
+    Args:
+        limits: of the engine.
+        given: the request's ``extra_args``; other keys are not looked at.
+        is_session: the request's prompt goes on in later requests (streaming input).
+
+    Raises:
+        ValueError: one sentence: what was given, what may be given instead.
+    """
+    keys = chosen_keys(given)
+    if not keys or given is None:
+        return limits.engine
+    unknown = [key for key in keys if key not in (SWITCH_KEY, WINDOW_KEY)]
+    if unknown:
+        raise ValueError(
+            f"unknown key {unknown[0]!r} in the request's extra arguments; sepllm knows "
+            f"{SWITCH_KEY!r} (true or false) and {WINDOW_KEY!r} (a number of tokens)"
+        )
+    is_on = SWITCH_KEY not in given or _switch(given[SWITCH_KEY])
+    policy = limits.engine if is_on else limits.full
+    if WINDOW_KEY in given:
+        policy = replace(policy, window=_window(limits, given[WINDOW_KEY]))
+        if not is_on:
+            raise ValueError(
+                f"{SWITCH_KEY} is false, which is full attention, and {WINDOW_KEY} is "
+                f"{given[WINDOW_KEY]!r}, which is not; give one of the two"
+            )
+    if policy != limits.engine and limits.is_trained:
+        raise ValueError(
+            f"the model was trained with a window of {limits.engine.window}, and any other makes "
+            f"another model of it; remove {' and '.join(sorted(keys))} from the request"
+        )
+    if policy != limits.engine and is_session:
+        raise ValueError(
+            "a session of streaming input has the engine's policy throughout; remove "
+            f"{' and '.join(sorted(keys))} from the request, or send the whole prompt at once"
+        )
+    return policy
+
+
+def _shown(given: object) -> str:
+    return f"{given!r:.60}"
+
+
+def _switch(given: object) -> bool:
+    """True: the engine's policy. vLLM's server turns JSON's true and false into 1 and 0."""
+    if type(given) not in (bool, int) or given not in (0, 1):
+        raise ValueError(
+            f"{SWITCH_KEY} must be true (the engine's policy) or false (full attention for this "
+            f"request), got {_shown(given)}"
+        )
+    return bool(given)
+
+
+def _window(limits: RequestLimits, given: object) -> int:
+    if type(given) is not int:  # a bool is an int to isinstance
+        raise ValueError(f"{WINDOW_KEY} must be an integer number of tokens, got {_shown(given)}")
+    if given < limits.min_window:
+        raise ValueError(f"{WINDOW_KEY} must be at least {limits.min_window} here, got {given}")
+    if given > limits.max_model_len:
+        raise ValueError(
+            f"{WINDOW_KEY} must be at most max_model_len, which is {limits.max_model_len}, got "
+            f"{given}; full attention is {SWITCH_KEY}: false"
+        )
+    return given
