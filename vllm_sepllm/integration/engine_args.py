@@ -54,7 +54,15 @@ def _create_engine_config(
         vllm_config = original(engine_args, *args, **kwargs)
     refusals.check_vllm_config(vllm_config)
     apply_selection(vllm_config)
+    _install_metrics()
     return vllm_config
+
+
+def _install_metrics() -> None:
+    # not at the top: vLLM's loggers take two seconds to import, and no worker needs them
+    from vllm_sepllm.integration import stat_logger
+
+    stat_logger.install()
 
 
 def _is_selected(engine_args: EngineArgs) -> bool:

@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 from vllm_sepllm.integration.checkpoints import CheckpointRegistry
 from vllm_sepllm.integration.dense_prefixes import DensePrefixes
 from vllm_sepllm.integration.standing_checkpoints import StandingCheckpoints
+from vllm_sepllm.integration.usage import KvUsage
 from vllm_sepllm.policy import checkpoint
 from vllm_sepllm.policy.plan import PlannedSnapshot
 
@@ -57,6 +58,10 @@ class PrefixCache:
         self._kept_until: dict[str, int] = {}
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
+
+    def watch(self) -> KvUsage:
+        """Follow what requests and checkpoints hold from now on."""
+        return KvUsage(self._managers, self._separators, self._registry.named_blocks)
 
     # ------------------------------------------------------------------ a new request
 

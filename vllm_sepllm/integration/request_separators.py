@@ -14,6 +14,11 @@ from vllm_sepllm.policy.staging import Commit, Staged, propose
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 
+def salt_of(salted: BlockHash) -> bytes:
+    """The policy in a hash of :meth:`RequestSeparators.salted`."""
+    return salted[: sha256().digest_size]
+
+
 class RequestSeparators:
     """Request id -> its separators, read from the scheduler's own requests."""
 
@@ -53,6 +58,10 @@ class RequestSeparators:
         with a policy of its own would need it in its ``cache_salt``, too.
         """
         return self._salt
+
+    def label(self, request_id: str) -> str:
+        """The policy of the request, for people."""
+        return str(self.policy.window)
 
     def salted(self, request: Request) -> list[BlockHash]:
         """vLLM's hashes of the request's blocks, which no request of another policy has."""
