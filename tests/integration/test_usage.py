@@ -197,8 +197,9 @@ def test_reports_come_once_a_second_and_when_the_last_request_has_gone(
     assert last.logical_tokens == last.kept_tokens == 0
 
 
+@pytest.mark.compatibility("`--disable-log-stats`", "no metrics, as stock vLLM")
 def test_no_statistics_no_reports(model: Path) -> None:
-    """``--disable-log-stats``: nothing is counted."""
+    """Nothing is counted, and no step has anything to report."""
     engine = Engine(model, num_blocks=32, log_stats=False)
     engine.add("r0", engine.tokens(90), 2)
     assert engine.step() is None
@@ -211,16 +212,17 @@ class Salted:
     def salt(self, request_id: str) -> bytes:
         return request_id.encode()
 
-    def label(self, request_id: str) -> str:
-        return request_id
+    def policy_of(self, request_id: str) -> Policy:
+        return Policy(4, 16 + int(request_id))
 
 
 def test_clients_cannot_make_labels_without_end() -> None:
     manager: Any = SimpleNamespace(req_to_blocks={}, block_size=BLOCK)
-    watch = usage.KvUsage([manager], Salted(), NamedBlocks())  # type: ignore[arg-type]
-    labels = {watch._label(f"{number}") for number in range(100)}
-    assert len(labels) == 32
-    assert usage.OTHER in labels
+    watch = usage.KvUsage([manager], Salted(), NamedBlocks(), 18)  # type: ignore[arg-type]
+    labels = [watch._label(f"{number}") for number in range(100)]
+    assert labels[:3] == ["16", "17", "full"]
+    assert len(watch._salts) == len(watch._labels) == 100
+    assert labels[31:] == [usage.OTHER] * 69
 
 
 def test_named_blocks_are_forgotten_with_their_keys() -> None:

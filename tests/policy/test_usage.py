@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sepllm.policy.usage import Usage, usage
+from vllm_sepllm.policy.usage import Usage, label, usage
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 
@@ -35,6 +35,15 @@ def test_kept_tokens_are_what_the_last_query_reads(
     lengths = np.array([len(r) for r in requests], dtype=np.int64)
     found = usage(policy, lengths, np.array(spilled, dtype=np.int64), sizes)
     assert found == Usage(logical, kept, saved)
+
+
+def test_a_window_as_long_as_any_request_is_full_attention() -> None:
+    assert [label(Policy(4, n), 512) for n in (252, 511, 512, 600)] == [
+        "252",
+        "511",
+        "full",
+        "full",
+    ]
 
 
 def test_one_request_by_hand() -> None:

@@ -59,9 +59,10 @@ class PrefixCache:
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
 
-    def watch(self) -> KvUsage:
+    def watch(self, max_model_len: int) -> KvUsage:
         """Follow what requests and checkpoints hold from now on."""
-        return KvUsage(self._managers, self._separators, self._registry.named_blocks)
+        named_blocks = self._registry.named_blocks
+        return KvUsage(self._managers, self._separators, named_blocks, max_model_len)
 
     # ------------------------------------------------------------------ a new request
 

@@ -59,9 +59,9 @@ class RequestSeparators:
         """
         return self._salt
 
-    def label(self, request_id: str) -> str:
-        """The policy of the request, for people."""
-        return str(self.policy.window)
+    def policy_of(self, request_id: str) -> Policy:
+        """The request's policy."""
+        return self.policy
 
     def salted(self, request: Request) -> list[BlockHash]:
         """vLLM's hashes of the request's blocks, which no request of another policy has."""

@@ -52,7 +52,7 @@ class _SepLLMMixin(Scheduler):
             self._prefix_cache.interval,
             max_proposed(self.vllm_config),
         )
-        self._usage = self._prefix_cache.watch() if self.log_stats else None
+        self._usage = self._prefix_cache.watch(self.max_model_len) if self.log_stats else None
 
     def make_stats(
         self,

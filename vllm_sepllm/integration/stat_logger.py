@@ -23,6 +23,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.resolve import has_our_scheduler
 from vllm_sepllm.integration.usage_report import PolicyUsage, Report, take_report
+from vllm_sepllm.policy.usage import label
 
 logger = init_logger("vllm.plugins.sepllm")
 
@@ -77,9 +78,10 @@ class SepLLMStatLogger(AggregateStatLoggerBase):
         self._metrics = _make_metrics(prometheus)
         self._is_logging = any(_is_logging(other) for other in others)
         self._last: dict[int, Report] = {}
-        window = SepLLMConfig.from_additional_config(vllm_config.additional_config).policy.window
+        policy = SepLLMConfig.from_additional_config(vllm_config.additional_config).policy
+        name = label(policy, vllm_config.model_config.max_model_len)
         for engine_idx in self._engine_labels:
-            self._set(engine_idx, {str(window): PolicyUsage()})
+            self._set(engine_idx, {name: PolicyUsage()})
 
     def record(
         self,

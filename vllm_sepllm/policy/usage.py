@@ -24,6 +24,11 @@ class Usage:
     blocks_saved: int
 
 
+def label(policy: Policy, max_model_len: int) -> str:
+    """The policy for people: its window, or ``full`` where no token ever leaves it."""
+    return "full" if policy.window >= max_model_len else str(policy.window)
+
+
 def usage(
     policy: Policy, num_tokens: IntArray, num_spilled: IntArray, block_sizes: Sequence[int]
 ) -> Usage:
