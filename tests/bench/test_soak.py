@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from vllm_sepllm.bench.soak import Report, descendants_rss_mib, growth
+from vllm_sepllm.bench.soak import Report
 from vllm_sepllm.bench.soak_load import Answer, verdict
+from vllm_sepllm.bench.soak_memory import Sample, Trend, descendants_rss_mib, trend
 
 FIRST = Answer(["a", "b", "c"], [{"a": -0.1}, {"b": -0.5, "x": -0.5001}, {"c": -0.1, "y": -3.0}])
 
@@ -34,20 +35,35 @@ def test_the_same_tokens_of_another_model_are_wrong() -> None:
     assert verdict(FIRST, Answer(["a", "b", "c"], other)) == "wrong"
 
 
+def samples(*mib: float) -> list[Sample]:
+    """One every half minute."""
+    return [Sample(i / 2, m) for i, m in enumerate(mib)]
+
+
 def test_growth_is_told_from_warming_up() -> None:
-    assert growth([1.0] * 7) is None
-    assert growth([50, 90, 100, 100, 100, 100, 100, 100]) == 0
-    rising = growth([100 + i for i in range(16)])
-    assert rising is not None
-    assert rising > 0.05
+    assert trend(samples(*[1.0] * 7)) is None
+    assert trend(samples(50, 90, 100, 100, 100, 100, 100, 100)) == Trend(0, 0)
+    assert trend(samples(*(100 + i for i in range(16)))) == Trend(2.0, round(11 / 104, 4))
+
+
+def test_noise_and_less_memory_are_level() -> None:
+    wavering = trend(samples(50, 90, *[100, 102] * 12))
+    assert wavering is not None
+    assert wavering.is_level
+    falling = trend(samples(*range(200, 150, -1)))
+    assert falling is not None
+    assert falling.is_level
+    assert not Trend(2.0, 0.06).is_level
 
 
 def test_a_run_is_good_only_without_any_loss() -> None:
-    good = {"model": "m", "versions": {}}
+    good = {"model": "m", "versions": {}, "num_blocks": 47, "free_blocks": 47}
     assert Report(**good).is_good
-    assert Report(**good, near_ties=1).is_good
-    for bad in ({"wrong": 1}, {"faults": ["x"]}, {"kv_cache_usage": 0.1}, {"growth": 0.06}):
-        assert not Report(**(good | bad)).is_good, bad
+    assert Report(**good, near_ties=1, trend=Trend(1.0, 0.04)).is_good
+    bad = [{"wrong": 1}, {"faults": ["x"]}, {"lost": 1}, {"kv_cache_usage": 0.1}]
+    bad += [{"free_blocks": 46}, {"trend": Trend(1.0, 0.06)}]
+    for one in bad:
+        assert not Report(**(good | one)).is_good, one
 
 
 def test_memory_of_grandchildren_counts() -> None:

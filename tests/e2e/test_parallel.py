@@ -116,6 +116,8 @@ def test_tensor_parallel_and_a_worker_that_dies(
                     victim.kill()
                     start = time.monotonic()
         assert start is not None, "the stream ended before the worker was killed"
+        # stock vLLM's own end of a stream; its next request, too, gets 500, and it exits with 0
+        assert "EngineCore encountered an issue" in str(caught.value)
         print(f"the client read {caught.value!r} after {time.monotonic() - start:.1f} s")
         _, alive = psutil.wait_procs([server, *family], timeout=SECONDS_TO_END)
         print(f"all processes had ended {time.monotonic() - start:.1f} s after the kill")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from tests.e2e.conftest import DOCUMENTS
-from vllm_sepllm.bench.soak import metric
+from vllm_sepllm.bench.soak import metric, metric_of, metrics_page
 from vllm_sepllm.demo.processes import serving
+from vllm_sepllm.policy.separators import separator_ids
 
 pytestmark = pytest.mark.slow
 
@@ -19,15 +21,21 @@ CONFIG = {"sepllm": {"window": 124, "max_separators": 512}}
 
 
 @pytest.fixture(scope="module")
-def base_url(four_layers_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("server") / "server.log"
+
+
+@pytest.fixture(scope="module")
+def base_url(four_layers_path: Path, log: Path) -> Iterator[str]:
     """API server, engine core and worker, each a spawned process."""
     command = ["vllm", "serve", str(four_layers_path), "--served-model-name", "smol"]
     command += ["--attention-backend", "sepllm", "--additional-config", json.dumps(CONFIG)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "32"]
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with serving(command, log, timeout=240) as base_url:
-        yield base_url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_LOG_STATS_INTERVAL", "0.5")
+        with serving(command, log, timeout=240) as base_url:
+            yield base_url
     text = log.read_text()
     assert "sepllm keeps the first 4 tokens, the last 124 and up to 512 separators" in text
 
@@ -164,6 +172,56 @@ def test_a_request_chooses_its_policy(client: OpenAI, documents: list[str]) -> N
         extra = body | ({} if xargs is None else {"vllm_xargs": xargs})
         with pytest.raises(BadRequestError, match="400"):
             client.chat.completions.create(**chat, extra_body=extra)
+
+
+@pytest.mark.compatibility("Metrics on `/metrics`, a line in vLLM's log", "what is kept, exact")
+def test_metrics_show_what_a_request_keeps(
+    base_url: str, client: OpenAI, documents: list[str], four_layers_path: Path, log: Path
+) -> None:
+    """Proves over the processes of a server that /metrics, read while a request runs, tells its
+    logical and kept tokens and saved blocks, after it zero, and counts each spilled separator."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(four_layers_path)
+    prompt = tokenizer(documents[2])["input_ids"]
+    separators = set(separator_ids("extended", tokenizer, len(tokenizer)))
+    is_separator = [token in separators for token in prompt]
+    names = ("logical_tokens", "kept_tokens", "blocks_saved", "checkpoint_blocks")
+    names += ("spilled_separators_total",)
+
+    def read() -> dict[str, float]:
+        page = metrics_page(base_url)
+        return {name: metric_of(page, f"vllm:sepllm_{name}") for name in names}
+
+    def num_far(num_tokens: int) -> int:
+        return sum(is_separator[4 : max(4, num_tokens - 124)])
+
+    before = read()
+    stream = client.completions.create(
+        model="smol",
+        prompt=prompt,
+        temperature=0.0,
+        max_tokens=100,
+        stream=True,
+        extra_body={"ignore_eos": True, "cache_salt": "metrics"},
+    )
+    seen = [read() for _ in stream]
+    running = [found for found in seen if found["logical_tokens"] > len(prompt)]
+    assert running, "no report while the request decoded"
+    for found in running:
+        num_tokens = int(found["logical_tokens"])
+        kept = 4 + 124 + num_far(num_tokens)
+        assert found["kept_tokens"] == kept
+        assert found["blocks_saved"] == -(-num_tokens // 32) - -(-kept // 32)
+    after = read()
+    assert [after[name] for name in names[:3]] == [0, 0, 0]
+    assert after["checkpoint_blocks"] > 0
+    spilled = after["spilled_separators_total"] - before["spilled_separators_total"]
+    # the last token is sampled and not computed
+    assert spilled == num_far(len(prompt) + 99)
+    assert re.search(
+        r"SepLLM: kept [\d.k]+ of [\d.k]+ tokens \(\d+%\), \d+ blocks", log.read_text()
+    )
 
 
 @pytest.mark.compatibility("Requests beyond the length of the model", "HTTP 400, as stock vLLM")

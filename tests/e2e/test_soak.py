@@ -22,4 +22,7 @@ def test_a_server_survives_random_traffic(four_layers_path: Path) -> None:
     report = json.loads(done.stdout.splitlines()[-1])
     assert len(report["sent"]) == 7, "each kind of request"
     assert report["replayed"] >= 15  # a burst is twelve
+    assert report["answered"] >= 2 * report["replayed"] > 0
+    assert report["most_at_once"] >= 12
+    assert (report["lost"], report["free_blocks"]) == (0, report["num_blocks"])
     assert report["near_ties"] <= report["replayed"] / 10

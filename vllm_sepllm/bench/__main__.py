@@ -47,7 +47,8 @@ def kv_bytes(model: str, num_tokens: int, num_layers: int | None, dtype: str) ->
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = num_layers or config.num_hidden_layers
     elements: int = layers * config.num_key_value_heads * head * 2
-    return int(num_tokens * KV_TOKENS_MARGIN) * elements * getattr(torch, dtype).itemsize
+    size: int = getattr(torch, dtype).itemsize
+    return int(num_tokens * KV_TOKENS_MARGIN) * elements * size
 
 
 @contextmanager

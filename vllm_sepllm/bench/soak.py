@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_sepllm.bench.soak_load import (
+    INJECTED,
     MAX_MODEL_LEN,
     MODEL_NAME,
     Client,
@@ -32,6 +33,7 @@ from vllm_sepllm.bench.soak_load import (
     Traffic,
     verdict,
 )
+from vllm_sepllm.bench.soak_memory import MAX_GROWTH, Sample, Trend, descendants_rss_mib, trend
 from vllm_sepllm.demo.processes import serving
 
 START_SECONDS = 300.0
@@ -40,8 +42,6 @@ NUM_SEPARATORS = 64
 # four of the longest requests fit: a + n + s = 320 entries are 10 blocks of 32
 NUM_BLOCKS = 48
 POLICY = {"initial_tokens": 4, "window": 60, "max_separators": 256}
-# of the resident memory half-way; allocators keep some of what a new batch shape needed
-MAX_GROWTH = 0.05
 # field of the report -> vLLM's counter
 COUNTERS = {
     "num_preemptions": "vllm:num_preemptions_total",
@@ -56,21 +56,31 @@ class Report:
     """What a soak run found.
 
     Attributes:
-        sent: kind of request -> number; a burst counts once.
+        sent: kind of request -> number; a burst counts once. Some kinds are faults on purpose
+            (soak_load.INJECTED).
+        requests: sent to the server, replays included.
+        most_at_once: of them in flight together.
+        answered: to their end.
+        lost: whose answer broke off or never came, and which were not meant to.
         replayed: finished answers, each compared with a second one.
         near_ties: replays that part where the best two tokens are closer than float32 noise.
         wrong: replays that differ otherwise.
-        faults: errors where there must be none, missing ones, answers that were lost.
+        faults: errors where there must be none, missing ones, and what was lost, one line each.
         num_preemptions, num_prompt_tokens, num_cached_tokens, num_new_tokens: from /metrics.
         kv_cache_usage: highest of the pauses between rounds, when nothing runs.
-        rss_mib: resident memory of the server's processes after each round.
-        growth: of the last quarter over the second; None with too few rounds to tell.
+        num_blocks, free_blocks: of the pool, and at the end.
+        memory: resident memory of the server's processes after each round.
+        trend: of it; None with too few rounds to tell.
     """
 
     model: str
     versions: dict[str, str]
     minutes: float = 0.0
     sent: dict[str, int] = field(default_factory=dict)
+    requests: int = 0
+    most_at_once: int = 0
+    answered: int = 0
+    lost: int = 0
     replayed: int = 0
     near_ties: int = 0
     wrong: int = 0
@@ -80,60 +90,42 @@ class Report:
     num_cached_tokens: int = 0
     num_new_tokens: int = 0
     kv_cache_usage: float = 0.0
-    rss_mib: list[float] = field(default_factory=list)
-    growth: float | None = None
+    num_blocks: int = 0
+    free_blocks: int = 0
+    memory: list[Sample] = field(default_factory=list)
+    trend: Trend | None = None
 
     @property
     def is_good(self) -> bool:
         """No fault, nothing lost or wrong, every block free, memory level."""
-        is_level = self.growth is None or self.growth <= MAX_GROWTH
-        return not self.faults and not self.wrong and self.kv_cache_usage == 0 and is_level
+        is_level = self.trend is None or self.trend.is_level
+        are_blocks_free = self.kv_cache_usage == 0 and self.free_blocks == self.num_blocks
+        is_whole = not self.faults and not self.lost and not self.wrong
+        return is_whole and are_blocks_free and is_level
 
 
-def metric(base_url: str, name: str) -> float:
-    """A gauge or counter of /metrics, summed over its labels.
-
-    Raises:
-        RuntimeError: if the server has none of that name.
-    """
+def metrics_page(base_url: str) -> str:
+    """What /metrics says."""
     opener = build_opener(ProxyHandler({}))
     with opener.open(base_url.removesuffix("/v1") + "/metrics", timeout=60) as page:
-        text = page.read().decode()
-    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", text, re.MULTILINE)
+        return str(page.read().decode())
+
+
+def metric_of(page: str, name: str) -> float:
+    """A gauge or counter of a page, summed over its labels.
+
+    Raises:
+        RuntimeError: if there is none of that name.
+    """
+    values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE)
     if not values:
         raise RuntimeError(f"/metrics has no {name}")
     return sum(map(float, values))
 
 
-def descendants_rss_mib(root: int) -> float:
-    """Resident memory of all processes below ``root``, from /proc."""
-    parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # the command's name, in brackets, may hold blanks
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended
-                continue
-            parents[int(entry.name)], pages[int(entry.name)] = int(fields[1]), int(fields[21])
-    total = 0
-    for pid in parents:
-        ancestor = parents[pid]
-        while ancestor in parents and ancestor != root:
-            ancestor = parents[ancestor]
-        total += pages[pid] if ancestor == root else 0
-    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def growth(samples: list[float]) -> float | None:
-    """How much the last quarter lies above the second, as a share of the second."""
-    if len(samples) < 8:
-        return None
-    quarter = len(samples) // 4
-    before = sorted(samples[quarter : 2 * quarter])[quarter // 2]
-    after = sorted(samples[-quarter:])[quarter // 2]
-    return after / before - 1
+def metric(base_url: str, name: str) -> float:
+    """A gauge or counter as it is now."""
+    return metric_of(metrics_page(base_url), name)
 
 
 async def run(
@@ -142,22 +134,30 @@ async def run(
     """Rounds of traffic and replays for about ``seconds``; fills ``report``."""
     client = Client(base_url)
     traffic = Traffic(client, vocab_size, separators, seed)
-    end = time.monotonic() + seconds
+    start = time.monotonic()
+    end = start + seconds
     while (left := end - time.monotonic()) > 0:
         await traffic.run(min(ROUND_SECONDS, left / 2))
         await _check_idle(base_url, report)
         await _replay(client, traffic, report)
         await _check_idle(base_url, report)
-        report.rss_mib.append(round(descendants_rss_mib(os.getpid()), 1))
+        minutes = (time.monotonic() - start) / 60
+        report.memory.append(Sample(round(minutes, 2), round(descendants_rss_mib(os.getpid()), 1)))
         print(
             f"  {max(0.0, end - time.monotonic()):.0f} s left, {report.replayed} replayed, "
             f"{len(report.faults) + len(traffic.tally.faults)} faults, {report.wrong} wrong, "
-            f"{report.rss_mib[-1]:.0f} MiB",
+            f"{report.memory[-1].mib:.0f} MiB",
             flush=True,
         )
     await client.close()
     report.sent = dict(sorted(traffic.tally.sent.items()))
     report.faults += traffic.tally.faults
+    report.lost += traffic.tally.lost
+    report.requests, report.answered = client.num_sent, client.num_answered
+    report.most_at_once = client.most_at_once
+    report.num_blocks = NUM_BLOCKS - 1  # vLLM never gives out its first one
+    used = metric(base_url, "vllm:kv_cache_usage_perc")
+    report.free_blocks = round(report.num_blocks * (1 - used))
 
 
 async def _replay(client: Client, traffic: Traffic, report: Report) -> None:
@@ -166,6 +166,7 @@ async def _replay(client: Client, traffic: Traffic, report: Report) -> None:
         try:
             again = await client.ask(request, salt=client.fresh_salt())
         except (ServerFault, httpx.HTTPError) as error:
+            report.lost += 1
             report.faults.append(f"replay: {type(error).__name__} {error}")
             continue
         found = verdict(answer, again)
@@ -220,7 +221,7 @@ def soak(model: Path, minutes: float, seed: int) -> Report:
         except OSError as error:  # /metrics does not answer
             report.faults.append(f"the server is gone: {error}")
         report.minutes = round((time.monotonic() - start) / 60, 2)
-    report.growth = growth(report.rss_mib)
+    report.trend = trend(report.memory)
     return report
 
 
@@ -232,19 +233,28 @@ def render(report: Report) -> Table:
     table.add_column("what")
     table.add_column("found", justify="right")
     for kind, number in report.sent.items():
-        table.add_row(f"sent: {kind}", str(number))
-    for name in ("replayed", "near_ties", "wrong", *COUNTERS):
+        table.add_row(f"{'injected' if kind in INJECTED else 'sent'}: {kind}", str(number))
+    for name in ("requests", "most_at_once", "answered", "replayed", "near_ties", *COUNTERS):
         table.add_row(name.removeprefix("num_").replace("_", " "), str(getattr(report, name)))
-    table.add_row("faults and losses", str(len(report.faults)))
-    table.add_row("KV cache in use at rest", f"{report.kv_cache_usage:.2%}")
-    if report.rss_mib:
-        table.add_row(
-            "server's memory, first and last round",
-            f"{report.rss_mib[0]:.0f}, {report.rss_mib[-1]:.0f} MiB",
-        )
-    grown = "too few rounds" if report.growth is None else f"{report.growth:+.1%}"
-    table.add_row("growth, last quarter over second", grown)
+    table.add_section()
+    table.add_row("lost", str(report.lost))
+    table.add_row("wrong", str(report.wrong))
+    table.add_row("other faults", str(len(report.faults) - report.lost))
+    table.add_row("most of the KV cache in use at rest", f"{report.kv_cache_usage:.2%}")
+    table.add_row("blocks free at the end", f"{report.free_blocks} of {report.num_blocks}")
+    if report.memory:
+        first, last = report.memory[0].mib, report.memory[-1].mib
+        table.add_row("server's memory, first and last round", f"{first:.0f}, {last:.0f} MiB")
+    table.add_row("its trend after the warm-up", _trend_text(report.trend))
     return table
+
+
+def _trend_text(found: Trend | None) -> str:
+    if found is None:
+        return "too few rounds"
+    return (
+        f"{found.mib_per_minute:+.2f} MiB a minute, {found.growth:+.1%} (at most {MAX_GROWTH:.0%})"
+    )
 
 
 def main() -> None:

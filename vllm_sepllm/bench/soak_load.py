@@ -14,12 +14,28 @@ import httpx
 MODEL_NAME = "soak"
 MAX_MODEL_LEN = 2048
 MAX_NEW_TOKENS = 48
+# of a prompt with full attention: more does not fit into the pool (soak.NUM_BLOCKS), even alone
+MAX_FULL_TOKENS = 1400
 NUM_PEERS = 6
 BURST = 12
 ANSWER_SECONDS = 240
 # between batches of other sizes float32 sums differ by less than 1e-4 in a log-probability
 TOLERANCE = 1e-3
 SEPARATOR_SHARE = 0.15
+# kinds of requests that are faults on purpose: of clients, or more than the server can hold
+INJECTED = (
+    "disconnect in mid-answer",
+    "abort before the first token",
+    "invalid",
+    "burst beyond the pool",
+)
+# what requests say of their own policy (vllm_xargs), each as often
+REQUEST_POLICIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"sepllm_window": 24},
+    {"sepllm_window": 500},
+    {"sepllm": False},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +44,7 @@ class Request:
 
     prompt: tuple[int, ...]
     max_tokens: int
+    policy: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -62,6 +79,8 @@ class Client:
         self._http = httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS, limits=limits)
         self._url = f"{base_url}/completions"
         self._salt = 0
+        self._num_open = 0
+        self.num_sent = self.num_answered = self.most_at_once = 0
 
     async def close(self) -> None:
         """Close every connection."""
@@ -90,8 +109,24 @@ class Client:
             "return_tokens_as_token_ids": True,
             "stream": True,
         }
+        if request.policy:
+            body["vllm_xargs"] = request.policy
         if salt is not None:
             body["cache_salt"] = salt
+        self.num_sent += 1
+        self._num_open += 1
+        self.most_at_once = max(self.most_at_once, self._num_open)
+        try:
+            answer = await self._stream(body, stop_after)
+        finally:
+            self._num_open -= 1
+        if len(answer.tokens) == request.max_tokens:
+            self.num_answered += 1
+        elif stop_after is None:
+            raise ServerFault(f"{len(answer.tokens)} tokens instead of {request.max_tokens}")
+        return answer
+
+    async def _stream(self, body: dict[str, Any], stop_after: int | None) -> Answer:
         answer = Answer()
         async with self._http.stream("POST", self._url, json=body) as response:
             if response.status_code != 200:
@@ -102,12 +137,11 @@ class Client:
                     _add(answer, json.loads(line.removeprefix("data: ")))
                 if stop_after is not None and len(answer.tokens) >= stop_after:
                     return answer
-        if len(answer.tokens) != request.max_tokens:
-            raise ServerFault(f"{len(answer.tokens)} tokens instead of {request.max_tokens}")
         return answer
 
     async def is_refused(self, content: bytes) -> bool:
         """Whether a wrong body gets a 4xx."""
+        self.num_sent += 1
         headers = {"content-type": "application/json"}
         response = await self._http.post(self._url, content=content, headers=headers)
         return 400 <= response.status_code < 500
@@ -129,11 +163,13 @@ class Tally:
     Attributes:
         sent: kind of request -> number.
         finished: answers that are not checked yet.
+        lost: requests that had to be answered and were not.
         faults: what the server must not do, one line each.
     """
 
     sent: Counter[str] = field(default_factory=Counter)
     finished: list[tuple[Request, Answer]] = field(default_factory=list)
+    lost: int = 0
     faults: list[str] = field(default_factory=list)
 
 
@@ -184,6 +220,7 @@ class Traffic:
         try:
             await action
         except (ServerFault, httpx.HTTPError, json.JSONDecodeError) as error:
+            self.tally.lost += 1
             self.tally.faults.append(f"{kind}: {type(error).__name__} {error}")
 
     # ------------------------------------------------------------------ prompts
@@ -199,7 +236,10 @@ class Traffic:
 
     def _request(self, prompt: tuple[int, ...]) -> Request:
         self._earlier = [*self._earlier[-20:], prompt]
-        return Request(prompt, self._random.randint(1, MAX_NEW_TOKENS))
+        policy = self._random.choice(REQUEST_POLICIES)
+        if policy.get("sepllm") is False and len(prompt) > MAX_FULL_TOKENS:
+            policy = {}
+        return Request(prompt, self._random.randint(1, MAX_NEW_TOKENS), policy)
 
     def _length(self) -> int:
         """Short and long ones alike: uniform in the exponent."""
@@ -257,6 +297,10 @@ class Traffic:
                 {"prompt": prompt * MAX_MODEL_LEN},
                 {"min_tokens": 9, "max_tokens": 8},
                 {"stream": "perhaps"},
+                {"vllm_xargs": {"sepllm_window": 3}},
+                {"vllm_xargs": {"sepllm": "no"}},
+                {"vllm_xargs": {"sepllm_windows": 64}},
+                {"vllm_xargs": {"sepllm": False}, "prompt": prompt * 80},
             ]
         )
         body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 4, "temperature": 0.0}

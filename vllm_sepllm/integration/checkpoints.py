@@ -13,6 +13,9 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 
+from vllm_sepllm.integration.named_blocks import NamedBlocks
+from vllm_sepllm.integration.request_separators import salt_of
+
 # 64 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
 _MAX_SEEN = 1 << 17
 
@@ -57,6 +60,7 @@ class CheckpointRegistry:
         self._by_hash: dict[BlockHash, list[Checkpoint]] = {}
         self._num_added = 0
         self._numbers = count()
+        self.named_blocks = NamedBlocks()
         self._seen: OrderedDict[BlockHash, None] = OrderedDict()
 
     def find(
@@ -102,7 +106,9 @@ class CheckpointRegistry:
     ) -> None:
         """Remember a checkpoint; its blocks get keys and may be freed afterwards."""
         keyed = {
-            group_id: tuple((block, self._key(block, group_id, position)) for block in blocks)
+            group_id: tuple(
+                (block, self._key(block, group_id, position, block_hash)) for block in blocks
+            )
             for group_id, blocks in state.items()
         }
         self._by_hash.setdefault(block_hash, []).append(Checkpoint(position, rest, keyed))
@@ -112,13 +118,16 @@ class CheckpointRegistry:
             for known in list(self._by_hash):
                 self._whole(known)
 
-    def _key(self, block: KVCacheBlock, group_id: int, position: int) -> BlockHashWithGroupId:
+    def _key(
+        self, block: KVCacheBlock, group_id: int, position: int, block_hash: BlockHash
+    ) -> BlockHashWithGroupId:
         """The block's key in vLLM's map of cached blocks, given now if it has none."""
         if block.block_hash is None:
             # content is found through checkpoints, so a number that never repeats will do
             name = BlockHash(b"sepllm" + next(self._numbers).to_bytes(26, "big"))
             key = make_block_hash_with_group_id(name, group_id)
             self._pool._insert_block_hash(key, block, num_tokens=position)
+            self.named_blocks.add(block, salt_of(block_hash))
         assert block.block_hash is not None
         return block.block_hash
 

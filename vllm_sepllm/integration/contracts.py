@@ -8,6 +8,7 @@ from vllm_sepllm.integration.contract import Contract, fields
 from vllm_sepllm.integration.contracts_caching import CACHING
 from vllm_sepllm.integration.contracts_cpu import CPU
 from vllm_sepllm.integration.contracts_gpu import GPU
+from vllm_sepllm.integration.contracts_metrics import METRICS
 from vllm_sepllm.integration.contracts_requests import REQUESTS
 from vllm_sepllm.integration.contracts_trained import TRAINED
 
@@ -241,4 +242,5 @@ CONTRACTS = (
     *ATTENTION,
     *CPU,
     *GPU,
+    *METRICS,
 )

@@ -54,12 +54,17 @@ def _create_engine_config(
         vllm_config = original(engine_args, *args, **kwargs)
     refusals.check_vllm_config(vllm_config)
     apply_selection(vllm_config)
-    # not at the top: the API server's half of vLLM, which nobody needs who did not select sepllm
-    from vllm_sepllm.integration import request_bodies, request_choices
+    _install_in_front_end()
+    return vllm_config
+
+
+def _install_in_front_end() -> None:
+    # not at the top: the API server's half of vLLM takes seconds to import, and no worker needs it
+    from vllm_sepllm.integration import request_bodies, request_choices, stat_logger
 
     request_choices.install()
     request_bodies.install()
-    return vllm_config
+    stat_logger.install()
 
 
 def _is_selected(engine_args: EngineArgs) -> bool:

@@ -16,6 +16,7 @@ from vllm_sepllm.policy.visibility import Policy
 if TYPE_CHECKING:
     from vllm_sepllm.integration.prefix_cache import PrefixCache
     from vllm_sepllm.integration.request_separators import RequestSeparators
+    from vllm_sepllm.integration.usage import KvUsage
 
 
 class SepLLMManager(SingleTypeKVCacheManager):
@@ -36,6 +37,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self.policy = kv_cache_spec.policy  # type: ignore[attr-defined]  # a SepLLMSpec
         # of several groups, the one that speaks for all
         self._is_first = True
+        # whom that one tells who starts from a prefix and who leaves; None: nobody asked
+        self.usage: KvUsage | None = None
         # request -> block indices of its hit that must become its own
         self._to_copy: dict[str, list[int]] = {}
         # blocks that others may find and that this step overwrites, with their keys
@@ -165,6 +168,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         # vLLM's mark of a request that is past its lookup
         self.num_cached_block[request_id] = len(blocks)
         self._to_copy[request_id] = self.written_blocks(request_id, num_local_computed_tokens)
+        if self.usage is not None:
+            self.usage.request_starts(request_id, num_local_computed_tokens)
 
     def _copy_hit_blocks(self, request_id: str) -> list[KVCacheBlock]:
         """Replace the blocks the request will write by copies, made before the step's forward."""
@@ -246,6 +251,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         """See the base class; the state of a request that ends is kept."""
         if self._is_first:
             self._cache.request_leaves(request_id)
+        if self.usage is not None:
+            self.usage.request_leaves(request_id)
         self._to_copy.pop(request_id, None)
         self._separators.staged.pop(request_id, None)
         self._same_blocks.pop(request_id, None)

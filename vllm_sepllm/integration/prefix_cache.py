@@ -16,6 +16,7 @@ from vllm.v1.request import Request
 from vllm_sepllm.integration.checkpoints import CheckpointRegistry
 from vllm_sepllm.integration.dense_prefixes import DensePrefixes
 from vllm_sepllm.integration.standing_checkpoints import StandingCheckpoints
+from vllm_sepllm.integration.usage import KvUsage
 from vllm_sepllm.policy import checkpoint
 from vllm_sepllm.policy.plan import PlannedSnapshot
 from vllm_sepllm.policy.visibility import Policy
@@ -67,6 +68,11 @@ class PrefixCache:
         engine = self._separators.policy.num_dense
         wanted = self._interval * max(policy.num_dense, engine)
         return -(-wanted // (engine * self._unit)) * self._unit
+
+    def watch(self, max_model_len: int) -> KvUsage:
+        """Follow what requests and checkpoints hold from now on."""
+        named_blocks = self._registry.named_blocks
+        return KvUsage(self._managers, self._separators, named_blocks, max_model_len)
 
     # ------------------------------------------------------------------ a new request
 

@@ -14,6 +14,11 @@ from vllm_sepllm.policy.staging import Commit, Staged, propose
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 
+def salt_of(salted: BlockHash) -> bytes:
+    """The policy in a hash of :meth:`RequestSeparators.salted`."""
+    return salted[: sha256().digest_size]
+
+
 class RequestSeparators:
     """Request id -> its separators, read from the scheduler's own requests."""
 

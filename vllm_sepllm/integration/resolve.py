@@ -54,6 +54,11 @@ def apply_selection(vllm_config: VllmConfig) -> None:
     _log(given, resolved, vllm_config)
 
 
+def has_our_scheduler(vllm_config: VllmConfig) -> bool:
+    """Whether :func:`apply_selection` completed it."""
+    return vllm_config.scheduler_config.scheduler_cls in (_SCHEDULER, _ASYNC_SCHEDULER)
+
+
 def _separator_ids(config: SepLLMConfig, model_config: ModelConfig) -> tuple[int, ...]:
     """What ``separators`` means for the model's tokenizer."""
     # None with skip_tokenizer_init, which does for a list of token ids

@@ -6,12 +6,18 @@ Nothing flows back from the workers: what is kept depends on token ids and posit
 from functools import partial
 from typing import Any
 
+from vllm.compilation.cuda_graph import CUDAGraphStat
+from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.perf import PerfStats
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, StreamingUpdate
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration import request_choices
@@ -59,6 +65,23 @@ class _SepLLMMixin(Scheduler):
             self._prefix_cache.interval_of,
             max_proposed(self.vllm_config),
         )
+        self._usage = self._prefix_cache.watch(self.max_model_len) if self.log_stats else None
+
+    def make_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None = None,
+        kv_connector_stats: KVConnectorStats | None = None,
+        cudagraph_stats: CUDAGraphStat | None = None,
+        perf_stats: PerfStats | None = None,
+        ec_connector_stats: ECConnectorStats | None = None,
+    ) -> SchedulerStats | None:
+        """vLLM's statistics of a step and what we report beside them; None if switched off."""
+        stats: SchedulerStats | None = super().make_stats(
+            spec_decoding_stats, kv_connector_stats, cudagraph_stats, perf_stats, ec_connector_stats
+        )
+        if stats is not None and self._usage is not None:
+            self._usage.report_to(stats)
+        return stats
 
     def add_request(self, request: Request) -> None:
         """See vLLM's Scheduler.add_request; a request may choose its own policy."""

@@ -1,0 +1,54 @@
+"""The metrics' numbers on their way from the scheduler to the process that has vLLM's loggers."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from vllm.v1.metrics.stats import SchedulerStats
+
+_MARK = "sepllm "
+
+
+@dataclass(slots=True)
+class PolicyUsage:
+    """The numbers of the requests of one policy.
+
+    Attributes:
+        logical_tokens: computed tokens of the requests that hold blocks; full attention would
+            hold each.
+        kept_tokens: how many of them are held.
+        blocks_saved: KV blocks that the former would fill beyond those of the latter.
+        spilled_separators: that have left a window since the last report.
+        checkpoint_blocks: blocks of the pool that only checkpoints lead to.
+    """
+
+    logical_tokens: int = 0
+    kept_tokens: int = 0
+    blocks_saved: int = 0
+    spilled_separators: int = 0
+    checkpoint_blocks: int = 0
+
+
+Report = Mapping[str, PolicyUsage]  # the window, or what else names a policy -> its numbers
+
+
+def attach_report(stats: SchedulerStats, report: Report) -> None:
+    """Send a report with ``stats``.
+
+    SchedulerStats has no field for plugins, and its encoding drops what it does not know. Of its
+    fields of free content this is the one where vLLM's own loggers pass over a stranger: a stage
+    that they do not know, without a request in it. So nothing breaks where nobody takes it out.
+    """
+    numbers = {label: asdict(found) for label, found in report.items()}
+    stats.num_kv_fetch_reqs_by_stage[_MARK + json.dumps(numbers)] = 0
+
+
+def take_report(stats: SchedulerStats) -> Report | None:
+    """Take the report out of ``stats``, if there is one."""
+    stages = stats.num_kv_fetch_reqs_by_stage
+    for stage in stages:
+        if stage.startswith(_MARK):
+            del stages[stage]
+            numbers = json.loads(stage.removeprefix(_MARK))
+            return {label: PolicyUsage(**found) for label, found in numbers.items()}
+    return None

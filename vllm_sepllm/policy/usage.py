@@ -1,0 +1,45 @@
+"""What is kept of what full attention would hold, added up over requests: the metrics' numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_sepllm.policy.decode import compact_lengths
+from vllm_sepllm.policy.visibility import IntArray, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Sums over requests of one policy.
+
+    Attributes:
+        logical_tokens: computed tokens; full attention would hold each.
+        kept_tokens: compact lengths.
+        blocks_saved: KV blocks that the former would fill beyond those of the latter.
+    """
+
+    logical_tokens: int
+    kept_tokens: int
+    blocks_saved: int
+
+
+def label(policy: Policy, max_model_len: int) -> str:
+    """The policy for people: its window, or ``full`` where no token ever leaves it."""
+    return "full" if policy.window >= max_model_len else str(policy.window)
+
+
+def usage(
+    policy: Policy, num_tokens: IntArray, num_spilled: IntArray, block_sizes: Sequence[int]
+) -> Usage:
+    """The sums.
+
+    Args:
+        policy: a, n and s.
+        num_tokens: [num_requests], computed tokens of each.
+        num_spilled: [num_requests], separators that left the window in them.
+        block_sizes: tokens of a block, for each KV cache group with this policy.
+    """
+    kept = compact_lengths(policy, num_tokens, num_spilled, np.zeros(len(num_tokens), np.bool_))
+    saved = sum(int((-(-num_tokens // size) + -kept // size).sum()) for size in block_sizes)
+    return Usage(int(num_tokens.sum()), int(kept.sum()), saved)
