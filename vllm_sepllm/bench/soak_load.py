@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from vllm_sepllm.bench.soak_invalid import wrong_fields
+
 MODEL_NAME = "soak"
 MAX_MODEL_LEN = 2048
 MAX_NEW_TOKENS = 48
@@ -285,24 +287,7 @@ class Traffic:
 
     async def _invalid(self) -> None:
         prompt = list(self._tokens(20))
-        wrong: dict[str, Any] = self._random.choice(
-            [
-                {"max_tokens": -1},
-                {"temperature": -1.0},
-                {"top_p": 2.0},
-                {"n": 0},
-                {"model": "no-such-model"},
-                {"prompt": {"text": 1}},
-                {"prompt": [self._vocab_size + 10**6]},
-                {"prompt": prompt * MAX_MODEL_LEN},
-                {"min_tokens": 9, "max_tokens": 8},
-                {"stream": "perhaps"},
-                {"vllm_xargs": {"sepllm_window": 3}},
-                {"vllm_xargs": {"sepllm": "no"}},
-                {"vllm_xargs": {"sepllm_windows": 64}},
-                {"vllm_xargs": {"sepllm": False}, "prompt": prompt * 80},
-            ]
-        )
+        wrong = self._random.choice(wrong_fields(prompt, self._vocab_size, MAX_MODEL_LEN))
         body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 4, "temperature": 0.0}
         content = json.dumps(body | wrong).encode()
         if self._random.random() < 0.1:
