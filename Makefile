@@ -14,7 +14,7 @@ MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-sepllm/SmolLM2-135M-Instruc
 BIN := $(VENV)/bin
 READY := $(VENV)/.vllm-sepllm-ready
 # two processes of one thread: an engine of a small model keeps no more than one core busy
-PYTEST := $(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env model demo test test-quick test-slow lint format clean
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/ does what it says.
+"""Every code block of README.md and docs/ does what it says, and every file it names exists.
 
 Python runs (an engine's programs are compiled), JSON is a valid configuration, and each command
 line is one that the program would take.
@@ -24,6 +24,8 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 # not ours: nothing to check them with
 FOREIGN = {"ray", "pip", "git", "cd", "curl", "docker", "unzip"}
+# where documents count paths from, beside the root
+FOLDERS = (".", "docs", "examples", "vllm_sepllm")
 KINDS = {"python", "json", "text", "html", "yaml", "", "sh", "bash"}
 
 
@@ -89,13 +91,24 @@ def check_command(words: list[str]) -> None:
         assert arguments[0] in ("serve", "bench")
         check_additional_config(arguments)
     elif program == "pytest" or arguments[:2] == ["-m", "pytest"]:
-        for path in (a.partition("::")[0] for a in arguments if a.endswith(".py")):
-            assert (ROOT / path).exists(), path
+        for path in arguments:
+            if "/" in path or ".py" in path:
+                check_path(path)
     elif program.startswith("python"):
         check_python(arguments)
     else:
         path = words[0]
         assert (ROOT / path).exists(), f"unknown command {path}: teach tests/test_docs.py"
+
+
+def check_path(path: str, *folders: str) -> None:
+    """``FILE``, ``FOLDER/``, ``FILE::TEST`` or a pattern, from the root or one of ``folders``."""
+    name, _, test = path.partition("::")
+    found = [file for folder in (".", *folders) for file in (ROOT / folder).glob(name.rstrip("/"))]
+    assert found, f"{path} does not exist"
+    if test:
+        function = test.partition("[")[0]
+        assert f"def {function}(" in found[0].read_text("utf-8"), f"{path} does not exist"
 
 
 def check_python(arguments: list[str]) -> None:
@@ -164,10 +177,28 @@ def test_inline_settings_and_commands(document: Path) -> None:
     text = _FENCE.sub("", document.read_text("utf-8"))
     for code in re.findall(r"`([^`\n]+)`", text):
         words = code.split()
-        if "--additional-config '" in code and "..." not in code:
+        if "..." in code:
+            continue
+        if "--additional-config '" in code:
             check_additional_config(shlex.split(code))
-        elif (words[0] == "make" and len(words) > 1 and words[1].islower()) or words[0] == "pytest":
+        elif (
+            (words[0] == "make" and len(words) > 1 and words[1].islower())
+            or words[0] == "pytest"
+            or words[:2] == ["python", "-m"]
+            or (words[0] == "vllm-sepllm" and len(words) > 2)
+        ):
             check_command(shlex.split(code))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_files_that_are_named_exist(document: Path) -> None:
+    """Paths that begin with something of ours, and every source file."""
+    tops = {path.name for folder in FOLDERS for path in (ROOT / folder).iterdir()}
+    for code in re.findall(r"`([^`\n]+)`", _FENCE.sub("", document.read_text("utf-8"))):
+        for word in code.split():
+            is_path = re.fullmatch(r"[\w.*-]+/[\w./*-]*(::[\w\[\] -]+)?", word)
+            if is_path and (word.partition("/")[0] in tops or word.endswith((".py", ".md", ".sh"))):
+                check_path(word, *FOLDERS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
@@ -188,6 +219,8 @@ def test_the_readme_is_short() -> None:
         ("vllm-sepllm plan MODEL --kv-memory much", typer.BadParameter),
         ('vllm serve M --additional-config \'{"sepllm": {"windows": 1}}\'', ValueError),
         ("pytest tests/no_such_test.py", AssertionError),
+        ("pytest -m slow tests/no_such_folder/", AssertionError),
+        ("pytest tests/test_docs.py::test_no_such_thing", AssertionError),
         ("python -m vllm_sepllm.no_such_module", AssertionError),
         ("no-such-program", AssertionError),
     ],

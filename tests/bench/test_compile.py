@@ -10,6 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+# what ``python -m vllm_sepllm.bench.compile --json`` printed; written again after a kernel changed
+RECORD = Path(__file__).with_name("compiled.jsonl")
 TENSOR_CORE = {
     "sm_80": "mma.sync",
     "sm_90": "wgmma.mma_async",
@@ -40,15 +42,37 @@ def test_main_variants_use_tensor_cores_and_spill_nothing() -> None:
     rows = compile_table(*(argument for name in names for argument in ("--variant", name)))
     assert len(rows) == len(names) * len(TENSOR_CORE)
     check(rows)
+    recorded = {row["key"]: row for row in recorded_rows()}
+    for row in rows:
+        assert row == recorded.get(row["key"], row), "the record is not what the compiler says"
 
 
 @pytest.mark.slow
 def test_every_variant_uses_tensor_cores_and_spills_nothing() -> None:
+    """Proves it for all variants and targets. Triton's hash of a compilation covers sources,
+    options and compiler: with the same hash the recorded result is the result, and the five
+    minutes of compiling are spent on what differs alone.
+    """
     from vllm_sepllm.bench.compile import VARIANTS
 
-    rows = compile_table()
+    rows = compile_table("--known", str(RECORD))
     assert len(rows) == len(VARIANTS) * len(TENSOR_CORE)
     check(rows)
+    num_known = sum(row in recorded_rows() for row in rows)
+    print(f"{num_known} of {len(rows)} compilations are as recorded")
+
+
+def test_a_changed_compilation_is_not_taken_from_the_record(tmp_path: Path) -> None:
+    (row,) = compile_table("--variant", "blocks of 16", "--target", "sm_90")
+    wrong = row | {"spill_bytes": 1}
+    stale = tmp_path / "stale.jsonl"
+    stale.write_text(json.dumps(wrong | {"key": "of another source"}) + "\n")
+    arguments = ("--variant", "blocks of 16", "--target", "sm_90", "--known", str(stale))
+    assert compile_table(*arguments) == [row]
+
+
+def recorded_rows() -> list[dict]:
+    return [json.loads(line) for line in RECORD.read_text().splitlines()]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")

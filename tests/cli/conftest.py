@@ -31,18 +31,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tokenizers
     import transformers
 
+    from tests.integration.tiny_models import llama_config
+
     folder = tmp_path_factory.mktemp("tiny")
-    transformers.LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)
+    config = llama_config(vocab_size=320, num_hidden_layers=4, head_dim=None, dtype="bfloat16")
+    config.save_pretrained(folder)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     level = tokenizers.pre_tokenizers.ByteLevel
     backend.pre_tokenizer = level(add_prefix_space=False)

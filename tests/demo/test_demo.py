@@ -8,13 +8,14 @@ import pytest
 from vllm_sepllm.demo.offline import BLOCK_SIZE, Result
 from vllm_sepllm.demo.processes import run_in_process
 
-# three documents of about 1,500 tokens instead of six of 6,700
+# three documents of about 1,000 tokens instead of six of 6,700, and shorter answers
 SHORTER = """
 import sys
 from vllm_sepllm.demo import corpus, offline
 
 titles = ["glow-worm", "redwoods", "revere"]
-offline.documents = lambda: {title: corpus.documents()[title][:6000] for title in titles}
+offline.documents = lambda: {title: corpus.documents()[title][:4000] for title in titles}
+offline.MAX_ANSWER_TOKENS = 16
 offline.main()
 """
 

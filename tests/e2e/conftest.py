@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.tiny_models import llama_config
+
 DOCUMENTS = Path(__file__).resolve().parents[2] / "vllm_sepllm" / "demo" / "documents"
 
 
@@ -27,22 +29,16 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     Long contexts are allowed, and one token of KV is 512 bytes in float32.
     """
-    from transformers import LlamaConfig
-
     path = tmp_path_factory.mktemp("tiny")
     vocab_size = json.loads((smollm2_path / "config.json").read_text())["vocab_size"]
-    config = LlamaConfig(
+    config = llama_config(
         vocab_size=vocab_size,
         hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
         num_attention_heads=1,
         num_key_value_heads=1,
-        head_dim=32,
         max_position_embeddings=65536,
         tie_word_embeddings=True,
     )
-    config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).write_bytes((smollm2_path / name).read_bytes())

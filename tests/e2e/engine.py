@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
+
+# float32: other batch sizes and chunks sum in another order
+TOLERANCE = 1e-4
 # the engine and its worker share the test's process
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -38,6 +42,13 @@ class Watch:
     max_decoding: int = 0
     num_preemptions: int = 0
     _preempted: dict[str, int] = field(default_factory=dict)
+
+
+def assert_same(answers: Sequence[Answer], others: Sequence[Answer]) -> None:
+    """Same tokens, and log-probabilities within TOLERANCE."""
+    for answer, other in zip(answers, others, strict=True):
+        assert answer.token_ids == other.token_ids
+        assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
 class Engine:

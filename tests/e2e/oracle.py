@@ -58,8 +58,10 @@ def load_model(path: Path) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def log_probabilities(path: Path, token_ids: Sequence[int], rule: Rule | None) -> torch.Tensor:
-    """What the model thinks of every next token: [num_tokens, vocab_size] float32.
+def log_probabilities(
+    path: Path, token_ids: Sequence[int], rule: Rule | None, first: int = 0
+) -> torch.Tensor:
+    """What the model thinks after each token from ``first`` on: [num_tokens, vocab_size] float32.
 
     ``rule`` None is full attention. Sliding-window layers keep their window under any rule.
     """
@@ -81,7 +83,7 @@ def log_probabilities(path: Path, token_ids: Sequence[int], rule: Rule | None) -
             )
         )
     try:
-        logits = model(ids, use_cache=False).logits[0]
+        logits = model(ids, use_cache=False, logits_to_keep=len(token_ids) - first).logits[0]
     finally:
         for handle in handles:
             handle.remove()

@@ -1,6 +1,5 @@
 """Every kind of attention that a model can have, as a tiny random model, against the oracle."""
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 from tests.e2e.engine import engine
 from tests.e2e.test_oracle import differences, rule_of
-from tests.integration.tiny_models import SEPARATORS, write_weights
+from tests.integration.tiny_models import SEPARATORS, random_prompts, write_weights
 
 pytestmark = pytest.mark.slow
 
@@ -42,12 +41,6 @@ KINDS = {
     "gpt-neox": (2, "GPT-NeoX"),
     "gpt-oss": (1, "GPT-OSS: attention sinks, sliding and full layers, experts"),
 }
-
-
-def random_prompts(*lengths: int) -> list[list[int]]:
-    """Several times the window; about one token in forty is a separator."""
-    numbers = random.Random(0)
-    return [[numbers.randrange(2, 128) for _ in range(length)] for length in lengths]
 
 
 @contextmanager

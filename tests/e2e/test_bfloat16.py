@@ -31,7 +31,7 @@ def test_bfloat16_error_is_that_of_stock_vllm(
     smollm2_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
     """Proves error(sepllm, bf16) <= 1.5 error(stock, bf16), each against its float32 oracle."""
-    prompts = [excerpt(0, 1200), excerpt(9000, 1000)]
+    prompts = [excerpt(0, 700), excerpt(9000, 500)]
 
     def run(**arguments: Any) -> tuple[list[list[float]], Rule | None]:
         with engine(smollm2_path, dtype="bfloat16", block_size=32, **arguments) as made:

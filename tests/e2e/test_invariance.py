@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engine import Answer, Watch, engine
+from tests.e2e.engine import Watch, assert_same, engine
 
 pytestmark = pytest.mark.slow
 
@@ -14,15 +14,6 @@ SEPLLM = {
     "attention_backend": "sepllm",
     "additional_config": {"sepllm": {"window": 64, "max_separators": 60}},
 }
-# float32: other batch sizes and chunks sum in another order
-TOLERANCE = 1e-4
-
-
-def assert_same(answers: list[Answer], others: list[Answer]) -> None:
-    assert len(answers) == len(others)
-    for answer, other in zip(answers, others, strict=True):
-        assert answer.token_ids == other.token_ids
-        assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
 @pytest.mark.compatibility("Preemption, batching, chunked prefill", "do not show in any answer")

@@ -27,7 +27,7 @@ class Case:
     max_num_batched_tokens: int
     block_size: int = 32
     all_layers: bool = False
-    prompt_lengths: tuple[int, ...] = (500, 57, 1250, 3000)
+    prompt_lengths: tuple[int, ...] = (500, 57, 1250, 2200)
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -96,7 +96,7 @@ def differences(
     num_other, largest = 0, 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = prompt + answer.token_ids
-        logprobs = log_probabilities(path, tokens[:-1], rule)[len(prompt) - 1 :]
+        logprobs = log_probabilities(path, tokens[:-1], rule, len(prompt) - 1)
         chosen = torch.tensor(answer.token_ids)
         num_other += int((logprobs.argmax(dim=-1) != chosen).sum())
         own = logprobs[torch.arange(len(chosen)), chosen]

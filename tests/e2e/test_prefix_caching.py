@@ -8,21 +8,13 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import Answer, Engine, Watch, engine
+from tests.e2e.engine import Engine, Watch, assert_same, engine
 
 pytestmark = pytest.mark.slow
-
-TOLERANCE = 1e-4  # float32; other chunks sum in another order
 
 
 def sepllm(**config: Any) -> dict[str, Any]:
     return {"attention_backend": "sepllm", "additional_config": {"sepllm": config}}
-
-
-def assert_same(answers: list[Answer], others: list[Answer]) -> None:
-    for answer, other in zip(answers, others, strict=True):
-        assert answer.token_ids == other.token_ids
-        assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
 
 def workload(

@@ -1,6 +1,5 @@
 """Checkpoints that were trained with SepLLM, in the authors' format, in real vLLM."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 from tests.e2e.engine import engine
 from tests.e2e.oracle import Rule
 from tests.e2e.test_oracle import TOLERANCE, differences
+from tests.integration.tiny_models import random_prompts
 from tests.integration.trained_checkpoint import SEPARATORS, write_trained
 from tests.policy.test_trained import BY_LAYER
 
@@ -34,9 +34,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], Rule]] = {
 
 
 def prompts() -> list[list[int]]:
-    """Far beyond the window; one token in forty is a separator."""
-    numbers = random.Random(0)
-    return [[numbers.randrange(2, 128) for _ in range(length)] for length in (40, 300, 700)]
+    """Far beyond the window."""
+    return random_prompts(40, 300, 700)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,30 +4,17 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
+from tests.integration.tiny_models import eager_llama  # noqa: E402
 from vllm_sepllm.eval.attention_mass import measure, queries  # noqa: E402
 from vllm_sepllm.policy.visibility import Policy  # noqa: E402
 
 POLICY = Policy(2, 10)
 
 
-def tiny() -> "transformers.LlamaForCausalLM":
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        attn_implementation="eager",
-    )
-    return transformers.LlamaForCausalLM(config).eval()
-
-
 def test_mass_is_that_of_the_weights() -> None:
-    model, random = tiny(), np.random.default_rng(0)
+    model, random = eager_llama(3), np.random.default_rng(0)
     ids = random.integers(0, 50, 90).tolist()
     is_separator = np.array(ids) < 8
     found = {m.name: m for m in measure(model, ids, is_separator, POLICY)}

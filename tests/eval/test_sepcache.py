@@ -50,21 +50,11 @@ def test_compacted_at_every_step_it_is_our_rule(start: int) -> None:
 
 def test_the_side_by_side_of_a_small_random_model() -> None:
     """Masks reach the model: full attention differs from ours, and equals itself."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    from tests.integration.tiny_models import eager_llama
     from vllm_sepllm.eval import side_by_side
 
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        attn_implementation="eager",
-        initializer_range=0.5,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = eager_llama(2)
     ids = np.random.default_rng(0).integers(0, 50, 300).tolist()
     found = side_by_side.masks(np.array(ids) < 5, [200])
     full, ours, theirs = side_by_side.compare(model, ids, found, 250)

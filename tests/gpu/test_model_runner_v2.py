@@ -1,6 +1,5 @@
 """The GPU path end to end in Triton's interpreter: exact, whoever runs the model."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from tests.e2e.oracle import Rule, log_probabilities
 from tests.gpu.interpreted_engine import Report, run
-from tests.integration.tiny_models import SEPARATORS, write_weights
+from tests.integration.tiny_models import SEPARATORS, random_prompts, write_weights
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -18,12 +17,6 @@ POLICY = {"initial_tokens": 3, "window": 29, "separators": [*SEPARATORS, 17, 19,
 MAX_TOKENS = 12
 # float32 on both sides; what remains is the order of sums, as in tests/e2e/test_oracle.py
 TOLERANCE = 1e-3
-
-
-def prompts(*lengths: int) -> list[list[int]]:
-    """Most are several times the window; one token in sixteen is a separator."""
-    numbers = random.Random(0)
-    return [[numbers.randrange(2, 128) for _ in range(length)] for length in lengths]
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +33,14 @@ def rule(**policy: Any) -> Rule:
         max_separators=merged.get("max_separators"),
         full_layers=frozenset(merged.get("full_layers", ())),
     )
+
+
+def continuation(path: Path, prompt: list[int], wanted: Rule) -> list[int]:
+    """The oracle's greedy answer."""
+    tokens: list[int] = []
+    for _ in range(MAX_TOKENS):
+        tokens.append(int(log_probabilities(path, prompt + tokens, wanted)[-1].argmax()))
+    return tokens
 
 
 def check(path: Path, rounds: list[list[list[int]]], report: Report, wanted: Rule) -> None:
@@ -78,8 +79,9 @@ def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
     Chunks of 96 tokens of up to three requests at once; the second round continues the first.
     """
     policy = {"max_separators": 5, "checkpoint_interval": 64}
-    first = prompts(200, 17, 90, 131)
-    second = [prompt + extra for prompt, extra in zip(first, prompts(40, 40, 40, 40), strict=True)]
+    first = random_prompts(200, 17, 90, 131)
+    more = random_prompts(40, 40, 40, 40)
+    second = [prompt + extra for prompt, extra in zip(first, more, strict=True)]
     rounds = [first, second]
     report = run(rounds, MAX_TOKENS, llm=arguments(model, policy))
     assert report.classes == {
@@ -94,23 +96,28 @@ def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
 
 @pytest.mark.compatibility("Asynchronous scheduling, in Triton's interpreter", "exact")
 def test_v2_with_asynchronous_scheduling_and_preemption(model: Path) -> None:
-    """Proves that the plan needs settled tokens alone, and that nothing is lost in a tiny pool.
+    """Proves that the plan needs settled tokens alone, that nothing is lost in a tiny pool, and
+    that a turn starts from the state that the turn before left with a step in flight.
 
     The pool holds the prompts; the short ones need a second block when their windows are full.
     """
-    rounds = [prompts(150, 25, 26, 24, 22, 27)]
     policy = {"max_separators": 60}
-    llm = arguments(model, policy, num_gpu_blocks_override=8, enable_prefix_caching=False)
+    first = random_prompts(150, 25, 26, 24, 22, 27)
+    turn = first[0][:120]
+    answer = continuation(model, turn, rule(**policy))
+    rounds = [first, [turn], [turn + answer + first[1]]]
+    llm = arguments(model, policy, num_gpu_blocks_override=8)
     report = run(rounds, MAX_TOKENS, llm=llm, asynchronous=True)
     assert report.classes["scheduler"] == "SepLLMAsyncScheduler"
     assert report.num_preemptions > 0
+    assert report.rounds[2].num_cached_tokens[0] > len(turn)
     check(model, rounds, report, rule(max_separators=60))
 
 
 @pytest.mark.compatibility("Model Runner V1 with the GPU kernels, in Triton's interpreter", "exact")
 def test_v1_runs_the_same_builder_and_layers(model: Path) -> None:
     """Proves the GPU path under Model Runner V1, with a layer that keeps full attention."""
-    rounds = [prompts(200, 17, 131)]
+    rounds = [random_prompts(200, 17, 131)]
     policy = {"full_layers": [0]}
     report = run(rounds, MAX_TOKENS, llm=arguments(model, policy), runner="v1")
     assert report.classes["runner"] == "vllm.v1.worker.cpu_model_runner"
@@ -121,7 +128,7 @@ def test_v1_runs_the_same_builder_and_layers(model: Path) -> None:
 def test_ngram_drafts_change_nothing(model: Path) -> None:
     """Proves staging and commits: drafts that are right, wrong, and at the window's start."""
     # what repeats is drafted, and the answers of so small a model repeat soon
-    rounds = [[prompt + prompt[-40:] for prompt in prompts(150, 17, 24)]]
+    rounds = [[prompt + prompt[-40:] for prompt in random_prompts(150, 17, 24)]]
     llm = arguments(
         model,
         {"max_separators": 9},
@@ -143,7 +150,7 @@ def test_a_draft_model_changes_nothing(model: Path) -> None:
 
     It drafts for itself with full attention: right as long as the window makes no difference.
     """
-    rounds = [prompts(150, 17, 24)]
+    rounds = [random_prompts(150, 17, 24)]
     llm = arguments(
         model,
         {},

@@ -1,6 +1,5 @@
 """Real engines: every way to select sepllm gives the same one, and no selection gives vLLM's."""
 
-import random
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import pytest
 
 from tests.e2e.oracle import Rule, log_probabilities
 from tests.integration.engine_process import NUM_NEW_TOKENS, Report, run
-from tests.integration.tiny_models import SEPARATORS, write_weights
+from tests.integration.tiny_models import SEPARATORS, random_prompts, write_weights
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -25,9 +24,8 @@ PROCESS_FIELDS = {"instance_id"}
 
 
 def prompts() -> list[list[int]]:
-    """Several times the window; about one token in forty is a separator."""
-    numbers = random.Random(0)
-    return [[numbers.randrange(2, 128) for _ in range(length)] for length in (150, 99)]
+    """Several times the window."""
+    return random_prompts(150, 99)
 
 
 @pytest.fixture(scope="module")

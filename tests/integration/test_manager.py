@@ -17,6 +17,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups, is_kv_cache_spec_un
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_sepllm.integration import coordinator
 from vllm_sepllm.integration.coordinator import bind_managers
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import SepLLMSpec
@@ -170,3 +171,30 @@ def test_vllm_asks_a_group_for_no_more_than_a_manager_has() -> None:
     """coordinator.py puts instances where the hybrid coordinator expects classes."""
     asked = re.findall(r"manager_cls\.(\w+)", inspect.getsource(HybridKVCacheCoordinator))
     assert set(asked) == {"find_longest_cache_hit", "supports_fine_grained_hash_lookup"}
+
+
+@pytest.mark.parametrize(("interval", "taken"), [(160, 160), (200, 224)])
+def test_an_interval_that_is_rounded_up_is_said(
+    interval: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16 and 32 have a common boundary every 32 tokens."""
+    lines = []
+    monkeypatch.setattr(
+        coordinator.logger, "warning", lambda text, *values: lines.append(text % values)
+    )
+    policy = Policy(4, 28, 1000)
+    wide = FullAttentionSpec(
+        block_size=2 * BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32
+    )
+    specs = [wide, SepLLMSpec.from_full_attention(FULL, policy)]
+    manager = KVCacheManager(
+        KVCacheConfig(64, [], [KVCacheGroupSpec([f"layer {i}"], s) for i, s in enumerate(specs)]),
+        max_model_len=4096,
+        scheduler_block_size=2 * BLOCK,
+        hash_block_size=BLOCK,
+        enable_caching=True,
+    )
+    separators = RequestSeparators(policy, np.array([False, True]), {})
+    assert bind_managers(manager.coordinator, separators, interval).interval == taken
+    said = [line for line in lines if f"every {taken} tokens, not every {interval}" in line]
+    assert len(said) == (taken != interval) == len(lines)

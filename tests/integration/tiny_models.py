@@ -1,8 +1,9 @@
 """Folders of tiny random models, one per kind of attention that vLLM knows.
 
-Most have no weights (``load_format="dummy"``), none has a tokenizer.
+Most have no weights (``load_format="dummy"``), none has a tokenizer unless one is written.
 """
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,8 @@ def _config(kind: str, architecture: str, **fields: Any) -> Any:
     return config
 
 
-def _llama(**fields: Any) -> Any:
+def llama_config(**fields: Any) -> Any:
+    """The tiny Llama, ``fields`` instead of its own."""
     return _config("LlamaConfig", "LlamaForCausalLM", **fields)
 
 
@@ -221,9 +223,9 @@ def _gpt_oss() -> Any:
 
 
 TINY_MODELS: dict[str, Callable[[], Any]] = {
-    "llama": _llama,
-    "llama-mha": lambda: _llama(num_key_value_heads=4),
-    "llama-mqa": lambda: _llama(num_key_value_heads=1),
+    "llama": llama_config,
+    "llama-mha": lambda: llama_config(num_key_value_heads=4),
+    "llama-mqa": lambda: llama_config(num_key_value_heads=1),
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "mistral-full": _mistral_full,
@@ -241,9 +243,24 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "mistral": _mistral,
     "bloom": _bloom,
     "gemma3n": _gemma3n,
-    "reference-window": lambda: _llama(rswa_window=64),
-    "prefix-lm": lambda: _llama(is_mm_prefix_lm=True),
+    "reference-window": lambda: llama_config(rswa_window=64),
+    "prefix-lm": lambda: llama_config(is_mm_prefix_lm=True),
 }
+
+
+def random_prompts(*lengths: int) -> list[list[int]]:
+    """Token ids; about one in forty is of SEPARATORS."""
+    numbers = random.Random(0)
+    return [[numbers.randrange(2, 128) for _ in range(length)] for length in lengths]
+
+
+def eager_llama(num_layers: int) -> Any:
+    """Hugging Face's tiny Llama, whose attention weights can be read; never far from random."""
+    torch.manual_seed(0)
+    config = llama_config(
+        num_hidden_layers=num_layers, attn_implementation="eager", initializer_range=0.5
+    )
+    return transformers.LlamaForCausalLM(config).eval()
 
 
 def write(kind: str, folder: Path) -> Path:

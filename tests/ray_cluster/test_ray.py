@@ -4,6 +4,7 @@ import json
 import os
 import random
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,25 @@ NUM_TEXTS = 8
 FLOAT32 = ("--dtype", "float32")  # as the oracle
 # without a network nothing of Ray's can be reached from outside, and with the namespace's first
 # process all others end
-NAMESPACE = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+NAMESPACE = ["--net", "--pid", "--fork", "--kill-child", "--mount-proc"]
+
+
+def namespace() -> list[str]:
+    """The command that runs another one in a namespace, without root where the system allows it."""
+    for program in ("unshare", "ip"):
+        if shutil.which(program) is None:
+            pytest.fail(f"Ray must not listen on this machine's network: install `{program}`")
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    command = ["unshare", *user, *NAMESPACE]
+    tried = subprocess.run(
+        [*command, "ip", "link", "set", "lo", "up"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        pytest.fail(
+            "Ray must not listen on this machine's network, and no namespace can be made: run as "
+            f"root, or allow user namespaces ({tried.stderr.strip()})"
+        )
+    return command
 
 
 def word_texts() -> list[str]:
@@ -100,7 +119,7 @@ def report(model: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         inner = f"ip link set lo up && exec {sys.executable} {SCENARIO} {path}"
         done = subprocess.run(
-            [*NAMESPACE, "bash", "-c", inner],
+            [*namespace(), "bash", "-c", inner],
             env=os.environ | token | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,

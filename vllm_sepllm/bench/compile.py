@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ import triton
 import triton.language as tl
 from rich.console import Console
 from rich.table import Table
+from triton._C.libtriton import get_cache_invalidating_env_vars
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, get_cache_key, make_backend
 
 from vllm_sepllm.bench.gpus import TARGETS, Target
 from vllm_sepllm.kernels.prefill import prefill_kernel
@@ -88,6 +90,7 @@ class Result:
         programs_per_sm: programs that fit an SM, an estimate from registers and shared memory.
         occupancy: resident warps as a share of the most an SM can hold, an estimate.
         tensor_core: tensor-core instructions in the assembly, name -> count.
+        key: Triton's hash of all that the compilation depends on: see :func:`compilation_key`.
     """
 
     kernel: str
@@ -101,6 +104,7 @@ class Result:
     programs_per_sm: int
     occupancy: float
     tensor_core: dict[str, int]
+    key: str
 
 
 def compile_variant(variant: Variant, target_name: str) -> Result:
@@ -109,20 +113,9 @@ def compile_variant(variant: Variant, target_name: str) -> Result:
     Raises:
         RuntimeError: under TRITON_INTERPRET, where nothing is compiled.
     """
-    if not isinstance(prefill_kernel, triton.runtime.JITFunction):
-        raise RuntimeError("kernels are interpreted, not compiled: unset TRITON_INTERPRET")
     target = TARGETS[target_name]
-    tuning = Tuning(1, 1, 4, 1)
-    if variant.kernel == "prefill":
-        element_bytes = 4 if variant.dtype == "fp32" else 2
-        tuning = tuning_for(variant.head_size, element_bytes, GROUP, target.family)
-        source = _prefill_source(variant, target, tuning)
-    else:
-        source = _spill_source(variant) if variant.kernel == "spill" else _slots_source()
-    options = {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
-    built = triton.compile(
-        source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=options
-    )
+    source, tuning = _source_of(variant, target)
+    built = triton.compile(source, target=_gpu_target(target), options=_options(tuning))
     is_amd = target.backend == "hip"
     registers, spill_bytes, scalar_spills = (_amd_usage if is_amd else _nvidia_usage)(built)
     assembly = built.asm["amdgcn" if is_amd else "ptx"]
@@ -141,7 +134,44 @@ def compile_variant(variant: Variant, target_name: str) -> Result:
         programs_per_sm=programs,
         occupancy=round(programs * tuning.num_warps / target.max_warps, 3),
         tensor_core={name: found.count(name) for name in sorted(set(found))},
+        key=built.hash,
     )
+
+
+def compilation_key(variant: Variant, target_name: str) -> str:
+    """What Triton's own cache calls the compilation, without compiling.
+
+    It covers the kernel's source and what that calls, constants, types, options, target, and the
+    compiler itself: Triton's files, its library and the assembler's version.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET, where nothing is compiled.
+    """
+    target = TARGETS[target_name]
+    source, tuning = _source_of(variant, target)
+    backend = make_backend(_gpu_target(target))
+    options = backend.parse_options(_options(tuning) | source.parse_options())
+    key = get_cache_key(source, backend, options, get_cache_invalidating_env_vars())
+    return sha256(key.encode()).hexdigest()
+
+
+def _source_of(variant: Variant, target: Target) -> tuple[ASTSource, Tuning]:
+    if not isinstance(prefill_kernel, triton.runtime.JITFunction):
+        raise RuntimeError("kernels are interpreted, not compiled: unset TRITON_INTERPRET")
+    if variant.kernel == "prefill":
+        element_bytes = 4 if variant.dtype == "fp32" else 2
+        tuning = tuning_for(variant.head_size, element_bytes, GROUP, target.family)
+        return _prefill_source(variant, target, tuning), tuning
+    source = _spill_source(variant) if variant.kernel == "spill" else _slots_source()
+    return source, Tuning(1, 1, 4, 1)
+
+
+def _gpu_target(target: Target) -> GPUTarget:
+    return GPUTarget(target.backend, target.arch, target.warp_size)
+
+
+def _options(tuning: Tuning) -> dict[str, int]:
+    return {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
 
 
 def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
@@ -243,12 +273,23 @@ def _search(pattern: str, text: str) -> str:
     return match[1]
 
 
-def results(names: list[str], targets: list[str]) -> Iterator[Result]:
-    """Compile the variants of some names (all if there is none) for some targets."""
+def results(names: list[str], targets: list[str], known: dict[str, Result]) -> Iterator[Result]:
+    """The variants of some names (all if there is none) for some targets.
+
+    ``known`` has results by key: such a compilation would give the same again, and is left out.
+    """
     for target in targets:
         for variant in VARIANTS:
             if not names or variant.name in names:
-                yield compile_variant(variant, target)
+                same = known.get(compilation_key(variant, target)) if known else None
+                yield same or compile_variant(variant, target)
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """Key -> result of a file that ``--json`` wrote."""
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    names = [field.name for field in fields(Result)]
+    return {row["key"]: Result(**{name: row[name] for name in names}) for row in rows}
 
 
 def render(rows: list[Result]) -> Table:
@@ -273,9 +314,11 @@ def main() -> None:
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
     names = [variant.name for variant in VARIANTS]
     parser.add_argument("--variant", action="append", choices=names, help="default: all")
+    parser.add_argument("--known", type=Path, help="of --json: take from it what is unchanged")
     args = parser.parse_args()
+    known = read_results(args.known) if args.known else {}
     rows = []
-    for row in results(args.variant or [], args.target or list(TARGETS)):
+    for row in results(args.variant or [], args.target or list(TARGETS), known):
         rows.append(row)
         if args.json:
             print(json.dumps(asdict(row) | {"triton": version("triton")}), flush=True)

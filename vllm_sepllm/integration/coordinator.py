@@ -1,5 +1,6 @@
 """Puts our managers to work under vLLM's KV cache coordinators."""
 
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
 from vllm.v1.request import Request
 
@@ -7,6 +8,9 @@ from vllm_sepllm.integration.manager import SepLLMManager
 from vllm_sepllm.integration.prefix_cache import PrefixCache
 from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.policy.visibility import Policy
+
+# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
+logger = init_logger("vllm.plugins.sepllm")
 
 
 def bind_managers(
@@ -28,6 +32,13 @@ def bind_managers(
     are_alone = len(managers) == len(every)
     alignment = 1 if are_alone else coordinator.scheduler_block_size
     cache = PrefixCache(managers, separators, checkpoint_interval, alignment)
+    if managers[0].enable_caching and cache.interval != checkpoint_interval:
+        logger.warning(
+            "sepllm leaves a checkpoint every %d tokens, not every %d: prefixes end where all "
+            "kinds of layers have a block boundary.",
+            cache.interval,
+            checkpoint_interval,
+        )
     for number, manager in enumerate(managers):
         manager.bind(separators, cache, num_staging, is_first=number == 0)
     if isinstance(coordinator, HybridKVCacheCoordinator):
