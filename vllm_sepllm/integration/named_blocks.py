@@ -5,7 +5,7 @@ from collections import Counter, deque
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 # entries that a count looks at; a pool with more such blocks is counted over several counts
-_MAX_VISITS = 4096
+_MAX_VISITS = 1024
 # a list that visits two entries for each new one stays within twice the live ones
 _VISITS_PER_BLOCK = 2
 

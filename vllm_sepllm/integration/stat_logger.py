@@ -40,7 +40,7 @@ GAUGES = {
     "at any time.",
 }
 COUNTERS = {
-    "spilled_separators": "Separators that left the window of their request and were kept.",
+    "spilled_separators": "Separators that left the window of their request.",
 }
 
 
