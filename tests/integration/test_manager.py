@@ -195,6 +195,7 @@ def test_an_interval_that_is_rounded_up_is_said(
         enable_caching=True,
     )
     separators = RequestSeparators(policy, np.array([False, True]), {})
-    assert bind_managers(manager.coordinator, separators, interval).interval == taken
+    cache = bind_managers(manager.coordinator, separators, interval)
+    assert cache.interval_of(separators.policy) == taken
     said = [line for line in lines if f"every {taken} tokens, not every {interval}" in line]
     assert len(said) == (taken != interval) == len(lines)

@@ -32,11 +32,12 @@ def bind_managers(
     are_alone = len(managers) == len(every)
     alignment = 1 if are_alone else coordinator.scheduler_block_size
     cache = PrefixCache(managers, separators, checkpoint_interval, alignment)
-    if managers[0].enable_caching and cache.interval != checkpoint_interval:
+    interval = cache.interval_of(separators.policy)
+    if managers[0].enable_caching and interval != checkpoint_interval:
         logger.warning(
             "sepllm leaves a checkpoint every %d tokens, not every %d: prefixes end where all "
             "kinds of layers have a block boundary.",
-            cache.interval,
+            interval,
             checkpoint_interval,
         )
     for number, manager in enumerate(managers):
