@@ -14,7 +14,7 @@ from vllm_sepllm.integration import request_choices
 
 pytestmark = pytest.mark.slow
 
-WINDOW, NEW, POOL = 60, 48, 40
+WINDOW, NEW, POOL = 60, 160, 40
 # what requests ask for, and the window that it means; None: full attention
 CHOICES: list[tuple[dict[str, Any] | None, int | None]] = [
     ({"sepllm": False}, None),
@@ -38,9 +38,6 @@ def made(four_layers_path: Path) -> Iterator[Engine]:
         yield made
 
 
-@pytest.mark.compatibility(
-    "A policy per request (`sepllm_window`, `sepllm`), mixed in a batch", "exact, nothing shared"
-)
 def test_each_request_has_the_mask_that_it_asked_for(
     made: Engine, four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
