@@ -35,7 +35,7 @@ def evaluate(
     ] = None,
     context: Lengths = [1024, 2048, 4096],  # noqa: B006  # typer copies it
     needle_context: Lengths = [1024, 2048],  # noqa: B006
-    excerpts: Annotated[int, typer.Option(min=1, help="Of each text and context.")] = 1,
+    excerpts: Annotated[int, typer.Option(min=0, help="Of each text and context; 0: none.")] = 1,
     positions: Annotated[int, typer.Option(min=2, help="Compared by KL in each excerpt.")] = 128,
     depth: Annotated[
         list[float], typer.Option(min=0, max=1, help="Of needles; repeat for several.")
