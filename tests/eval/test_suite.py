@@ -138,5 +138,5 @@ def test_plots_are_drawn(tmp_path: Path, engines: list[Any]) -> None:
     store = Store(tmp_path, {})
     suite.run(groups, store, "m", {}, lambda _key: None)
     drawn = draw(tmp_path, report.rows(groups, store))
-    assert [path.name for path in drawn] == ["text.png", "needle.png"]
+    assert [path.name for path in drawn] == ["text.png", "kv.png", "needle.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
