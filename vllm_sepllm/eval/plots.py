@@ -90,6 +90,7 @@ def _draw_budgets(path: Path, found: Sequence[Row]) -> Path:
                 place = {"textcoords": "offset points", "xytext": (5, 4), "fontsize": 7}
                 axis.annotate(row.method, (row.kept, mean), **place)
         axis.set(xlabel="mean KV, tokens", title=f"context of {length:,} tokens")
+        axis.margins(x=0.2)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(_PANELS[0][1])
     axes[0][0].legend(fontsize=8)
