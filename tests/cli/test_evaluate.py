@@ -12,8 +12,9 @@ from tests.cli.conftest import Run
 
 torch = pytest.importorskip("torch")
 
-from vllm_sepllm.eval import suite  # noqa: E402
 from vllm_sepllm.eval.engine import Scores  # noqa: E402
+from vllm_sepllm.eval.needle import Needle  # noqa: E402
+from vllm_sepllm.eval.text import Excerpt  # noqa: E402
 
 
 class FakeEngine:
@@ -36,8 +37,14 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         started.append({"model": model, "settings": settings, **arguments})
         yield FakeEngine()
 
-    monkeypatch.setattr(suite, "running", running)
+    for item in (Excerpt, Needle):
+        monkeypatch.setattr(item, "opened", staticmethod(running))
     return started
+
+
+def test_nothing_to_evaluate(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    refused = run("eval", tiny_model, "--output", tmp_path / "out", code=2)
+    assert "give --text, --gsm8k or --qa" in " ".join(refused.replace("│", " ").split())
 
 
 def test_a_run_and_the_same_run_again(
@@ -47,15 +54,19 @@ def test_a_run_and_the_same_run_again(
     options: list[Any] = ["eval", tiny_model, "--text", text_file, "--output", output]
     options += ["--context", "256", "--needle-context", "300", "--needles", "1", "--depth", "0.5"]
     options += ["--config", '{"window": 60}', "--also", 'w32={"window": 32}']
+    options += ["--budget", 'w100={"window": 100}', "--equal", 'none={"separators": []}']
     options += ["--engine-args", '{"dtype": "float32"}']
     text = run(*options)
-    assert "| 256 | full | 192 | 100% | 2.72 (2.72 to 2.72) | 1 | 0 | 1 |" in text
+    assert "| 256 | full | 192 | 100% | 2.72 (2.72 to 2.72) |  |  |  |  |" in text
     assert "| 300 | w32 |" in text
     rows = json.loads((output / "results.json").read_text())["rows"]
-    names = ["full", "sepllm", "streaming-llm", "fixed-interval", "w32"]
+    names = ["full", "sepllm", "streaming-llm", "fixed-interval", "none"]
+    names += ["w100", "w100-streaming", "w32"]
     assert [row["method"] for row in rows] == names * 2
     kept = {row["method"]: row["kept"] for row in rows if row["suite"] == "text"}
     assert kept["streaming-llm"] == pytest.approx(kept["sepllm"], rel=0.05)
+    assert kept["none"] == pytest.approx(kept["sepllm"], rel=0.05)
+    assert kept["w100-streaming"] == pytest.approx(kept["w100"], rel=0.05)
     assert kept["fixed-interval"] == pytest.approx(kept["sepllm"], rel=0.05)
     assert kept["w32"] < kept["sepllm"] < kept["full"]
     first = {"model": str(tiny_model), "settings": None, "max_model_len": 300, "dtype": "float32"}
@@ -72,8 +83,8 @@ def test_a_run_and_the_same_run_again(
     [
         (("--context", "64k"), "are wanted; give a longer text"),
         (("--config", '{"windows": 1}'), "unknown key 'windows'"),
-        (("--also", "w32"), "--also must be NAME=JSON"),
-        (("--also", "full={}"), "the name is taken"),
+        (("--also", "w32"), "must be NAME=JSON"),
+        (("--also", "full={}"), "the name full is taken"),
         (("--engine-args", "[]"), "must be a JSON object"),
     ],
 )

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from vllm_sepllm.eval.methods import FIXED, STREAMING, ModelFacts, Span, at_equal_kept, mean_kept
+from vllm_sepllm.eval.methods import (
+    FIXED,
+    SEPLLM,
+    STREAMING,
+    Method,
+    ModelFacts,
+    Span,
+    Wanted,
+    mean_kept,
+    methods,
+)
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 SEPARATORS = (3, 5)
@@ -39,13 +49,22 @@ def test_an_interval_is_counted_by_position() -> None:
 def test_methods_keep_as_many_tokens_within_two_percent(full_layers: tuple[int, ...]) -> None:
     spans = [span(1000, 500, seed) for seed in range(3)]
     sepllm = {"window": 60, "full_layers": list(full_layers)}
-    target = mean_kept(sepllm, spans, FACTS)
-    streaming, fixed = at_equal_kept(sepllm, spans, FACTS)
-    assert (streaming.name, fixed.name) == (STREAMING, FIXED)
-    for method in (streaming, fixed):
-        assert mean_kept(method.settings, spans, FACTS) == pytest.approx(target, rel=0.02)
-    assert streaming.settings is not None
-    assert fixed.settings is not None
+    few = Method("no-separators", {"separators": ()})
+    wide = Method("wide", {"window": 300, "initial_tokens": 1})
+    also = Method("also", {"window": 400})
+    wanted = Wanted(sepllm, budgets=[wide], equal=[few], also=[also])
+    found = {method.name: method for method in methods(wanted, spans, FACTS)}
+    kept = {name: mean_kept(method.settings, spans, FACTS) for name, method in found.items()}
+    for name in (STREAMING, FIXED, "no-separators"):
+        assert kept[name] == pytest.approx(kept[SEPLLM], rel=0.02)
+        assert found[name].rival == STREAMING
+    assert kept["wide-streaming"] == pytest.approx(kept["wide"], rel=0.02)
+    assert kept["wide"] != pytest.approx(kept[SEPLLM], rel=0.1)
+    assert found["wide"].rival == found["wide-streaming"].rival == "wide-streaming"
+    assert found["also"] == also
+    streaming, fixed = found[STREAMING].settings, found[FIXED].settings
+    assert streaming is not None
+    assert fixed is not None
     # one token in ten is a separator
-    assert 8 <= fixed.settings["interval"] <= 12
-    assert streaming.settings["window"] > 100
+    assert 8 <= fixed["interval"] <= 12
+    assert streaming["window"] > 100

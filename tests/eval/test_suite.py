@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -12,7 +14,7 @@ import torch
 
 from vllm_sepllm.eval import report, suite
 from vllm_sepllm.eval.engine import Scores
-from vllm_sepllm.eval.methods import Method, ModelFacts
+from vllm_sepllm.eval.methods import Method, ModelFacts, Wanted
 from vllm_sepllm.eval.needle import Needle
 from vllm_sepllm.eval.store import Store
 from vllm_sepllm.eval.text import Excerpt
@@ -21,7 +23,7 @@ FACTS = ModelFacts(lambda spec: () if spec == () else (0,), num_layers=4)
 TEXTS = [Excerpt(f"book-{i}", 200, tuple(j % 9 for j in range(199)), 4) for i in range(2)]
 NEEDLES = [Needle(f"{d}-0", 150, d, tuple(j % 9 for j in range(120)), "123") for d in (0.0, 0.5)]
 SEPLLM = {"window": 20}
-ALSO = [Method("w40", {"window": 40})]
+WANTED = Wanted(SEPLLM, also=[Method("w40", {"window": 40})])
 
 
 class FakeEngine:
@@ -52,12 +54,13 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         started.append((settings, arguments))
         yield FakeEngine(settings)
 
-    monkeypatch.setattr(suite, "running", running)
+    for item in (Excerpt, Needle):
+        monkeypatch.setattr(item, "opened", staticmethod(running))
     return started
 
 
 def test_one_engine_for_the_cells_of_the_same_settings(tmp_path: Path, engines: list[Any]) -> None:
-    groups = suite.plan([*TEXTS, *NEEDLES], SEPLLM, ALSO, FACTS)
+    groups = suite.plan([*TEXTS, *NEEDLES], WANTED, FACTS)
     names = ["full", "sepllm", "streaming-llm", "fixed-interval", "w40"]
     assert [g.method.name for g in groups] == names * 2
     assert [g.suite for g in groups] == ["text"] * 5 + ["needle"] * 5
@@ -75,16 +78,16 @@ def test_one_engine_for_the_cells_of_the_same_settings(tmp_path: Path, engines: 
 
 
 def test_tables(tmp_path: Path, engines: list[Any]) -> None:
-    groups = suite.plan([*TEXTS, *NEEDLES], SEPLLM, ALSO, FACTS)
+    groups = suite.plan([*TEXTS, *NEEDLES], WANTED, FACTS)
     store = Store(tmp_path, {})
     suite.run(groups, store, "m", {}, lambda _key: None)
     found = report.rows(groups, store)
     report.write(tmp_path, found, {"model": "m"})
     lines = (tmp_path / "report.md").read_text().splitlines()
     # queries 99 to 198 read 150 keys on average
-    assert "| 200 | full | 150 | 100% | 2.00 (2.00 to 2.00) | 1 | 0 | 1 |" in lines
+    assert "| 200 | full | 150 | 100% | 2.00 (2.00 to 2.00) |  |  |  |  |" in lines
     sepllm = next(line for line in lines if line.startswith("| 200 | sepllm |"))
-    assert "| 2.00 (2.00 to 2.00) | 1.000 (1.000 to 1.000) | 0.000 (0" in sepllm
+    assert "| 2.00 (2.00 to 2.00) | 1.000 (1.000 to 1.000) | 1.000 (1.0" in sepllm
     assert sepllm.endswith("| 0.000 (0.000 to 0.000) |")
     w40 = next(line for line in lines if line.startswith("| 200 | w40 |"))
     assert w40.endswith("| 1.000 (1.000 to 1.000) |")
@@ -100,16 +103,40 @@ def test_tables(tmp_path: Path, engines: list[Any]) -> None:
 def test_tasks_have_a_table_of_their_own(tmp_path: Path) -> None:
     right = {"right": report.wilson(1, 2)}
     row = report.Row("task", 900, "gsm8k", "sepllm", {}, 300.0, 0.5, right, {})
-    assert "| gsm8k | sepllm | 300 | 50% | 50% (9% to 91%) |" in report.markdown([row])
+    start = "| gsm8k | sepllm | 300 | 50% | 50% (9% to 91%) |"
+    assert f"{start}  |  |  |" in report.markdown([row])
+    half = report.Estimate(2.0, 1.0, 3.0)
+    scored = replace(row, values=right | dict.fromkeys(("perplexity", "ratio", "beside"), half))
+    end = "2.00 (1.00 to 3.00) | 2.000 (1.000 to 3.000) | 2.000 (1.000 to 3.000) |"
+    assert f"{start} {end}" in report.markdown([scored])
+
+
+def test_ratios_are_paired(tmp_path: Path) -> None:
+    """Texts of very unlike difficulty, one method a tenth worse on every token of both."""
+    method = Method("other", {"window": 20}, "streaming-llm")
+    cells = tuple(suite.Cell(text, method) for text in TEXTS)
+    group = suite.Group("text", 200, method, 1.0, 1.0, cells)
+    store, random = Store(tmp_path, {}), np.random.default_rng(0)
+    for text in TEXTS:
+        nll = random.uniform(0, 9, 640)
+        for name, more in (("full", 0.0), ("other", 0.1), ("streaming-llm", 0.3)):
+            cell = {"nll": (nll + more).tolist(), "kl": [0.1] * 8, "top_ids": [1] * 640}
+            store.write(suite.cell_key(text, name), cell)
+    (row,) = report.rows([group], store)
+    for measure, nats in (("ratio", 0.1), ("beside", -0.2)):
+        found = row.values[measure]
+        assert [found.low, found.mean, found.high] == pytest.approx([np.exp(nats)] * 3)
+    low, high = row.values["perplexity"].low, row.values["perplexity"].high
+    assert high / low > 1.2
 
 
 def test_plots_are_drawn(tmp_path: Path, engines: list[Any]) -> None:
     pytest.importorskip("matplotlib", reason="an extra")
     from vllm_sepllm.eval.plots import draw
 
-    groups = suite.plan([*TEXTS, *NEEDLES], SEPLLM, ALSO, FACTS)
+    groups = suite.plan([*TEXTS, *NEEDLES], WANTED, FACTS)
     store = Store(tmp_path, {})
     suite.run(groups, store, "m", {}, lambda _key: None)
     drawn = draw(tmp_path, report.rows(groups, store))
-    assert [path.name for path in drawn] == ["text.png", "needle.png"]
+    assert [path.name for path in drawn] == ["text.png", "kv.png", "needle.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

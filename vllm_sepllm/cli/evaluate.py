@@ -10,6 +10,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.tokens import load_tokenizer
+from vllm_sepllm.eval.methods import (
+    FIXED,
+    FULL,
+    SEPLLM,
+    STREAMING,
+    Method,
+    ModelFacts,
+    Wanted,
+)
 from vllm_sepllm.policy.separators import separator_ids
 
 Lengths = Annotated[
@@ -20,11 +29,13 @@ Lengths = Annotated[
 
 def evaluate(
     model: options.Model,
-    text: Annotated[list[Path], typer.Option(help="Long text, UTF-8; repeat for several.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of cells and report.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Long text, UTF-8; repeat for several.")
+    ] = None,
     context: Lengths = [1024, 2048, 4096],  # noqa: B006  # typer copies it
     needle_context: Lengths = [1024, 2048],  # noqa: B006
-    excerpts: Annotated[int, typer.Option(min=1, help="Of each text and context.")] = 1,
+    excerpts: Annotated[int, typer.Option(min=0, help="Of each text and context; 0: none.")] = 1,
     positions: Annotated[int, typer.Option(min=2, help="Compared by KL in each excerpt.")] = 128,
     depth: Annotated[
         list[float], typer.Option(min=0, max=1, help="Of needles; repeat for several.")
@@ -34,13 +45,20 @@ def evaluate(
         Path | None, typer.Option(help="GSM8K's test.jsonl; needs lm_eval, the extra eval.")
     ] = None,
     qa: Annotated[
-        Path | None, typer.Option(help="Lines of {context, question, answer}; as --gsm8k.")
+        Path | None, typer.Option(help="Lines of {context, question, answer}, JSON; as --gsm8k.")
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="Of --gsm8k and of --qa.")] = 200,
     config: Annotated[str, typer.Option(help="sepllm's settings, JSON.")] = "{}",
-    also: Annotated[
+    budget: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=JSON", help="Further settings to measure; repeat for several."),
+        typer.Option(metavar="NAME=JSON", help="Also these, and StreamingLLM at their mean KV."),
+    ] = None,
+    equal: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=JSON", help="Also these, at the mean KV of --config."),
+    ] = None,
+    also: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=JSON", help="Also these, as they are.")
     ] = None,
     engine_args: Annotated[
         str, typer.Option(help='vLLM\'s EngineArgs, JSON: \'{"dtype": "float32"}\'.')
@@ -49,26 +67,35 @@ def evaluate(
     """Text, needles and tasks: sepllm, full attention, StreamingLLM and FixLLM at equal mean KV.
 
     Run again with the same options it goes on where it was stopped. --text is read as continuous
-    text and hides the needles; books serve well. Nothing is downloaded.
+    text and hides the needles; books serve well. --budget, --equal and --also can be repeated; the
+    window of --equal is chosen. Nothing is downloaded.
     """
+    texts = {path.stem: options.read_text(path) for path in text or ()}
+    if not texts and gsm8k is None and qa is None:
+        raise typer.BadParameter("nothing to evaluate; give --text, --gsm8k or --qa")
     tokenizer = load_tokenizer(model)
     sizes = {"context": context, "needle_context": needle_context, "excerpts": excerpts}
     sizes |= {"positions": positions, "depth": depth, "needles": needles}
-    items = _items(tokenizer, {path.stem: options.read_text(path) for path in text}, sizes)
+    items = _items(tokenizer, texts, sizes)
     items += _tasks(tokenizer, gsm8k, qa, questions)
-    run: dict[str, Any] = {"model": model, "texts": [path.name for path in text], "sizes": sizes}
+    run: dict[str, Any] = {
+        "model": model,
+        "texts": [path.name for path in text or ()],
+        "sizes": sizes,
+    }
     run["tasks"] = [str(gsm8k), str(qa), questions]
     run["engine_args"] = options.json_object("--engine-args", engine_args)
-    sepllm, others = _settings("--config", config), [_method(item) for item in also or ()]
-    _measure(output, items, sepllm, others, _facts(model, tokenizer), run)
+    extras = {"budgets": budget, "equal": equal, "also": also}
+    methods = {kind: [_method(item) for item in given or ()] for kind, given in extras.items()}
+    wanted = Wanted(_settings("--config", config), **methods)
+    _measure(output, items, wanted, _facts(model, tokenizer), run)
 
 
 def _measure(
     output: Path,
     items: Sequence[Any],
-    sepllm: dict[str, Any],
-    others: Sequence[Any],
-    facts: Any,
+    wanted: Wanted,
+    facts: ModelFacts,
     described: dict[str, Any],
 ) -> None:
     """Compute what ``output`` lacks and write the report."""
@@ -76,7 +103,7 @@ def _measure(
     from vllm_sepllm.eval.store import Store
     from vllm_sepllm.eval.suite import plan, run
 
-    groups = plan(items, sepllm, others, facts)
+    groups = plan(items, wanted, facts)
     described["settings"] = {
         f"{g.suite} {g.length} {g.method.name}": g.method.settings for g in groups
     }
@@ -110,15 +137,15 @@ def _settings(option: str, text: str) -> dict[str, Any]:
     return given
 
 
-def _method(text: str) -> Any:
-    from vllm_sepllm.eval.methods import FIXED, FULL, SEPLLM, STREAMING, Method
-
+def _method(text: str) -> Method:
     name, _, settings = text.partition("=")
     if not settings or not name.replace("-", "").replace(".", "").isalnum():
-        raise typer.BadParameter(f"--also must be NAME=JSON, such as w508={{...}}, got {text!r}")
+        raise typer.BadParameter(
+            f"settings to add must be NAME=JSON, such as w508={{...}}, got {text!r}"
+        )
     if name in (FULL, SEPLLM, STREAMING, FIXED):
-        raise typer.BadParameter(f"--also {name}: the name is taken; choose another")
-    return Method(name, _settings("--also", settings))
+        raise typer.BadParameter(f"the name {name} is taken; choose another")
+    return Method(name, _settings(name, settings))
 
 
 def _items(tokenizer: Any, texts: dict[str, str], sizes: dict[str, Any]) -> list[Any]:
@@ -141,7 +168,7 @@ def _items(tokenizer: Any, texts: dict[str, str], sizes: dict[str, Any]) -> list
                 )
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
-    for length in sizes["needle_context"] if sizes["needles"] else ():
+    for length in sizes["needle_context"] if texts and sizes["needles"] else ():
         items += needles(
             tokenizer,
             list(texts.values()),
@@ -161,16 +188,15 @@ def _tasks(tokenizer: Any, gsm8k: Path | None, qa: Path | None, limit: int) -> l
         raise typer.BadParameter(
             f"--gsm8k and --qa need lm_eval ({error}); pip install 'vllm-sepllm[eval]'"
         ) from None
-    configs = [] if gsm8k is None else [tasks.gsm8k(gsm8k)]
+    configs = [] if gsm8k is None else [tasks.gsm8k(gsm8k), tasks.gsm8k_answers(gsm8k)]
     configs += [] if qa is None else [tasks.passages(qa)]
     return [tasks.make_task(config, limit, tokenizer) for config in configs]
 
 
-def _facts(model: str, tokenizer: Any) -> Any:
+def _facts(model: str, tokenizer: Any) -> ModelFacts:
     from transformers import AutoConfig
 
     from vllm_sepllm.cli.kv_sizes import read_shape
-    from vllm_sepllm.eval.methods import ModelFacts
 
     shape = read_shape(AutoConfig.from_pretrained(model))
     if len(shape.full) != shape.num_layers:

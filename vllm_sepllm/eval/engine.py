@@ -61,22 +61,30 @@ class _Recorder:
         return torch.as_tensor(logits).float().log_softmax(dim=-1).cpu()
 
 
+def llm_arguments(
+    settings: Mapping[str, Any] | None, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What ``vllm.LLM`` gets for a method; sets the environment that it reads when imported."""
+    # one process: the recorder lives where the model does, and engines follow each other
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    selected: dict[str, Any] = {}
+    if settings is not None:
+        selected["attention_backend"] = "sepllm"
+        selected["additional_config"] = {ADDITIONAL_CONFIG_KEY: dict(settings)}
+    fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 8}
+    return {**fixed, "seed": 0, **arguments, **selected}
+
+
 class Engine:
     """``vllm.LLM`` with what the suites ask of it."""
 
     def __init__(self, model: str, settings: Mapping[str, Any] | None, **arguments: Any) -> None:
-        # one process: the recorder lives where the model does, and engines follow each other
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        given = llm_arguments(settings, arguments)
         from vllm import LLM
 
-        selected: dict[str, Any] = {}
-        if settings is not None:
-            selected["attention_backend"] = "sepllm"
-            selected["additional_config"] = {ADDITIONAL_CONFIG_KEY: dict(settings)}
-        fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 8}
-        self.llm = LLM(model=model, **{**fixed, "seed": 0, **arguments, **selected})
+        self.llm = LLM(model=model, **given)
         recorders: list[_Recorder] = []
         self.llm.apply_model(lambda module: recorders.append(_Recorder(module)))
         self._recorder = recorders[0]
@@ -118,13 +126,11 @@ class Engine:
                 "tensor parallelism and without padding"
             )
 
-    def answer(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[str] = ()
-    ) -> list[str]:
-        """Greedy continuations as text, up to the first of ``stop``."""
+    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
+        """Greedy continuations as text."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, stop=list(stop))
+        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
         given = [list(prompt) for prompt in prompts]
         outputs = self.llm.generate(given, sampling, use_tqdm=False)
         return [str(output.outputs[0].text) for output in outputs]

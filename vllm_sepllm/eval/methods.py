@@ -14,10 +14,34 @@ FULL, SEPLLM, STREAMING, FIXED = "full", "sepllm", "streaming-llm", "fixed-inter
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A name and what ``additional_config["sepllm"]`` holds; None is vLLM's own full attention."""
+    """Settings to measure.
+
+    Attributes:
+        name: in keys and tables.
+        settings: what ``additional_config["sepllm"]`` holds; None is vLLM's own full attention.
+        rival: name of the StreamingLLM of the same mean KV; None if there is none.
+    """
 
     name: str
     settings: Mapping[str, Any] | None
+    rival: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a run measures besides full attention.
+
+    Attributes:
+        sepllm: settings that set the budget of ``equal``, StreamingLLM and FixLLM.
+        budgets: further settings, each with a StreamingLLM of its own mean KV.
+        equal: settings whose window is chosen to keep as many tokens as ``sepllm`` does.
+        also: settings as they are.
+    """
+
+    sepllm: Mapping[str, Any]
+    budgets: Sequence[Method] = ()
+    equal: Sequence[Method] = ()
+    also: Sequence[Method] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +72,7 @@ def mean_kept(
     if settings is None:
         means = [np.arange(span.first, len(span.token_ids)) + 1.0 for span in spans]
         return float(np.concatenate(means).mean())
-    config = SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(settings)})
+    config = _config(settings)
     separators = np.array(facts.separator_ids(config.separators), dtype=np.int64)
     num_full = len({layer % facts.num_layers for layer in config.full_layers})
     share = num_full / facts.num_layers
@@ -63,40 +87,71 @@ def mean_kept(
     return float(np.concatenate(means).mean())
 
 
-def at_equal_kept(
-    sepllm: Mapping[str, Any], spans: Sequence[Span], facts: ModelFacts
-) -> list[Method]:
-    """StreamingLLM and FixLLM with windows that keep as many tokens as ``sepllm`` does.
+def methods(wanted: Wanted, spans: Sequence[Span], facts: ModelFacts) -> list[Method]:
+    """Everything that a run measures on these spans, full attention first."""
+    target = mean_kept(wanted.sepllm, spans, facts)
+    fixed = _fixed(wanted.sepllm, target, spans, facts)
+    found = [
+        Method(FULL, None),
+        Method(SEPLLM, wanted.sepllm, STREAMING),
+        Method(STREAMING, _streaming(wanted.sepllm, target, spans, facts), STREAMING),
+        Method(FIXED, fixed, STREAMING),
+    ]
+    for method in wanted.equal:
+        settings = _with_window(method.settings or {}, target, spans, facts)
+        found.append(Method(method.name, settings, STREAMING))
+    for method in wanted.budgets:
+        own = method.settings or {}
+        rival = f"{method.name}-streaming"
+        streaming = _streaming(own, mean_kept(own, spans, facts), spans, facts)
+        found += [Method(method.name, own, rival), Method(rival, streaming, rival)]
+    return [*found, *wanted.also]
 
-    FixLLM takes the interval nearest to sepllm's separators at its window, then the window that
-    makes up for the rounding.
+
+def _streaming(
+    sepllm: Mapping[str, Any], target: float, spans: Sequence[Span], facts: ModelFacts
+) -> dict[str, Any]:
+    """StreamingLLM with the initial tokens and full layers of ``sepllm``."""
+    return _with_window({**_common(sepllm), "preset": STREAMING}, target, spans, facts)
+
+
+def _fixed(
+    sepllm: Mapping[str, Any], target: float, spans: Sequence[Span], facts: ModelFacts
+) -> dict[str, Any]:
+    """FixLLM with the interval nearest to sepllm's separators at its window.
+
+    The window makes up for the rounding.
     """
-    target = mean_kept(sepllm, spans, facts)
-    config = SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(sepllm)})
-    common = {"initial_tokens": config.initial_tokens, "full_layers": list(config.full_layers)}
+    common = {**_common(sepllm), "preset": FIXED}
+    window = _config(sepllm).window
 
-    def streaming(window: int) -> dict[str, Any]:
-        return {**common, "window": window, "preset": STREAMING}
+    def apart(interval: int) -> float:
+        settings = {**common, "interval": interval, "window": window}
+        return abs(mean_kept(settings, spans, facts) - target)
 
-    def fixed(window: int, interval: int) -> dict[str, Any]:
-        return {**common, "window": window, "preset": FIXED, "interval": interval}
+    interval = min(range(2, 65), key=apart)
+    return _with_window({**common, "interval": interval}, target, spans, facts)
+
+
+def _common(sepllm: Mapping[str, Any]) -> dict[str, Any]:
+    config = _config(sepllm)
+    return {"initial_tokens": config.initial_tokens, "full_layers": list(config.full_layers)}
+
+
+def _config(settings: Mapping[str, Any]) -> SepLLMConfig:
+    return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(settings)})
+
+
+def _with_window(
+    settings: Mapping[str, Any], target: float, spans: Sequence[Span], facts: ModelFacts
+) -> dict[str, Any]:
+    """``settings`` with the window whose mean KV comes nearest to ``target``."""
+
+    def kept(window: int) -> float:
+        return mean_kept({**settings, "window": window}, spans, facts)
 
     longest = max(len(span.token_ids) for span in spans)
-    interval = min(
-        range(2, 65),
-        key=lambda k: abs(mean_kept(fixed(config.window, k), spans, facts) - target),
-    )
-
-    def kept_by_streaming(window: int) -> float:
-        return mean_kept(streaming(window), spans, facts)
-
-    def kept_by_fixed(window: int) -> float:
-        return mean_kept(fixed(window, interval), spans, facts)
-
-    return [
-        Method(STREAMING, streaming(_window(kept_by_streaming, target, longest))),
-        Method(FIXED, fixed(_window(kept_by_fixed, target, longest), interval)),
-    ]
+    return {**settings, "window": _window(kept, target, longest)}
 
 
 def _window(kept: Callable[[int], float], target: float, longest: int) -> int:

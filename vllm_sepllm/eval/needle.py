@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sepllm.eval.engine import Engine
+from vllm_sepllm.eval.engine import Engine, running
 from vllm_sepllm.eval.methods import Span
 from vllm_sepllm.eval.store import Store
 
@@ -35,6 +35,7 @@ class Needle:
     answer: str
 
     suite = "needle"
+    opened = staticmethod(running)
 
     @property
     def span(self) -> Span:

@@ -3,15 +3,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_sepllm.eval.methods import FIXED, SEPLLM, STREAMING
 from vllm_sepllm.eval.needle import Needle
 from vllm_sepllm.eval.report import Row
 from vllm_sepllm.eval.text import Excerpt
 
 _PANELS = (("ratio", "perplexity, ratio to full attention"), ("kl", "KL to full attention, nats"))
 
+_KINDS = {SEPLLM: "C1", STREAMING: "C2", FIXED: "C3"}
+
 
 def draw(folder: Path, found: Sequence[Row]) -> list[Path]:
-    """``text.png`` and ``needle.png``, for the suites that have rows.
+    """``text.png``, ``kv.png`` and ``needle.png``, for the suites that have rows.
 
     Raises:
         ImportError: without matplotlib.
@@ -23,6 +26,7 @@ def draw(folder: Path, found: Sequence[Row]) -> list[Path]:
     text = [row for row in found if row.suite == Excerpt.suite]
     if text:
         drawn.append(_draw_lines(folder / "text.png", text, _PANELS))
+        drawn.append(_draw_budgets(folder / "kv.png", text))
     needle = [row for row in found if row.suite == Needle.suite]
     if needle:
         drawn.append(_draw_lines(folder / "needle.png", needle, (("found", "needles found"),)))
@@ -63,3 +67,40 @@ def _draw_lines(path: Path, found: Sequence[Row], panels: Sequence[tuple[str, st
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _draw_budgets(path: Path, found: Sequence[Row]) -> Path:
+    """What each method costs for the KV that it keeps: one panel a context, one point a method."""
+    from matplotlib import pyplot
+
+    lengths = sorted({row.length for row in found})
+    figure, axes = pyplot.subplots(
+        1, len(lengths), figsize=(5 * len(lengths), 4.2), squeeze=False, sharey=True
+    )
+    for axis, length in zip(axes[0], lengths, strict=True):
+        own = [row for row in found if row.length == length and "ratio" in row.values]
+        for kind, color in _KINDS.items():
+            rows = sorted((row for row in own if _kind(row) == kind), key=lambda row: row.kept)
+            values = [row.values["ratio"] for row in rows]
+            errors = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
+            kept, means = [row.kept for row in rows], [v.mean for v in values]
+            if rows:
+                axis.errorbar(kept, means, yerr=errors, fmt="o", capsize=3, color=color, label=kind)
+            for row, mean in zip(rows, means, strict=True):
+                place = {"textcoords": "offset points", "xytext": (5, 4), "fontsize": 7}
+                axis.annotate(row.method, (row.kept, mean), **place)
+        axis.set(xlabel="mean KV, tokens", title=f"context of {length:,} tokens")
+        axis.margins(x=0.2)
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(_PANELS[0][1])
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _kind(row: Row) -> str:
+    """Whose rule the settings are."""
+    preset = (row.settings or {}).get("preset")
+    return SEPLLM if preset is None else str(preset)

@@ -69,20 +69,36 @@ def rows(groups: Sequence[Group], store: Store) -> list[Row]:
 
 
 def _text(group: Group, store: Store) -> tuple[dict[str, Estimate], dict[str, tuple[int, int]]]:
-    own = [store.read(cell.key) for cell in group.cells]
-    full = [store.read(cell_key(cell.item, FULL)) for cell in group.cells]
+    own = _cells(group, group.method.name, store)
     values = {"perplexity": exponential(block_bootstrap([c["nll"] for c in own], _BLOCK))}
+    values |= _ratios(group, store, _BLOCK)
     if group.method.name == FULL:
         return values, {}
-    pairs = list(zip(own, full, strict=True))
-    # paired: the texts' own difficulty cancels
-    apart = [np.subtract(o["nll"], f["nll"]) for o, f in pairs]
-    values["ratio"] = exponential(block_bootstrap(apart, _BLOCK))
     # compared positions are far apart already
     values["kl"] = block_bootstrap([o["kl"] for o in own], 4)
-    agreed = [np.equal(o["top_ids"], f["top_ids"]) for o, f in pairs]
+    full = _cells(group, FULL, store)
+    agreed = [np.equal(o["top_ids"], f["top_ids"]) for o, f in zip(own, full, strict=True)]
     values["top1"] = block_bootstrap(agreed, _BLOCK)
     return values, {}
+
+
+def _cells(group: Group, method: str, store: Store) -> list[dict[str, Any]]:
+    return [store.read(cell_key(cell.item, method)) for cell in group.cells]
+
+
+def _ratios(group: Group, store: Store, block: int) -> dict[str, Estimate]:
+    """Perplexity over that of full attention, and of the StreamingLLM of the same mean KV.
+
+    Paired: the difficulty of the texts cancels.
+    """
+    name, rival = group.method.name, group.method.rival
+    found = {}
+    for measure, other in (("ratio", FULL), ("beside", rival)):
+        if other not in (None, name) and name != FULL:
+            pairs = zip(_cells(group, name, store), _cells(group, other, store), strict=True)
+            apart = [np.subtract(o["nll"], f["nll"]) for o, f in pairs]
+            found[measure] = exponential(block_bootstrap(apart, block))
+    return found
 
 
 def _needle(group: Group, store: Store) -> tuple[dict[str, Estimate], dict[str, tuple[int, int]]]:
@@ -98,7 +114,12 @@ def _needle(group: Group, store: Store) -> tuple[dict[str, Estimate], dict[str, 
 def _task(group: Group, store: Store) -> tuple[dict[str, Estimate], dict[str, tuple[int, int]]]:
     cells = [store.read(cell.key) for cell in group.cells]
     right = [flag for cell in cells for flag in cell["is_right"]]
-    return {"right": wilson(sum(right), len(right))}, {}
+    values = {"right": wilson(sum(right), len(right))}
+    if "nll" in cells[0]:
+        # a question depends on no other
+        values["perplexity"] = exponential(block_bootstrap([c["nll"] for c in cells], 1))
+        values |= _ratios(group, store, 1)
+    return values, {}
 
 
 _MEASURES = {Excerpt.suite: _text, Needle.suite: _needle, _TASK: _task}
@@ -116,8 +137,9 @@ def markdown(found: Sequence[Row]) -> str:
     parts = []
     text = [row for row in found if row.suite == Excerpt.suite]
     if text:
-        head = "| context | method | mean KV | of full | perplexity | ratio to full | KL | top-1 |"
-        lines = [head, "| --- | --- | ---: | ---: | --- | --- | --- | --- |"]
+        head = "| context | method | mean KV | of full | perplexity | ratio to full |"
+        lines = [f"{head} to streaming-llm | KL | top-1 |"]
+        lines += ["| --- | --- | ---: | ---: | --- | --- | --- | --- | --- |"]
         lines += [_text_line(row) for row in text]
         parts.append("\n".join(lines))
     needle = [row for row in found if row.suite == Needle.suite]
@@ -130,8 +152,9 @@ def markdown(found: Sequence[Row]) -> str:
         parts.append("\n".join(lines))
     tasks = [row for row in found if row.suite == _TASK]
     if tasks:
-        lines = ["| task | method | KV at the question | of full | right |"]
-        lines += ["| --- | --- | ---: | ---: | --- |", *map(_task_line, tasks)]
+        head = "| task | method | KV at the answer | of full | right | answer's perplexity |"
+        lines = [f"{head} ratio to full | to streaming-llm |"]
+        lines += ["| --- | --- | ---: | ---: | --- | --- | --- | --- |", *map(_task_line, tasks)]
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -141,11 +164,17 @@ def _start(row: Row) -> str:
 
 
 def _text_line(row: Row) -> str:
+    return f"{_start(row)} {_perplexities(row)} | {_share(row, 'kl')} | {_share(row, 'top1')} |"
+
+
+def _perplexities(row: Row) -> str:
     perplexity = _interval(row.values["perplexity"], "{:.2f}")
-    if row.method == FULL:
-        return f"{_start(row)} {perplexity} | 1 | 0 | 1 |"
-    ratio, kl, top1 = (_interval(row.values[name], "{:.3f}") for name in ("ratio", "kl", "top1"))
-    return f"{_start(row)} {perplexity} | {ratio} | {kl} | {top1} |"
+    return f"{perplexity} | {_share(row, 'ratio')} | {_share(row, 'beside')}"
+
+
+def _share(row: Row, measure: str) -> str:
+    """Empty where a method would be compared with itself, or has nothing to be compared with."""
+    return _interval(row.values[measure], "{:.3f}") if measure in row.values else ""
 
 
 def _needle_line(row: Row) -> str:
@@ -156,7 +185,9 @@ def _needle_line(row: Row) -> str:
 
 def _task_line(row: Row) -> str:
     start = f"| {row.items} | {row.method} | {row.kept:,.0f} | {row.share:.0%} |"
-    return f"{start} {_interval(row.values['right'], '{:.0%}')} |"
+    right = _interval(row.values["right"], "{:.0%}")
+    scored = _perplexities(row) if "perplexity" in row.values else " |  | "
+    return f"{start} {right} | {scored} |"
 
 
 def _interval(value: Estimate, form: str) -> str:

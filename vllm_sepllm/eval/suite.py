@@ -2,19 +2,11 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_sepllm.eval.engine import Engine, running
-from vllm_sepllm.eval.methods import (
-    FULL,
-    SEPLLM,
-    Method,
-    ModelFacts,
-    Span,
-    at_equal_kept,
-    mean_kept,
-)
+from vllm_sepllm.eval.methods import FULL, Method, ModelFacts, Span, Wanted, mean_kept, methods
 from vllm_sepllm.eval.store import Store
 from vllm_sepllm.eval.text import Excerpt, cell_key
 
@@ -38,7 +30,11 @@ class Item(Protocol):
     def spans(self) -> list[Span]:
         """Its requests, and the queries at which kept tokens are counted."""
 
-    def run(self, engine: Engine, method: str, store: Store) -> dict[str, Any]:
+    @property
+    def opened(self) -> Callable[..., AbstractContextManager[Any]]:
+        """Starts the engine that ``run`` takes, from model, settings and vLLM's arguments."""
+
+    def run(self, engine: Any, method: str, store: Store) -> dict[str, Any]:
         """The cell."""
 
 
@@ -72,21 +68,14 @@ class Group:
     cells: tuple[Cell, ...]
 
 
-def plan(
-    items: Sequence[Item],
-    sepllm: Mapping[str, Any],
-    also: Sequence[Method],
-    facts: ModelFacts,
-) -> list[Group]:
+def plan(items: Sequence[Item], wanted: Wanted, facts: ModelFacts) -> list[Group]:
     """The rows: full attention, sepllm, the others at equal mean KV, and what was asked for."""
     groups = []
     for suite, length in sorted({(item.suite, item.length) for item in items}, reverse=True):
         chosen = [i for i in items if (i.suite, i.length) == (suite, length)]
         spans = [span for item in chosen for span in item.spans]
-        methods = [Method(FULL, None), Method(SEPLLM, sepllm)]
-        methods += [*at_equal_kept(sepllm, spans, facts), *also]
         full = mean_kept(None, spans, facts)
-        for method in methods:
+        for method in methods(wanted, spans, facts):
             cells = tuple(Cell(item, method) for item in chosen)
             kept = mean_kept(method.settings, spans, facts)
             groups.append(Group(suite, length, method, kept, full, cells))
@@ -100,7 +89,7 @@ def run(
     arguments: Mapping[str, Any],
     advance: Callable[[str], None],
 ) -> None:
-    """Compute what the store lacks, with one engine for all cells of the same settings.
+    """Compute what the store lacks, with one engine for all cells of the same kind and settings.
 
     Args:
         groups: of ``plan``.
@@ -109,12 +98,13 @@ def run(
         arguments: of ``vllm.LLM``, besides those of the method.
         advance: called with the key of each cell that is finished, or was before.
     """
-    by_settings: dict[str, list[Cell]] = {}
+    by_engine: dict[tuple[Callable[..., Any], str], list[Cell]] = {}
     # full attention first: the others are compared with it
     for group in sorted(groups, key=lambda g: g.method.name != FULL):
         settings = json.dumps(group.method.settings, sort_keys=True)
-        by_settings.setdefault(settings, []).extend(group.cells)
-    for cells in by_settings.values():
+        for cell in group.cells:
+            by_engine.setdefault((cell.item.opened, settings), []).append(cell)
+    for (opened, _), cells in by_engine.items():
         missing = [cell for cell in cells if not store.has(cell.key)]
         for cell in cells:
             if cell not in missing:
@@ -122,8 +112,8 @@ def run(
         if not missing:
             continue
         longest = max(cell.item.length for cell in missing)
-        wanted = {"max_model_len": longest, **arguments}
-        with running(model, cells[0].method.settings, **wanted) as engine:
+        given = {"max_model_len": longest, **arguments}
+        with opened(model, cells[0].method.settings, **given) as engine:
             for cell in missing:
                 result = cell.item.run(engine, cell.method.name, store)
                 store.write(cell.key, result)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_sepllm.eval.engine import Engine
+from vllm_sepllm.eval.engine import Engine, running
 from vllm_sepllm.eval.methods import FULL, Span
 from vllm_sepllm.eval.store import Store
 
@@ -33,6 +33,7 @@ class Excerpt:
     num_positions: int
 
     suite = "text"
+    opened = staticmethod(running)
 
     @property
     def span(self) -> Span:

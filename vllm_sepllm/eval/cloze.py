@@ -1,0 +1,65 @@
+"""Questions from books: passages that break off before a name that they have told already.
+
+Run as ``python -m vllm_sepllm.eval.cloze BOOK... > cloze.jsonl``, for ``vllm-sepllm eval --qa``. As
+LAMBADA does, but for names, which are no separators: a method that has forgotten where the name
+stood must do without.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+_WORD = re.compile(r"\S+")
+_NAME = re.compile(r"[A-Z][a-z]{3,}")
+_OPENS_SENTENCE = re.compile(r"[.!?:;\"'_*-]$")
+# words that titles and forms of address write with a capital are no names of anybody
+_NO_NAMES = frozenset(
+    {"Chapter", "Lord", "Lady", "Miss", "Madame", "Sir", "King", "Queen", "Mister"}
+)
+
+
+def questions(text: str, num_words: int, num: int, min_distance: int) -> Iterator[dict[str, str]]:
+    """At most ``num`` passages, evenly over a text; the same for the same arguments.
+
+    Args:
+        text: of a book.
+        num_words: of a passage.
+        num: of passages.
+        min_distance: words between the name and where the passage last told it, at least.
+    """
+    words = list(_WORD.finditer(text))
+    found = [at for at in range(num_words, len(words)) if _asks(words, at, num_words, min_distance)]
+    chosen = [found[i * len(found) // num] for i in range(num)] if len(found) > num else found
+    for at in chosen:
+        context = text[words[at - num_words].start() : words[at - 1].end()]
+        name = _NAME.match(words[at][0])
+        assert name is not None, "_asks has seen it"
+        yield {"context": context, "question": "", "answer": name[0]}
+
+
+def _asks(words: list[re.Match[str]], at: int, num_words: int, min_distance: int) -> bool:
+    """Whether the word at ``at`` is a name in mid-sentence told before, far enough back."""
+    name = _NAME.match(words[at][0])
+    if name is None or name[0] in _NO_NAMES or _OPENS_SENTENCE.search(words[at - 1][0]):
+        return False
+    told = [i for i in range(at - num_words, at) if name[0] in words[i][0]]
+    return bool(told) and at - told[-1] >= min_distance
+
+
+def main() -> None:
+    """Print the questions of all books."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("book", type=Path, nargs="+")
+    parser.add_argument("--words", type=int, default=700, help="of a passage")
+    parser.add_argument("--num", type=int, default=12, help="passages of each book")
+    parser.add_argument("--distance", type=int, default=1, help="words since the name, at least")
+    args = parser.parse_args()
+    for book in args.book:
+        for line in questions(book.read_text("utf-8"), args.words, args.num, args.distance):
+            print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
