@@ -38,6 +38,9 @@ def made(four_layers_path: Path) -> Iterator[Engine]:
         yield made
 
 
+@pytest.mark.compatibility(
+    "A policy per request (`sepllm_window`, `sepllm`), mixed in a batch", "exact, nothing shared"
+)
 def test_each_request_has_the_mask_that_it_asked_for(
     made: Engine, four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:

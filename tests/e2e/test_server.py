@@ -116,6 +116,7 @@ def test_concurrent_requests_with_random_aborts(
     assert metric(base_url, "vllm:generation_tokens_total") > 0
 
 
+@pytest.mark.compatibility("A policy per request over HTTP (`vllm_xargs`)", "works, else HTTP 400")
 def test_a_request_chooses_its_policy(client: OpenAI, documents: list[str]) -> None:
     """Proves vllm_xargs in chat and completions, and a sentence with HTTP 400 for all nonsense.
 

@@ -8,8 +8,7 @@ def wrong_fields(
 ) -> tuple[dict[str, Any], ...]:
     """Fields of a completion request, each set wrong in a way of its own.
 
-    ``prompt`` is right, and 20 tokens long; 80 times as many with full attention do not fit into
-    the soak's pool.
+    ``prompt`` is right.
     """
     return (
         {"max_tokens": -1},
@@ -25,5 +24,5 @@ def wrong_fields(
         {"vllm_xargs": {"sepllm_window": 3}},
         {"vllm_xargs": {"sepllm": "no"}},
         {"vllm_xargs": {"sepllm_windows": 64}},
-        {"vllm_xargs": {"sepllm": False}, "prompt": prompt * 80},
+        {"vllm_xargs": {"sepllm": False, "sepllm_window": 64}},
     )

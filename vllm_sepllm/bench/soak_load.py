@@ -16,8 +16,6 @@ from vllm_sepllm.bench.soak_invalid import wrong_fields
 MODEL_NAME = "soak"
 MAX_MODEL_LEN = 2048
 MAX_NEW_TOKENS = 48
-# of a prompt with full attention: more does not fit into the pool (soak.NUM_BLOCKS), even alone
-MAX_FULL_TOKENS = 1400
 NUM_PEERS = 6
 BURST = 12
 ANSWER_SECONDS = 240
@@ -183,7 +181,7 @@ class Traffic:
         self._vocab_size = vocab_size
         self._separators = separators
         self._random = random.Random(seed)
-        self._earlier: list[tuple[int, ...]] = []
+        self._earlier: list[Request] = []
         self.tally = Tally()
         # kind -> (how often, what it does)
         self._kinds: dict[str, tuple[int, Callable[[], Any]]] = {
@@ -236,12 +234,17 @@ class Traffic:
             for _ in range(num_tokens)
         )
 
-    def _request(self, prompt: tuple[int, ...]) -> Request:
-        self._earlier = [*self._earlier[-20:], prompt]
-        policy = self._random.choice(REQUEST_POLICIES)
-        if policy.get("sepllm") is False and len(prompt) > MAX_FULL_TOKENS:
-            policy = {}
-        return Request(prompt, self._random.randint(1, MAX_NEW_TOKENS), policy)
+    def _request(self, prompt: tuple[int, ...], like: Request | None = None) -> Request:
+        """A request; mostly with the policy of the one that it is ``like``, for cache hits."""
+        is_alike = like is not None and self._random.random() < 0.75
+        policy = like.policy if like and is_alike else self._random.choice(REQUEST_POLICIES)
+        request = Request(prompt, self._random.randint(1, MAX_NEW_TOKENS), policy)
+        self._earlier = [*self._earlier[-7:], request]
+        return request
+
+    def _like(self) -> Request:
+        """One of the last requests, or the first of all."""
+        return self._random.choice(self._earlier or [Request(self._tokens(300), 1)])
 
     def _length(self) -> int:
         """Short and long ones alike: uniform in the exponent."""
@@ -257,14 +260,15 @@ class Traffic:
         await self._answer(self._request(self._tokens(self._length())))
 
     async def _prefix_reuse(self) -> None:
-        base = self._random.choice(self._earlier or [self._tokens(300)])
-        kept = base[: self._random.randint(1, len(base))]
+        like = self._like()
+        kept = like.prompt[: self._random.randint(1, len(like.prompt))]
         room = MAX_MODEL_LEN - MAX_NEW_TOKENS - len(kept)
         tail = self._tokens(self._random.randint(0, min(200, room)))
-        await self._answer(self._request(kept + tail))
+        await self._answer(self._request(kept + tail, like))
 
     async def _repeated(self) -> None:
-        await self._answer(self._request(self._random.choice(self._earlier or [self._tokens(99)])))
+        like = self._like()
+        await self._answer(self._request(like.prompt, like))
 
     async def _disconnect(self) -> None:
         request = self._request(self._tokens(self._length()))
