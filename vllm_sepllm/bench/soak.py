@@ -39,9 +39,9 @@ from vllm_sepllm.demo.processes import serving
 START_SECONDS = 300.0
 ROUND_SECONDS = 15.0
 NUM_SEPARATORS = 64
-# nine of the longest requests fit, a + n + s = 320 entries being 10 blocks of 32: a burst does not,
-# and between bursts there is room for the prefix cache
-NUM_BLOCKS = 96
+# a + n + s = 320 entries are 10 blocks of 32, full attention of the longest request is 64: a burst
+# needs more than there are, and between bursts there is room for the prefix cache
+NUM_BLOCKS = 160
 POLICY = {"initial_tokens": 4, "window": 60, "max_separators": 256}
 # field of the report -> vLLM's counter
 COUNTERS = {
@@ -192,7 +192,7 @@ async def _check_idle(base_url: str, report: Report) -> None:
 
 
 def serve_command(model: Path, separators: list[int]) -> list[str]:
-    """A server whose pool holds nine of the longest requests, less than a burst."""
+    """A server whose pool holds less than a burst with full attention in it."""
     config = {"sepllm": POLICY | {"separators": separators}}
     command = ["vllm", "serve", str(model), "--served-model-name", MODEL_NAME]
     command += ["--attention-backend", "sepllm", "--additional-config", json.dumps(config)]

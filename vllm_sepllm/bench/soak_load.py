@@ -181,7 +181,6 @@ class Traffic:
         self._vocab_size = vocab_size
         self._separators = separators
         self._random = random.Random(seed)
-        self._earlier: list[Request] = []
         self.tally = Tally()
         # kind -> (how often, what it does)
         self._kinds: dict[str, tuple[int, Callable[[], Any]]] = {
@@ -238,13 +237,12 @@ class Traffic:
         """A request; mostly with the policy of the one that it is ``like``, for cache hits."""
         is_alike = like is not None and self._random.random() < 0.75
         policy = like.policy if like and is_alike else self._random.choice(REQUEST_POLICIES)
-        request = Request(prompt, self._random.randint(1, MAX_NEW_TOKENS), policy)
-        self._earlier = [*self._earlier[-7:], request]
-        return request
+        return Request(prompt, self._random.randint(1, MAX_NEW_TOKENS), policy)
 
     def _like(self) -> Request:
-        """One of the last requests, or the first of all."""
-        return self._random.choice(self._earlier or [Request(self._tokens(300), 1)])
+        """One that was answered lately, whose checkpoints a small pool may still hold."""
+        finished = [request for request, _ in self.tally.finished[-4:]]
+        return self._random.choice(finished or [Request(self._tokens(300), 1)])
 
     def _length(self) -> int:
         """Short and long ones alike: uniform in the exponent."""
@@ -267,8 +265,9 @@ class Traffic:
         await self._answer(self._request(kept + tail, like))
 
     async def _repeated(self) -> None:
-        like = self._like()
-        await self._answer(self._request(like.prompt, like))
+        request = self._request(self._tokens(self._length()))
+        for _ in range(2):
+            await self._answer(request)
 
     async def _disconnect(self) -> None:
         request = self._request(self._tokens(self._length()))
