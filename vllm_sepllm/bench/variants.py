@@ -1,0 +1,142 @@
+"""The kernel variants that :mod:`vllm_sepllm.bench.compile` compiles, as Triton takes them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.compiler import ASTSource
+
+from vllm_sepllm.bench.gpus import Target
+from vllm_sepllm.kernels.prefill import prefill_kernel
+from vllm_sepllm.kernels.slots import slots_kernel
+from vllm_sepllm.kernels.spill import spill_kernel
+from vllm_sepllm.kernels.tuning import Tuning, tuning_for
+
+GROUP = 4  # query heads a KV head of the compiled variants: Llama 3 8B
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Arguments that select one compilation of a kernel.
+
+    Attributes:
+        kernel: "prefill", "spill" or "slots".
+        name: what the table calls it.
+        head_size: of the prefill kernel; elements a row of the spill kernel.
+        dtype: Triton's name of the query's type; the unit that spill copies.
+        has_fp8_cache: prefill from an fp8 cache.
+        has_extras: prefill with soft cap and attention sinks.
+    """
+
+    kernel: str
+    name: str
+    head_size: int
+    dtype: str
+    has_fp8_cache: bool = False
+    has_extras: bool = False
+
+
+_EVERYTHING = {"has_fp8_cache": True, "has_extras": True}
+VARIANTS = (
+    *(Variant("prefill", f"bf16 head {size}", size, "bf16") for size in (64, 80, 128, 256)),
+    Variant("prefill", "fp16 head 128", 128, "fp16"),
+    Variant("prefill", "bf16 head 128, fp8 cache", 128, "bf16", has_fp8_cache=True),
+    Variant("prefill", "bf16 head 128, soft cap, sinks", 128, "bf16", has_extras=True),
+    *(
+        Variant(
+            "prefill", f"bf16 head {size}, fp8 cache, soft cap, sinks", size, "bf16", **_EVERYTHING
+        )
+        for size in (64, 128, 256)
+    ),
+    *(Variant("prefill", f"fp32 head {size}", size, "fp32") for size in (128, 256)),
+    Variant("spill", "8-byte units, row 64", 64, "i64"),
+    Variant("spill", "2-byte units, row 96", 96, "i16"),
+    Variant("slots", "blocks of 16", 1, "i64"),
+)
+
+
+def source_of(variant: Variant, target: Target) -> tuple[ASTSource, Tuning]:
+    """What Triton compiles for one variant, and the launch it is compiled for.
+
+    Raises:
+        RuntimeError: under TRITON_INTERPRET, where nothing is compiled.
+    """
+    if not isinstance(prefill_kernel, triton.runtime.JITFunction):
+        raise RuntimeError("kernels are interpreted, not compiled: unset TRITON_INTERPRET")
+    if variant.kernel == "prefill":
+        element_bytes = 4 if variant.dtype == "fp32" else 2
+        tuning = tuning_for(variant.head_size, element_bytes, GROUP, target.family)
+        return _prefill_source(variant, target, tuning), tuning
+    source = _spill_source(variant) if variant.kernel == "spill" else _slots_source()
+    return source, Tuning(1, 1, 4, 1)
+
+
+def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
+    """Every pointer and stride a multiple of 16, as vLLM's tensors are."""
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    aligned = [
+        index
+        for index, name in enumerate(names)
+        if signature[name].startswith("*") or (name.startswith("stride_") and name in types)
+    ]
+    return ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+
+
+def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSource:
+    cache = target.fp8 if variant.has_fp8_cache else variant.dtype
+    types = {f"{name}_ptr": f"*{variant.dtype}" for name in ("query", "key", "value", "out")}
+    types |= {f"{name}_cache_ptr": f"*{cache}" for name in ("key", "value")}
+    tables = ("block_table", "tiles", "requests", "separators", "until")
+    types |= {f"{name}_ptr": "*i32" for name in tables}
+    strides = ("query", "key", "value", "out", "block", "head", "token", "table")
+    types |= {f"stride_{name}": "i32" for name in strides} | {"scale": "fp32", "soft_cap": "fp32"}
+    constants: dict[str, Any] = {"stride_row": 1}
+    for name, is_used in (
+        ("sinks_ptr", variant.has_extras),
+        ("key_scale_ptr", variant.has_fp8_cache),
+        ("value_scale_ptr", variant.has_fp8_cache),
+    ):
+        if is_used:
+            types[name] = "*fp32"
+        else:
+            constants[name] = None
+    constants |= {
+        "INITIAL": 4,
+        "MAX_SEPARATORS": 2**30,
+        "GROUP": GROUP,
+        "HEAD": variant.head_size,
+        "HEAD_POW2": triton.next_power_of_2(variant.head_size),
+        "BLOCK_SIZE": 16,
+        "BLOCK_ROWS": tuning.block_rows,
+        "BLOCK_KEYS": tuning.block_keys,
+        "USE_SOFT_CAP": variant.has_extras,
+        "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[variant.dtype],
+    }
+    return _source(prefill_kernel, types, constants)
+
+
+def _spill_source(variant: Variant) -> ASTSource:
+    types = {"cache_ptrs": "*i64", "src_ptr": "*i64", "dst_ptr": "*i64", "num_heads": "i32"}
+    types |= {f"stride_{name}": "i32" for name in ("block", "head", "token")}
+    constants = {
+        "stride_row": 1,
+        "BLOCK_SIZE": 16,
+        "ROW": variant.head_size,
+        "ROW_POW2": triton.next_power_of_2(variant.head_size),
+        "BLOCK_HEADS": 8,
+        "UNIT": {"i64": tl.int64, "i16": tl.int16}[variant.dtype],
+    }
+    return _source(spill_kernel, types, constants)
+
+
+def _slots_source() -> ASTSource:
+    types = {"entries_ptr": "*i64", "block_table_ptr": "*i32", "out_ptr": "*i64"}
+    types |= {"num_entries": "i32", "stride_table": "i32"}
+    return _source(slots_kernel, types, {"BLOCK_SIZE": 16, "BLOCK": 256})
