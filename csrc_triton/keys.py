@@ -1,75 +1,109 @@
-"""Where the keys of a query tile are: parts of the prefill kernel.
+"""List the keys that the tiles of each prefill chunk read. Oracle: vllm_sepllm.reference.
 
-The cached keys of a tile, or those of its chunk, form one list: initial tokens, then separators
-older than the tile's window, then the window. Tables as in vllm_sepllm.policy.tiles.
+All layers, heads and tiles of a step read the same lists, so where a key lies and until when it is
+visible is worked out once a step, and the prefill kernel is left with two loads a key.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 NEVER = tl.constexpr(2**31 - 1)  # until of a key that stays visible
+REQUEST_COLUMNS = tl.constexpr(13)
+# entries a program: a few integers each
+_BLOCK = 256
 
 
 @triton.jit
-def find_keys(
-    entry,  # [BLOCK_KEYS] index in the tile's list: initial tokens, far separators, window
-    first_initial,
-    num_initial,
-    first_rank,
-    num_ranks,
-    first_window,
-    num_keys,
-    num_spilled,
-    num_separators,
-    separators_ptr,  # [num_separators] int32, position of rank num_spilled + index
-    until_ptr,  # int32, indexed by position
-    until_end,  # later positions stay visible throughout the chunk
-    window,
-    MAX_SEPARATORS: tl.constexpr,
-):
-    """Rank less num_spilled (negative: in the tail), position and until of each entry."""
-    in_window = (entry >= num_initial + num_ranks) & (entry < num_keys)
-    is_far = (entry >= num_initial) & (entry < num_initial + num_ranks)
-    index = tl.where(is_far, first_rank + entry - num_initial - num_spilled, 0)
-    separator = tl.load(separators_ptr + index, mask=is_far & (index >= 0), other=0)
-    # a far separator disappears when the one MAX_SEPARATORS ranks later leaves the window
-    later = index + MAX_SEPARATORS
-    last = tl.load(
-        separators_ptr + later, mask=is_far & (later < num_separators), other=NEVER - window
-    )
-    in_order = first_window + entry - num_initial - num_ranks
-    position = tl.where(is_far, separator, first_initial + entry)
-    position = tl.where(in_window, in_order, position)
-    leaves = in_window & (position < until_end)
-    until = tl.load(until_ptr + position, mask=leaves, other=NEVER)
-    until = tl.where(is_far, last + window, until)
-    # past the list: visible to no query
-    return index, position, tl.where(entry < num_keys, until, 0)
-
-
-@triton.jit
-def slot_offsets(
-    index,  # [BLOCK_KEYS] rank less num_spilled, negative: in the tail
-    position,  # [BLOCK_KEYS]
-    num_spilled,
-    chunk_start,
-    window,
-    table_ptr,  # [max_blocks] int32
-    in_keys,  # [BLOCK_KEYS]
-    stride_block,
-    stride_token,
+def keys_kernel(
+    requests_ptr,  # [num_requests, REQUEST_COLUMNS] int32
+    separators_ptr,  # [num_separators] int32
+    until_ptr,  # [num_positions] int32
+    block_table_ptr,  # [num_rows, max_blocks] int32
+    place_out_ptr,  # [num_keys] int32: slot of a cached key, row in its chunk of the others
+    until_out_ptr,  # [num_keys] int32
+    stride_table,
     INITIAL: tl.constexpr,
     MAX_SEPARATORS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Offset of each cached key in the paged cache, in elements."""
+    """Initial tokens, cached far separators, ring; far separators of the chunk, the chunk."""
+    request_ptr = requests_ptr + tl.program_id(0) * REQUEST_COLUMNS
+    table_ptr = block_table_ptr + tl.load(request_ptr).to(tl.int64) * stride_table
+    chunk_start = tl.load(request_ptr + 1)
+    chunk_end = tl.load(request_ptr + 2)
+    if chunk_start == chunk_end:  # no tile, no list
+        return
+    num_spilled = tl.load(request_ptr + 4)
+    separators_ptr += tl.load(request_ptr + 5)
+    num_separators = tl.load(request_ptr + 6)
+    until_ptr += tl.load(request_ptr + 7)
+    window = tl.load(request_ptr + 8)
+    first_key = tl.load(request_ptr + 9)
+    rank_start, rank_split = tl.load(request_ptr + 10), tl.load(request_ptr + 11)
+    rank_end = tl.load(request_ptr + 12)
+
+    window_start = tl.maximum(0, chunk_start - window + 1)
+    until_end = chunk_end - window
+    ranks_from = tl.minimum(INITIAL, chunk_start)
+    ring_from = ranks_from + rank_split - rank_start
+    far_from = ring_from + chunk_start - window_start
+    chunk_from = far_from + rank_end - rank_split
+    num_keys = chunk_from + chunk_end - chunk_start
+    entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_keys = entry < num_keys
+    is_cached = entry < far_from
+    is_far = ((entry >= ranks_from) & (entry < ring_from)) | (~is_cached & (entry < chunk_from))
+
+    rank = tl.where(is_cached, rank_start + entry - ranks_from, rank_split + entry - far_from)
+    index = rank - num_spilled  # negative: in the tail
+    separator = tl.load(separators_ptr + index, mask=is_far & (index >= 0), other=0)
+    # a far separator disappears when the one MAX_SEPARATORS ranks later leaves the window
+    later = index + MAX_SEPARATORS
+    is_known = is_far & (later >= 0) & (later < num_separators)
+    last = tl.load(separators_ptr + later, mask=is_known, other=NEVER - window)
+    position = tl.where(
+        is_cached, window_start + entry - ring_from, entry - chunk_from + chunk_start
+    )
+    position = tl.where(entry < ranks_from, entry, position)
+    position = tl.where(is_far, separator, position)
+    leaves = in_keys & ~is_far & (entry >= ranks_from) & (position < until_end)
+    until = tl.load(until_ptr + position, mask=leaves, other=NEVER)
+    until = tl.where(is_far, last + window, until)
+
     # the ring holds [oldest, chunk_start), once around at most: one division for all keys
     oldest = tl.maximum(INITIAL, chunk_start - window)
     ring = (oldest - INITIAL) % window + position - oldest
     ring = INITIAL + tl.where(ring >= window, ring - window, ring)
-    ring = tl.where(position < INITIAL, position, ring)
-    tail = INITIAL + window + (index + num_spilled) % MAX_SEPARATORS
-    compact = tl.where(index < 0, tail, ring)
-    # int64: block id * stride_block passes 2**31 on a cache of a few GiB
-    block = tl.load(table_ptr + compact // BLOCK_SIZE, mask=in_keys, other=0).to(tl.int64)
-    return block * stride_block + (compact % BLOCK_SIZE).to(tl.int64) * stride_token
+    compact = tl.where(position < INITIAL, position, ring)
+    tail = INITIAL + window + rank % MAX_SEPARATORS
+    compact = tl.where(is_far & (index < 0), tail, compact)
+    block = tl.load(table_ptr + compact // BLOCK_SIZE, mask=is_cached, other=0)
+    slot = block * BLOCK_SIZE + compact % BLOCK_SIZE
+    place = tl.where(is_cached, slot, position - chunk_start)
+    tl.store(place_out_ptr + first_key + entry, place, mask=in_keys)
+    tl.store(until_out_ptr + first_key + entry, until, mask=in_keys)
+
+
+def launch(
+    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    block_table: torch.Tensor,
+    block_size: int,
+    most_keys: int,
+    policy: tuple[int, int],
+    out: torch.Tensor,
+) -> None:
+    """Arguments as in :func:`vllm_sepllm.ops.list_keys`, already checked.
+
+    ``tables`` are requests, separators and until; ``most_keys`` is the longest list; ``policy`` is
+    initial_tokens and max_separators.
+    """
+    requests = tables[0]
+    if most_keys == 0:  # a grid of zero programs is an error
+        return
+    keys_kernel[(requests.shape[0], triton.cdiv(most_keys, _BLOCK))](
+        *tables, block_table, out[0], out[1], block_table.stride(0), INITIAL=policy[0],
+        MAX_SEPARATORS=max(policy[1], 1),  # a modulus; with 0 no separator is ever far
+        BLOCK_SIZE=block_size, BLOCK=_BLOCK,
+    )  # fmt: skip

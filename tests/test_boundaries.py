@@ -24,7 +24,13 @@ ALLOWED = {
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", "httpx", *PUBLIC_VLLM}
     | {f"{US}.{part}" for part in ("demo", "ops", "reference", "policy", "kernels")}
-    | {f"{US}.register", f"{US}.integration.rig", "matplotlib", "transformers"},
+    | {
+        f"{US}.register",
+        f"{US}.integration.rig",
+        f"{US}.integration.stock_attention",
+        "matplotlib",
+        "transformers",
+    },
     f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", "lm_eval", *PUBLIC_VLLM}
     | {f"{US}.config", f"{US}.policy"},
     f"{US}/cli": {"numpy", "rich", "typer", "transformers"}

@@ -55,6 +55,8 @@ def check_cache(query: torch.Tensor, key: torch.Tensor, cache: PagedCache) -> No
                 f"cache.{name} must be [num_blocks, {wanted[0]}, block_size, {wanted[1]}], got "
                 f"{tuple(part.shape)}"
             )
+    if cache.key.shape[0] * cache.key.shape[2] >= 2**31:
+        raise ValueError(f"cache.key must have < 2**31 slots, got {tuple(cache.key.shape)}")
     layouts = [(part.stride(), part.dtype) for part in (cache.key, cache.value)]
     if layouts[0] != layouts[1]:
         raise ValueError(f"cache.key and cache.value must share strides and dtype, got {layouts}")

@@ -1,6 +1,6 @@
 """Public operations: check the arguments, then call one implementation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from vllm_sepllm.checks import (
 )
 from vllm_sepllm.kernels.arguments import Logits, PagedCache, SpillTable
 from vllm_sepllm.policy.tiles import PrefillTiles, rank_bound
-from vllm_sepllm.policy.visibility import BatchPolicy
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 __all__ = [
     "Impl",
@@ -22,6 +22,7 @@ __all__ = [
     "PrefillMetadata",
     "SpillTable",
     "entry_slots",
+    "list_keys",
     "prefill",
     "prefill_tile_tokens",
     "spill",
@@ -36,19 +37,24 @@ class PrefillMetadata:
 
     Attributes:
         tiles: [num_tiles, 8]; rows of zeros are skipped, so a persistent buffer may be padded.
-        requests: [num_requests, 9].
+        requests: [num_requests, 13].
         separators: [num_separators].
         until: [num_positions].
+        num_keys: [num_requests] int64 on the CPU.
         tile_tokens: tokens of a full tile.
         policy: that the tables were made for; the window of each request is in its row.
+        keys: [2, >= sum of num_keys] int32 from :func:`list_keys`, which the kernel needs: for each
+            key its slot, or its row in the chunk, and then its until.
     """
 
     tiles: torch.Tensor
     requests: torch.Tensor
     separators: torch.Tensor
     until: torch.Tensor
+    num_keys: IntArray
     tile_tokens: int
     policy: BatchPolicy
+    keys: torch.Tensor | None = None
 
     @classmethod
     def from_packed(
@@ -68,7 +74,7 @@ class PrefillMetadata:
             packed[first : first + table.size].view(table.shape)
             for first, table in zip(tables.offsets, tables.tables, strict=True)
         )
-        return cls(tiles, requests, separators, until, tables.tile_tokens, policy)
+        return cls(tiles, requests, separators, until, tables.num_keys, tables.tile_tokens, policy)
 
     @classmethod
     def on(
@@ -175,6 +181,51 @@ def entry_slots(
     return kernel.launch(entries, block_table, block_size, out)
 
 
+def list_keys(
+    metadata: PrefillMetadata,
+    block_table: torch.Tensor,
+    block_size: int,
+    *,
+    impl: Impl = "triton",
+) -> PrefillMetadata:
+    """Find the keys that each prefill chunk reads, once for all layers of a step.
+
+    Args:
+        metadata: tiles of the step.
+        block_table: [num_rows, max_blocks] int32, rows contiguous.
+        block_size: tokens a block.
+        impl: which implementation runs; there is no silent fallback.
+
+    Returns:
+        ``metadata`` with ``keys``.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device.
+
+    The tables are not range-checked: reading them would stall the device.
+    """
+    check_block_table("block_table", block_table)
+    if block_table.device != metadata.requests.device:
+        raise ValueError(
+            f"block_table is on {block_table.device}, metadata on {metadata.requests.device}"
+        )
+    # an even number of 16 bytes: Triton specialises on the alignment of pointers
+    length = -(-int(metadata.num_keys.sum()) // 8) * 8
+    out = torch.empty(2, length, dtype=torch.int32, device=block_table.device)
+    tables = (metadata.requests, metadata.separators, metadata.until)
+    if impl == "reference":
+        from vllm_sepllm import reference
+
+        reference.list_keys(*tables, block_table, block_size, out, policy=metadata.policy)
+    else:
+        from vllm_sepllm.kernels import keys as kernel
+
+        most = int(metadata.num_keys.max(initial=0))
+        numbers = (metadata.policy.initial_tokens, rank_bound(metadata.policy))
+        kernel.launch(tables, block_table, block_size, most, numbers, out)
+    return replace(metadata, keys=out)
+
+
 def prefill(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -251,7 +302,9 @@ def _prefill_triton(
             f"metadata.tile_tokens must be <= {tuning.block_rows // group} here, got "
             f"{metadata.tile_tokens}: ask ops.prefill_tile_tokens"
         )
-    policy = metadata.policy
-    tables = (metadata.tiles, metadata.requests, metadata.separators, metadata.until)
-    numbers = (policy.initial_tokens, rank_bound(policy))
-    kernel.launch(query, key, value, cache, tables, numbers, logits, out, tuning)
+    if metadata.keys is None:
+        raise ValueError("metadata.keys must be listed before the first layer: ops.list_keys")
+    tables = (metadata.tiles, metadata.requests, metadata.keys)
+    kernel.launch(
+        query, key, value, cache, tables, metadata.policy.initial_tokens, logits, out, tuning
+    )

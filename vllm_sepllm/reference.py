@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from vllm_sepllm.policy.tiles import NEVER, rank_bound
 from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 
@@ -54,7 +55,9 @@ def prefill(
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     factors = (1.0, 1.0) if scales is None else (float(scales[0]), float(scales[1]))
-    for table_row, start, end, first, num_spilled, offset, count, _, window in requests.tolist():
+    for table_row, start, end, first, num_spilled, offset, count, _, window in requests[
+        :, :9
+    ].tolist():
         own = Policy(policy.initial_tokens, window, policy.max_separators)
         listed = separators[offset : offset + count].tolist()
         keys = _keys_of_request(own, start, end, num_spilled, listed)
@@ -66,6 +69,47 @@ def prefill(
         visible = _visible(own, start, end, num_spilled, listed, keys).to(query.device)
         result = attend(query[rows].to(dtype), k, v, visible, scale, soft_cap, sinks)
         out[rows] = result.to(out.dtype)
+
+
+def list_keys(
+    requests: torch.Tensor,
+    separators: torch.Tensor,
+    until: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    out: torch.Tensor,
+    *,
+    policy: BatchPolicy,
+) -> None:
+    """Oracle of :func:`vllm_sepllm.ops.list_keys`, key by key."""
+    for row in requests.tolist():
+        table_row, start, end, _, num_spilled, offset, count, until_offset, n, column = row[:10]
+        if start == end:
+            continue
+        a, bound = policy.initial_tokens, max(1, rank_bound(policy))
+        listed = separators[offset : offset + count].tolist()
+
+        def slot(compact: int, blocks: torch.Tensor = block_table[table_row]) -> int:
+            return int(blocks[compact // block_size]) * block_size + compact % block_size
+
+        def leaves(p: int, end: int = end - n, first: int = until_offset) -> int:
+            return int(until[first + p]) if p < end else NEVER
+
+        found = [(slot(p), NEVER) for p in range(min(a, start))]
+        ranked = []
+        for rank in range(row[10], row[12]):
+            index, later = rank - num_spilled, rank - num_spilled + bound
+            last = listed[later] + n if later < count else NEVER
+            if rank >= row[11]:
+                ranked.append((listed[index] - start, last))
+            elif index < 0:
+                found.append((slot(a + n + rank % bound), last))
+            else:
+                found.append((slot(a + (listed[index] - a) % n), last))
+        ring = range(max(0, start - n + 1), start)
+        found += [(slot(p if p < a else a + (p - a) % n), leaves(p)) for p in ring]
+        found += ranked + [(p - start, leaves(p)) for p in range(start, end)]
+        out[:, column : column + len(found)] = torch.tensor(found, dtype=out.dtype).T
 
 
 def _keys_of_request(

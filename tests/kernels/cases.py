@@ -94,7 +94,10 @@ def make_case(
     value = torch.cat([whole[start:] for whole, start in zip(values, starts, strict=True)])
     query = randn(len(key), heads * shape.group, size)
     parts = (part.to(DEVICE) for part in (query, key, value))
-    metadata = _metadata(policy, prompts, shape.tile_tokens)
+    # a GPU has tiles of its own for each dtype
+    most = ops.prefill_tile_tokens(heads * shape.group, heads, size, shape.dtype)
+    metadata = _metadata(policy, prompts, min(shape.tile_tokens, most))
+    metadata = ops.list_keys(metadata, cache.block_table, shape.block_size)
     return Case(policy, prompts, *parts, cache, metadata, keys, values)
 
 

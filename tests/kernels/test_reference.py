@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Shape, make_case, random_prompt
+from tests.kernels.cases import DEVICE, Shape, make_case, random_prompt
 from vllm_sepllm import reference
 from vllm_sepllm.policy.visibility import Policy
 
@@ -29,14 +29,17 @@ def test_prefill_is_the_rule(policy, density, soft_cap, use_sinks, seed) -> None
     lengths = rng.integers(0, 40, 2)
     prompts = [random_prompt(rng, n, int(rng.integers(0, n + 1)), density) for n in lengths]
     case = make_case(policy, prompts, Shape(dtype=torch.float64), seed)
-    options = {"soft_cap": soft_cap, "sinks": torch.randn(2) if use_sinks else None}
+    sinks = torch.randn(2) if use_sinks else None
+    options = {"soft_cap": soft_cap, "sinks": None if sinks is None else sinks.to(DEVICE)}
     out = torch.full_like(case.query, float("nan"))
     tables = case.metadata.requests, case.metadata.separators
     reference.prefill(
         case.query, case.key, case.value, case.cache.key, case.cache.value, case.cache.block_table,
         *tables, out, policy=policy, scale=0.25, **options,
     )  # fmt: skip
-    assert torch.allclose(out.cpu(), case.dense(torch.float64, **options), rtol=0, atol=1e-12)
+    assert torch.allclose(
+        out.cpu(), case.dense(torch.float64, soft_cap=soft_cap, sinks=sinks), rtol=0, atol=1e-12
+    )
 
 
 def test_attend_by_hand() -> None:

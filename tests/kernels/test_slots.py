@@ -29,8 +29,9 @@ def test_slots_are_those_of_the_block_table(
     compact = torch.randint(-1, width * block_size, (num_entries,), generator=gen)
     entries = torch.stack([rows, compact])
     wanted, got = torch.full((2, num_entries), -7, device=DEVICE)
-    ops.entry_slots(entries, table[:, :width], block_size, wanted, impl="reference")
-    ops.entry_slots(entries.to(DEVICE), table.to(DEVICE)[:, :width], block_size, got)
+    entries, table = entries.to(DEVICE), table.to(DEVICE)[:, :width]
+    ops.entry_slots(entries, table, block_size, wanted, impl="reference")
+    ops.entry_slots(entries, table, block_size, got)
     assert torch.equal(wanted.cpu(), got.cpu())
 
 

@@ -66,7 +66,7 @@ def keys_of_tile(
 ) -> list[tuple[int, int]]:
     """(position, until) of every key that the kernel touches for one tile."""
     request, _, first, num_tokens, window_start, rank_start, _, rank_end = tile.tolist()
-    row = tables.requests[request, 1:].tolist()
+    row = tables.requests[request, 1:9].tolist()
     start, end, _, num_spilled, offset, count, until_start, window_size = row
     policy = policies.of_row(request)
     assert window_size == policy.window
@@ -124,6 +124,23 @@ def test_cached_separators_are_those_before_the_chunk(policy, prompts, tile_toke
         assert rank_split == min(max(before, rank_start), rank_end)
 
 
+@given(policies, windows, prompts, st.integers(1, 9))
+def test_ranks_of_a_request_are_those_of_its_tiles(policy, window, prompts, tile_tokens) -> None:
+    policy = with_windows(policy, window)
+    cut = [(flags, int(part * len(flags))) for flags, part in prompts]
+    tables = plan(policy, cut, tile_tokens)
+    for request, (is_separator, start) in enumerate(cut):
+        tiles = tables.tiles[tables.tiles[:, 0] == request]
+        if len(tiles) == 0:
+            assert tables.num_keys[request] == 0
+            continue
+        first, split, end = tables.requests[request, 10:].tolist()
+        assert first == tiles[:, 5].min()
+        assert end == tiles[:, 7].max()
+        before = sum(is_separator[policy.initial_tokens : start])
+        assert split == min(max(before, first), end)
+
+
 def test_tables_are_aligned_views_of_one_array() -> None:
     tables = plan(Policy(2, 4), [([True] * 11, 3), ([False] * 5, 5)], 4)
     for table, first in zip(tables.tables, tables.offsets, strict=True):
@@ -139,7 +156,8 @@ def test_size_grows_with_the_chunk_and_not_with_the_context() -> None:
 def test_no_request_gives_empty_tables() -> None:
     tables = plan(Policy(4, 64), [([False] * 7, 7)], 32)
     assert tables.tiles.shape == (0, 8)
-    assert tables.requests.shape == (1, 9)
+    assert tables.requests.shape == (1, 13)
+    assert tables.num_keys.tolist() == [0]
 
 
 def test_refuses_a_separator_that_has_left() -> None:

@@ -93,9 +93,9 @@ def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSour
     cache = target.fp8 if variant.has_fp8_cache else variant.dtype
     types = {f"{name}_ptr": f"*{variant.dtype}" for name in ("query", "key", "value", "out")}
     types |= {f"{name}_cache_ptr": f"*{cache}" for name in ("key", "value")}
-    tables = ("block_table", "tiles", "requests", "separators", "until")
+    tables = ("tiles", "requests", "place", "until")
     types |= {f"{name}_ptr": "*i32" for name in tables}
-    strides = ("query", "key", "value", "out", "block", "head", "token", "table")
+    strides = ("query", "key", "value", "out", "block", "head", "token")
     types |= {f"stride_{name}": "i32" for name in strides} | {"scale": "fp32", "soft_cap": "fp32"}
     constants: dict[str, Any] = {"stride_row": 1}
     for name, is_used in (
@@ -109,7 +109,6 @@ def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSour
             constants[name] = None
     constants |= {
         "INITIAL": 4,
-        "MAX_SEPARATORS": 2**30,
         "GROUP": GROUP,
         "HEAD": variant.head_size,
         "HEAD_POW2": triton.next_power_of_2(variant.head_size),

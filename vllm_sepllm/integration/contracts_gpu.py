@@ -12,6 +12,16 @@ _IMPL = "vllm.v1.attention.backends.triton_attn:TritonAttentionImpl"
 
 GPU = (
     Contract(
+        "vllm.v1.attention.ops.triton_unified_attention:unified_attention",
+        "called by benchmarks alone: the full attention that they compare with",
+        (
+            *("q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k"),
+            *("softmax_scale", "causal", "window_size", "block_table", "softcap", "q_descale"),
+            *("k_descale", "v_descale", "seq_threshold_3D", "num_par_softmax_segments"),
+            *("softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum"),
+        ),
+    ),
+    Contract(
         f"{_BUILDER}.build",
         "overridden, and called for the rows of the wrapped backend",
         ("common_prefix_len", "common_attn_metadata", "fast_build"),

@@ -7,7 +7,8 @@ index among the request's separators at positions >= initial_tokens, in order.
 
 The keys of a tile are three ranges: initial tokens and separators (by rank) older than the tile's
 window, and all positions in its window. A tile is therefore one row of integers, whatever the
-length of the request, and what the tables hold grows with the chunk, not with the context.
+length of the request, and what the tables hold grows with the chunk, not with the context. The keys
+that the tiles of a request touch are listed on the device (:func:`vllm_sepllm.ops.list_keys`).
 """
 
 from dataclasses import dataclass
@@ -64,12 +65,15 @@ class PrefillTiles:
             window_start (first position in the window of the first query), rank_start, rank_split,
             rank_end. Far separators are the ranks [rank_start, rank_split) in the cache and
             [rank_split, rank_end) in the chunk.
-        requests: [num_requests, 9] table_row, chunk_start, chunk_end, query_start, num_spilled,
+        requests: [num_requests, 13] table_row, chunk_start, chunk_end, query_start, num_spilled,
             offset in ``separators``, number of separators there, offset of position 0 in ``until``,
-            window.
+            window, offset in the list of keys, rank_start, rank_split, rank_end: the far separators
+            that any of its tiles reads.
         separators: [num_separators] as in :class:`PrefillRequests`.
         until: [num_positions] ``until`` of the positions that leave the window during the chunk,
             [chunk_start - window + 1, chunk_end - window) of each request, from 0 at the lowest.
+        num_keys: [num_requests] length of each request's list of keys: initial tokens, cached far
+            separators and ring, then far separators of the chunk and the chunk itself.
         tile_tokens: tokens of a full tile.
     """
 
@@ -78,6 +82,7 @@ class PrefillTiles:
     requests: NDArray[np.int32]
     separators: NDArray[np.int32]
     until: NDArray[np.int32]
+    num_keys: IntArray
     tile_tokens: int
 
     @property
@@ -114,6 +119,11 @@ def plan_tiles(requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int)
     until_start = np.cumsum(num_positions) - num_positions - first
     until = _until(requests, policy, first, num_positions)
     starts = requests.separators_start
+    everyone = np.arange(len(requests.chunk_start))
+    first_in_chunk = requests.num_spilled + _count_below(requests, everyone, requests.chunk_start)
+    tiles = _tile_rows(requests, policy, first_in_chunk, tile_tokens)
+    ranks = _rank_ranges(tiles, first_in_chunk)
+    num_keys = _num_keys(requests, policy, ranks)
     request_rows = (
         requests.table_row,
         requests.chunk_start,
@@ -124,9 +134,11 @@ def plan_tiles(requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int)
         np.diff(starts),
         until_start,
         window,
+        np.cumsum(num_keys) - num_keys,
+        *ranks,
     )
-    tiles = _tile_rows(requests, policy, tile_tokens)
-    return _pack(tiles, request_rows, requests.separators, until, tile_tokens)
+    packed, views = _pack(tiles, request_rows, requests.separators, until)
+    return PrefillTiles(packed, views[0], views[1], views[2], views[3], num_keys, tile_tokens)
 
 
 def rank_bound(policy: BatchPolicy) -> int:
@@ -175,9 +187,12 @@ def _until(
 
 
 def _tile_rows(
-    requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int
+    requests: PrefillRequests, policy: BatchPolicy, first_in_chunk: IntArray, tile_tokens: int
 ) -> tuple[IntArray, ...]:
-    """Columns of :attr:`PrefillTiles.tiles`, each [num_tiles]."""
+    """Columns of :attr:`PrefillTiles.tiles`, each [num_tiles].
+
+    ``first_in_chunk`` is [num_requests] the rank of the first separator in the chunk, there or not.
+    """
     start, end = requests.chunk_start, requests.chunk_end
     num_tiles = -(-(end - start) // tile_tokens)
     owner = np.repeat(np.arange(len(start)), num_tiles)
@@ -187,7 +202,6 @@ def _tile_rows(
     num_spilled = requests.num_spilled[owner]
     rank_end = num_spilled + _count_below(requests, owner, window_start)
     rank_start = np.maximum(0, rank_end - rank_bound(policy))
-    in_chunk = num_spilled + _count_below(requests, owner, start[owner])
     return (
         owner,
         requests.query_start[owner] + index * tile_tokens,
@@ -195,9 +209,29 @@ def _tile_rows(
         np.minimum(tile_tokens, end[owner] - position),
         window_start,
         rank_start,
-        np.clip(in_chunk, rank_start, rank_end),
+        np.clip(first_in_chunk[owner], rank_start, rank_end),
         rank_end,
     )
+
+
+def _rank_ranges(tiles: tuple[IntArray, ...], first_in_chunk: IntArray) -> tuple[IntArray, ...]:
+    """rank_start, rank_split and rank_end over all tiles of each request, 0 without a tile."""
+    owner, rank_start, rank_end = tiles[0], tiles[5], tiles[7]
+    has_tiles, first = np.unique(owner, return_index=True)
+    last = np.append(first[1:], len(owner))[: len(first)] - 1
+    start, end = np.zeros((2, len(first_in_chunk)), dtype=np.int64)
+    # later tiles read later ranks
+    start[has_tiles], end[has_tiles] = rank_start[first], rank_end[last]
+    return start, np.clip(first_in_chunk, start, end), end
+
+
+def _num_keys(
+    requests: PrefillRequests, policy: BatchPolicy, ranks: tuple[IntArray, ...]
+) -> IntArray:
+    """[num_requests] as in :class:`PrefillTiles`."""
+    start, length = requests.chunk_start, requests.chunk_end - requests.chunk_start
+    initial, ring = np.minimum(policy.initial_tokens, start), np.minimum(start, policy.window - 1)
+    return np.where(length > 0, initial + ring + ranks[2] - ranks[0] + length, 0)
 
 
 def _count_below(requests: PrefillRequests, owner: IntArray, position: IntArray) -> IntArray:
@@ -213,8 +247,7 @@ def _pack(
     request_rows: tuple[IntArray, ...],
     separators: IntArray,
     until: IntArray,
-    tile_tokens: int,
-) -> PrefillTiles:
+) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:
     """Write the tables into one array and keep a view of each."""
     parts = [np.stack(tiles, axis=1), np.stack(request_rows, axis=1), separators, until]
     packed = np.zeros(sum(_padded(part.size) for part in parts), dtype=np.int32)
@@ -225,4 +258,4 @@ def _pack(
         view[:] = part
         views.append(view)
         first += _padded(part.size)
-    return PrefillTiles(packed, views[0], views[1], views[2], views[3], tile_tokens)
+    return packed, views
