@@ -91,7 +91,9 @@ def test_tensor_parallel_and_a_worker_that_dies(
     """
     for name, value in TWO_CORES.items():
         monkeypatch.setenv(name, value)
-    with served(model, tmp_path, "--tensor-parallel-size", "2") as (base_url, log):
+    # the answer must not be over before the client has read three pieces of it
+    arguments = ("--tensor-parallel-size", "2", "--max-model-len", "4096")
+    with served(model, tmp_path, *arguments) as (base_url, log):
         client = connect(base_url)
         with ThreadPoolExecutor(2) as pool:
             for prompt, tokens in zip(
@@ -105,7 +107,7 @@ def test_tensor_parallel_and_a_worker_that_dies(
             model="tiny",
             prompt=prompts()[0],
             temperature=0.0,
-            max_tokens=350,
+            max_tokens=3500,
             stream=True,
             extra_body={"ignore_eos": True},
         )

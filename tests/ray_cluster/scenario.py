@@ -38,7 +38,11 @@ ENVIRONMENT = {
 @contextmanager
 def cluster(folder: str) -> Iterator[str]:
     """The address of two nodes. The first has what Ray calls GPUs, two of them."""
-    head = {"num_cpus": 1, "num_gpus": 2, "include_dashboard": False, "temp_dir": folder}
+    # Cluster writes its address below this even if the nodes have a folder of their own
+    os.environ["RAY_TMPDIR"] = folder
+    own = Path(folder) / "ray"
+    own.mkdir()
+    head = {"num_cpus": 1, "num_gpus": 2, "include_dashboard": False, "temp_dir": str(own)}
     nodes = Cluster(initialize_head=True, head_node_args=NODE | head)
     nodes.add_node(num_cpus=2, **NODE)
     try:
