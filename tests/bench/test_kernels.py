@@ -10,6 +10,9 @@ from vllm_sepllm.bench import kernel_cases
 from vllm_sepllm.bench.kernel_cases import Heads, chunk
 from vllm_sepllm.policy.visibility import Policy
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU the bench itself checks what it times"
+)
 HEADS = Heads("tiny", 4, 2, 16)
 
 
@@ -18,7 +21,6 @@ def _on_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(kernel_cases, "DEVICE", "cpu")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its cases are then checked by the bench")
 @pytest.mark.parametrize("start", [0, 90])
 def test_a_chunk_is_what_the_reference_reads(start) -> None:
     case = chunk(HEADS, start, start + 50, policy=Policy(4, 24), dtype=torch.float32)
@@ -34,7 +36,6 @@ def test_flops_of_a_prompt_within_the_window_are_those_of_its_tiles() -> None:
     assert case.flops == 4.0 * (16 * 16 + 16 * 32) * 4 * 16
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("module", ["kernels", "tune"])
 def test_refuses_to_run_without_a_gpu(module) -> None:
     command = [sys.executable, "-m", f"vllm_sepllm.bench.{module}"]

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.compiler import ASTSource
 
 from vllm_sepllm.bench.gpus import Target
+from vllm_sepllm.kernels.keys import keys_kernel
 from vllm_sepllm.kernels.prefill import prefill_kernel
 from vllm_sepllm.kernels.slots import slots_kernel
 from vllm_sepllm.kernels.spill import spill_kernel
@@ -21,7 +22,7 @@ class Variant:
     """Arguments that select one compilation of a kernel.
 
     Attributes:
-        kernel: "prefill", "spill" or "slots".
+        kernel: "prefill", "spill", "slots" or "keys".
         name: what the table calls it.
         head_size: of the prefill kernel; elements a row of the spill kernel.
         dtype: Triton's name of the query's type; the unit that spill copies.
@@ -53,6 +54,7 @@ VARIANTS = (
     Variant("spill", "8-byte units, row 64", 64, "i64"),
     Variant("spill", "2-byte units, row 96", 96, "i16"),
     Variant("slots", "blocks of 16", 1, "i64"),
+    Variant("keys", "blocks of 16", 1, "i32"),
 )
 
 
@@ -68,8 +70,8 @@ def source_of(variant: Variant, target: Target) -> tuple[ASTSource, Tuning]:
         element_bytes = 4 if variant.dtype == "fp32" else 2
         tuning = tuning_for(variant.head_size, element_bytes, GROUP, target.family)
         return _prefill_source(variant, target, tuning), tuning
-    source = _spill_source(variant) if variant.kernel == "spill" else _slots_source()
-    return source, Tuning(1, 1, 4, 1)
+    sources = {"spill": _spill_source, "slots": _slots_source, "keys": _keys_source}
+    return sources[variant.kernel](variant), Tuning(1, 1, 4, 1)
 
 
 def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
@@ -135,7 +137,14 @@ def _spill_source(variant: Variant) -> ASTSource:
     return _source(spill_kernel, types, constants)
 
 
-def _slots_source() -> ASTSource:
+def _slots_source(_: Variant) -> ASTSource:
     types = {"entries_ptr": "*i64", "block_table_ptr": "*i32", "out_ptr": "*i64"}
     types |= {"num_entries": "i32", "stride_table": "i32"}
     return _source(slots_kernel, types, {"BLOCK_SIZE": 16, "BLOCK": 256})
+
+
+def _keys_source(_: Variant) -> ASTSource:
+    tables = ("requests", "separators", "until", "block_table", "place_out", "until_out")
+    types = {f"{name}_ptr": "*i32" for name in tables} | {"stride_table": "i32"}
+    constants = {"INITIAL": 4, "MAX_SEPARATORS": 2**30, "BLOCK_SIZE": 16, "BLOCK": 256}
+    return _source(keys_kernel, types, constants)
