@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_a_server_survives_random_traffic(four_layers_path: Path) -> None:
     """Proves, over a served engine with a pool smaller than a burst: no fault, no lost or wrong
-    answer (each against its replay from scratch), and no block held whenever nothing runs."""
+    answer (each against its replay from scratch), no block held whenever nothing runs, and a
+    prefix cache that still finds what it should."""
     command = [sys.executable, "-m", "vllm_sepllm.bench.soak", "--model", str(four_layers_path)]
     done = subprocess.run(
         [*command, "--minutes", "0.3", "--seed", "1"], capture_output=True, text=True, cwd=ROOT
@@ -24,5 +25,6 @@ def test_a_server_survives_random_traffic(four_layers_path: Path) -> None:
     assert report["replayed"] >= 15  # a burst is twelve
     assert report["answered"] >= 2 * report["replayed"] > 0
     assert report["most_at_once"] >= 12
+    assert report["num_cached_tokens"] > 0
     assert (report["lost"], report["free_blocks"]) == (0, report["num_blocks"])
     assert report["near_ties"] <= report["replayed"] / 10

@@ -3,7 +3,7 @@
 ``python -m vllm_sepllm.bench.soak --model FOLDER --minutes N``. In rounds: peers send random
 requests (lengths, shared prefixes, disconnects, aborts, invalid input, bursts beyond the pool),
 then every finished answer is asked for again, alone and past the prefix cache, and must be the
-same.
+same, and a prompt that is sent twice must be found in the prefix cache.
 """
 
 import argparse
@@ -24,15 +24,8 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from vllm_sepllm.bench.soak_load import (
-    INJECTED,
-    MAX_MODEL_LEN,
-    MODEL_NAME,
-    Client,
-    ServerFault,
-    Traffic,
-    verdict,
-)
+from vllm_sepllm.bench.soak_client import MODEL_NAME, Client, Request, ServerFault, verdict
+from vllm_sepllm.bench.soak_load import INJECTED, MAX_MODEL_LEN, Traffic
 from vllm_sepllm.bench.soak_memory import MAX_GROWTH, Sample, Trend, descendants_rss_mib, trend
 from vllm_sepllm.demo.processes import serving
 
@@ -141,6 +134,7 @@ async def run(
         await traffic.run(min(ROUND_SECONDS, left / 2))
         await _check_idle(base_url, report)
         await _replay(client, traffic, report)
+        await _check_cache(base_url, client, traffic.long_request(), report)
         await _check_idle(base_url, report)
         minutes = (time.monotonic() - start) / 60
         report.memory.append(Sample(round(minutes, 2), round(descendants_rss_mib(os.getpid()), 1)))
@@ -175,6 +169,21 @@ async def _replay(client: Client, traffic: Traffic, report: Report) -> None:
         report.near_ties += found == "near tie"
         report.wrong += found == "wrong"
     traffic.tally.finished.clear()
+
+
+async def _check_cache(base_url: str, client: Client, request: Request, report: Report) -> None:
+    """Whatever the traffic did to it, the prefix cache still finds what was just there."""
+    try:
+        await client.ask(request)
+        before = metric(base_url, COUNTERS["num_cached_tokens"])
+        await client.ask(request)
+    except (ServerFault, httpx.HTTPError) as error:
+        report.lost += 1
+        report.faults.append(f"prefix cache: {type(error).__name__} {error}")
+        return
+    found = metric(base_url, COUNTERS["num_cached_tokens"]) - before
+    if found < len(request.prompt) // 2:
+        report.faults.append(f"prefix cache: {found:.0f} of {len(request.prompt)} tokens found")
 
 
 async def _check_idle(base_url: str, report: Report) -> None:

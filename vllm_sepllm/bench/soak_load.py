@@ -1,4 +1,4 @@
-"""Random requests for a server, and whether two answers to one request agree."""
+"""Random requests for a server."""
 
 import asyncio
 import json
@@ -11,16 +11,13 @@ from typing import Any
 
 import httpx
 
+from vllm_sepllm.bench.soak_client import MODEL_NAME, Answer, Client, Request, ServerFault
 from vllm_sepllm.bench.soak_invalid import wrong_fields
 
-MODEL_NAME = "soak"
 MAX_MODEL_LEN = 2048
 MAX_NEW_TOKENS = 48
 NUM_PEERS = 6
 BURST = 12
-ANSWER_SECONDS = 240
-# between batches of other sizes float32 sums differ by less than 1e-4 in a log-probability
-TOLERANCE = 1e-3
 SEPARATOR_SHARE = 0.15
 # kinds of requests that are faults on purpose: of clients, or more than the server can hold
 INJECTED = (
@@ -36,124 +33,6 @@ REQUEST_POLICIES: tuple[dict[str, Any], ...] = (
     {"sepllm_window": 500},
     {"sepllm": False},
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """Greedy, exactly ``max_tokens`` long."""
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    policy: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class Answer:
-    """Per position: the token as vLLM names it, and the log-probabilities of the best two."""
-
-    tokens: list[str] = field(default_factory=list)
-    best: list[dict[str, float]] = field(default_factory=list)
-
-
-class ServerFault(Exception):
-    """The server did what it must not do."""
-
-
-def verdict(first: Answer, again: Answer) -> str:
-    """``same``, ``wrong``, or ``near tie``: they part at a token that float noise may decide."""
-    pairs = zip(first.tokens, again.tokens, first.best, again.best, strict=False)
-    for one, two, best, best_again in pairs:
-        if one != two:
-            gap = abs(best.get(one, math.inf) - best.get(two, -math.inf))
-            return "near tie" if gap < TOLERANCE else "wrong"
-        if abs(best[one] - best_again[two]) > TOLERANCE:
-            return "wrong"
-    return "same" if len(first.tokens) == len(again.tokens) else "wrong"
-
-
-class Client:
-    """Speaks to a served model as strangers do, streams closed half-way included."""
-
-    def __init__(self, base_url: str) -> None:
-        limits = httpx.Limits(max_connections=None)
-        self._http = httpx.AsyncClient(trust_env=False, timeout=ANSWER_SECONDS, limits=limits)
-        self._url = f"{base_url}/completions"
-        self._salt = 0
-        self._num_open = 0
-        self.num_sent = self.num_answered = self.most_at_once = 0
-
-    async def close(self) -> None:
-        """Close every connection."""
-        await self._http.aclose()
-
-    def fresh_salt(self) -> str:
-        """For a request that must find nothing in the prefix cache."""
-        self._salt += 1
-        return f"replay-{self._salt}"
-
-    async def ask(
-        self, request: Request, *, stop_after: int | None = None, salt: str | None = None
-    ) -> Answer:
-        """The answer, or its beginning: the connection is cut after ``stop_after`` pieces.
-
-        Raises:
-            ServerFault: if the status is not 200, the stream breaks off or is too short.
-        """
-        body: dict[str, Any] = {
-            "model": MODEL_NAME,
-            "prompt": list(request.prompt),
-            "max_tokens": request.max_tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "logprobs": 2,
-            "return_tokens_as_token_ids": True,
-            "stream": True,
-        }
-        if request.policy:
-            body["vllm_xargs"] = request.policy
-        if salt is not None:
-            body["cache_salt"] = salt
-        self.num_sent += 1
-        self._num_open += 1
-        self.most_at_once = max(self.most_at_once, self._num_open)
-        try:
-            answer = await self._stream(body, stop_after)
-        finally:
-            self._num_open -= 1
-        if len(answer.tokens) == request.max_tokens:
-            self.num_answered += 1
-        elif stop_after is None:
-            raise ServerFault(f"{len(answer.tokens)} tokens instead of {request.max_tokens}")
-        return answer
-
-    async def _stream(self, body: dict[str, Any], stop_after: int | None) -> Answer:
-        answer = Answer()
-        async with self._http.stream("POST", self._url, json=body) as response:
-            if response.status_code != 200:
-                text = (await response.aread()).decode(errors="replace")
-                raise ServerFault(f"status {response.status_code}: {text[:300]}")
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    _add(answer, json.loads(line.removeprefix("data: ")))
-                if stop_after is not None and len(answer.tokens) >= stop_after:
-                    return answer
-        return answer
-
-    async def is_refused(self, content: bytes) -> bool:
-        """Whether a wrong body gets a 4xx."""
-        self.num_sent += 1
-        headers = {"content-type": "application/json"}
-        response = await self._http.post(self._url, content=content, headers=headers)
-        return 400 <= response.status_code < 500
-
-
-def _add(answer: Answer, event: dict[str, Any]) -> None:
-    if "error" in event:
-        raise ServerFault(f"in mid-stream: {str(event['error'])[:300]}")
-    for choice in event["choices"]:
-        logprobs = choice["logprobs"] or {"tokens": [], "top_logprobs": []}
-        answer.tokens += logprobs["tokens"]
-        answer.best += logprobs["top_logprobs"]
 
 
 @dataclass(slots=True)
@@ -238,6 +117,10 @@ class Traffic:
         is_alike = like is not None and self._random.random() < 0.75
         policy = like.policy if like and is_alike else self._random.choice(REQUEST_POLICIES)
         return Request(prompt, self._random.randint(1, MAX_NEW_TOKENS), policy)
+
+    def long_request(self) -> Request:
+        """One that has more than any window, and separators that left it."""
+        return Request(self._tokens(700), 2)
 
     def _like(self) -> Request:
         """One that was answered lately, whose checkpoints a small pool may still hold."""
