@@ -260,27 +260,15 @@ def prefill(
     check_cache(query, key, cache)
     check_logits_and_tables(query, cache, metadata.tiles, logits)
     if impl == "reference":
-        _prefill_reference(query, key, value, cache, metadata, logits, out)
+        from vllm_sepllm import reference
+
+        reference.prefill(
+            query, key, value, cache.key, cache.value, cache.block_table,
+            metadata.requests, metadata.separators, out, policy=metadata.policy,
+            scale=logits.scale, soft_cap=logits.soft_cap, sinks=logits.sinks, scales=cache.scales,
+        )  # fmt: skip
     else:
         _prefill_triton(query, key, value, cache, metadata, logits, out)
-
-
-def _prefill_reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: PagedCache,
-    metadata: PrefillMetadata,
-    logits: Logits,
-    out: torch.Tensor,
-) -> None:
-    from vllm_sepllm import reference
-
-    reference.prefill(
-        query, key, value, cache.key, cache.value, cache.block_table,
-        metadata.requests, metadata.separators, out, policy=metadata.policy,
-        scale=logits.scale, soft_cap=logits.soft_cap, sinks=logits.sinks, scales=cache.scales,
-    )  # fmt: skip
 
 
 def _prefill_triton(

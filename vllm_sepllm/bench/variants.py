@@ -54,7 +54,7 @@ VARIANTS = (
     Variant("spill", "8-byte units, row 64", 64, "i64"),
     Variant("spill", "2-byte units, row 96", 96, "i16"),
     Variant("slots", "blocks of 16", 1, "i64"),
-    Variant("keys", "blocks of 16", 1, "i32"),
+    Variant("keys", "lists, blocks of 16", 1, "i32"),
 )
 
 

@@ -48,6 +48,25 @@ CPU = (
             *("k_scale", "v_scale", "kv_cache_dtype"),
         ),
     ),
+    Contract(
+        "vllm._custom_ops:cpu_attn_get_scheduler_metadata",
+        "called: prefill chunks as sequences",
+        (
+            *("num_reqs", "num_heads", "num_kv_heads", "head_dim", "seq_lens", "dtype"),
+            *("query_start_loc", "causal", "sliding_window_size", "isa", "enable_kv_split"),
+            *("dynamic_causal", "kv_cache_dtype"),
+        ),
+    ),
+    Contract(
+        "vllm._custom_ops:cpu_attention_with_kv_cache",
+        "called: prefill chunks as sequences; causal, with a window that counts the query",
+        (
+            *("query", "key_cache", "value_cache", "output", "query_start_loc", "seq_lens"),
+            *("scale", "causal", "alibi_slopes", "sliding_window", "block_table", "softcap"),
+            *("scheduler_metadata", "s_aux", "dynamic_causal", "k_scale", "v_scale"),
+            "kv_cache_dtype",
+        ),
+    ),
     Contract(f"{_WORKER}.load_model", "overridden: wraps layers", ("load_dummy_weights",)),
     Contract(
         f"{_WORKER}.initialize_from_config", "overridden: binds builders", ("kv_cache_config",)

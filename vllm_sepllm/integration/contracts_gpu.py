@@ -18,7 +18,10 @@ GPU = (
             *("q", "k", "v", "out", "cu_seqlens_q", "max_seqlen_q", "seqused_k", "max_seqlen_k"),
             *("softmax_scale", "causal", "window_size", "block_table", "softcap", "q_descale"),
             *("k_descale", "v_descale", "seq_threshold_3D", "num_par_softmax_segments"),
-            *("softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum"),
+            *("softmax_segm_output", "softmax_segm_max", "softmax_segm_expsum", "alibi_slopes"),
+            *("output_scale", "qq_bias", "sinks", "mm_prefix_range", "rswa_prefix_lens"),
+            *("rswa_window", "use_alibi_sqrt", "kv_quant_mode", "k_scale_cache", "v_scale_cache"),
+            *("chunk_lookback", "use_td", "mm_prefix_clamp_sliding_window"),
         ),
     ),
     Contract(

@@ -1,14 +1,10 @@
 """A tile's mask covers its partial keys, and nothing of it is left for the next tile."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 
 from vllm_sepllm.integration.cpu.attention import TileAttention
-from vllm_sepllm.integration.cpu.builder import SepLLMCPUMetadataBuilder
 from vllm_sepllm.integration.cpu.metadata import TileTensors
 from vllm_sepllm.policy import prefill
 from vllm_sepllm.policy.visibility import Policy, visible_mask
@@ -45,11 +41,10 @@ def test_tiles_attend_like_the_dense_mask(max_separators: int | None, tile_size:
     gen = torch.Generator().manual_seed(0)
     query = torch.randn(num_tokens, 4, 16, generator=gen)
     key, value = (torch.randn(2, num_tokens, 16, generator=gen) for _ in range(2))
-    tiles: Any = SimpleNamespace(_query_dtype=torch.float32)
     attend, zeros = TileAttention(0.25, 0.0, None), torch.zeros(tile_size, num_tokens)
     got = torch.full(query.shape, float("nan"))
     for found in prefill.query_tiles(chunk, tile_size):
-        tile = SepLLMCPUMetadataBuilder._tile_tensors(tiles, found)
+        tile = TileTensors.of(found, torch.float32)
         keys, values = key[:, tile.keys], value[:, tile.keys]
         rows = slice(tile.first, tile.last)
         got[rows] = attend(query[rows], keys, values, tile.mask(zeros))

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttentionMetadataBuilder
 
@@ -19,10 +21,12 @@ from vllm_sepllm.integration.cpu.metadata import (
     SnapshotWrites,
     TileTensors,
 )
+from vllm_sepllm.integration.cpu.sequences import SequenceKernel
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import CurrentStep
 from vllm_sepllm.policy import checkpoint, decode, layout, prefill
 from vllm_sepllm.policy.plan import BatchRows
+from vllm_sepllm.policy.sequences import sequence_tile, tile_sequences
 from vllm_sepllm.policy.visibility import BoolArray, IntArray
 
 # the fastest of 64 to 512 for prefill at 8K with the window of 256 (2 cores, bf16 and fp32)
@@ -46,7 +50,19 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         self._layout = probe_layout(
             self.num_kv_heads, self.head_dim, self.block_size, spec.dtype, self.isa
         )
+        self._kernel = self._sequence_kernel()
         self._step: CurrentStep | None = None
+
+    def _sequence_kernel(self) -> SequenceKernel | None:
+        """vLLM's kernel for prefill; None if it has no head of one more element, or bounds scores.
+
+        A bounded score is never so low that an entry counts for nothing.
+        """
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, self.layer_names)
+        if any(layer.impl.logits_soft_cap for layer in layers.values()):  # type: ignore[attr-defined]
+            return None
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        return SequenceKernel.of(*heads, self.isa, self._query_dtype)
 
     def bind(
         self, step: CurrentStep, request_ids: Callable[[], Sequence[str]], group_id: int
@@ -242,7 +258,8 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
             block_ids = block_table[row, kept.target // self.block_size]
             slots.append(self._slots(block_ids, kept.target))
         owners, source, target = (np.concatenate(part) for part in zip(*copies, strict=True))
-        most_keys = max(len(tile.keys) for chunk in chunk_rows for tile in chunk.tiles)
+        num_keys = (len(tile.keys) for chunk in chunk_rows for tile in chunk.tiles)
+        most_keys = max(num_keys, default=0)
         return PrefillRows(
             layout=self._layout,
             chunks=chunk_rows,
@@ -262,15 +279,19 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
 
     def _chunk_rows(self, chunk: prefill.Chunk, first: int, block_ids: IntArray) -> ChunkRows:
         num_blocks = -(-chunk.num_cached // self.block_size)
+        sequences, tiles = None, []
+        kernel = self._kernel
+        if kernel and (size := sequence_tile(chunk, _TILE_SIZE, kernel.block_size)):
+            sequences = kernel.plan(tile_sequences(chunk, size, kernel.block_size))
+        else:
+            tiles = [
+                TileTensors.of(t, self._query_dtype) for t in prefill.query_tiles(chunk, _TILE_SIZE)
+            ]
         return ChunkRows(
             first=first,
             last=first + chunk.end - chunk.start,
             block_ids=torch.from_numpy(block_ids[:num_blocks].astype(np.int64)),
             num_cached=chunk.num_cached,
-            tiles=[self._tile_tensors(t) for t in prefill.query_tiles(chunk, _TILE_SIZE)],
+            sequences=sequences,
+            tiles=tiles,
         )
-
-    def _tile_tensors(self, tile: prefill.QueryTile) -> TileTensors:
-        bias = torch.zeros(tile.hidden.shape, dtype=self._query_dtype)
-        bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
-        return TileTensors(tile.first, tile.last, torch.from_numpy(tile.keys), bias)

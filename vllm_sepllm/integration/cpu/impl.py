@@ -26,6 +26,10 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
         self.head_size = wrapped.head_size
         self.scale = wrapped.scale
         self.kv_cache_dtype = wrapped.kv_cache_dtype
+        self.logits_soft_cap = wrapped.logits_soft_cap
+        self._sinks = wrapped.sinks
+        if self._sinks is not None and self._sinks.dtype != torch.bfloat16:
+            self._sinks = self._sinks.float()  # vLLM's kernel takes these two dtypes
         self._attend = TileAttention(wrapped.scale, wrapped.logits_soft_cap, wrapped.sinks)
 
     def forward(
@@ -97,6 +101,18 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
         output: torch.Tensor,
     ) -> None:
         for chunk in rows.chunks:
+            if chunk.sequences is not None:
+                own = slice(chunk.first, chunk.last)
+                chunk.sequences.attend(
+                    query[own],
+                    key[own],
+                    value[own],
+                    self._cached(chunk, kv_cache, rows.layout),
+                    self.scale,
+                    self._sinks,
+                    output[own],
+                )
+                continue
             keys, values = self._chunk_keys(chunk, key, value, kv_cache, rows.layout)
             for tile in chunk.tiles:
                 queries = slice(chunk.first + tile.first, chunk.first + tile.last)
@@ -122,11 +138,19 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
         """K and V of a chunk, [num_kv_heads, num_cached + chunk, head_size], cache first."""
         keys = key[chunk.first : chunk.last].transpose(0, 1)
         values = value[chunk.first : chunk.last].transpose(0, 1)
-        if chunk.num_cached == 0:
+        cached = self._cached(chunk, kv_cache, layout)
+        if cached is None:
             return keys, values
-        cached = layout.gather(kv_cache, chunk.block_ids)[:, : chunk.num_cached]
         cached_keys, cached_values = cached.chunk(2, dim=2)
         return torch.cat([cached_keys, keys], 1), torch.cat([cached_values, values], 1)
+
+    def _cached(
+        self, chunk: ChunkRows, kv_cache: torch.Tensor, layout: CPUCacheLayout
+    ) -> torch.Tensor | None:
+        """[num_kv_heads, num_cached, 2 * head_size]; None if the cache is empty."""
+        if chunk.num_cached == 0:
+            return None
+        return layout.gather(kv_cache, chunk.block_ids)[:, : chunk.num_cached]
 
     def _write(
         self,

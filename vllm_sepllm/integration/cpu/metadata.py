@@ -7,6 +7,8 @@ from vllm.v1.attention.backend import AttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
 
 from vllm_sepllm.integration.cpu.kv_layout import CPUCacheLayout
+from vllm_sepllm.integration.cpu.sequences import ChunkSequences
+from vllm_sepllm.policy.prefill import QueryTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,13 @@ class TileTensors:
     keys: torch.Tensor
     bias: torch.Tensor
 
+    @classmethod
+    def of(cls, tile: QueryTile, dtype: torch.dtype) -> "TileTensors":
+        """Of a planned tile, for queries of ``dtype``."""
+        bias = torch.zeros(tile.hidden.shape, dtype=dtype)
+        bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
+        return cls(tile.first, tile.last, torch.from_numpy(tile.keys), bias)
+
     def mask(self, zeros: torch.Tensor) -> torch.Tensor | None:
         """[last - first, num_keys] to add to scores, a view of ``zeros``; None: nothing is hidden.
 
@@ -86,13 +95,15 @@ class ChunkRows:
         last: end of its rows, exclusive.
         block_ids: [num_blocks] int64 that hold its cache as the step begins.
         num_cached: entries in them.
-        tiles: queries and the keys they read.
+        sequences: for vLLM's kernel; None: it cannot.
+        tiles: then queries and the keys they read.
     """
 
     first: int
     last: int
     block_ids: torch.Tensor
     num_cached: int
+    sequences: ChunkSequences | None
     tiles: list[TileTensors]
 
 
