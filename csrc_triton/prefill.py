@@ -88,11 +88,8 @@ def _attend(
         entry = start + tl.arange(0, BLOCK_KEYS)
         # past the end the last key again: memory that was never written may hold NaN
         key = tl.minimum(entry, num_keys - 1)
-        key += tl.where(
-            key < num_0,
-            first_0,
-            tl.where(key < num_0 + num_1, first_1 - num_0, first_2 - num_0 - num_1),
-        )
+        after_0 = tl.where(key < num_0 + num_1, first_1 - num_0, first_2 - num_0 - num_1)
+        key += tl.where(key < num_0, first_0, after_0)
         place, until = tl.load(place_ptr + key), tl.load(until_ptr + key)
         until = tl.where(entry < num_keys, until, 0)
         # int64: block id * stride_block passes 2**31 on a cache of a few GiB
@@ -105,18 +102,14 @@ def _attend(
             value_off = place.to(tl.int64) * stride_token
         # [BLOCK_KEYS, HEAD_POW2]
         elements = col.to(tl.int64)[None, :] * stride_row
-        k_ptrs, v_ptrs = (
-            key_ptr + key_off[:, None] + elements,
-            value_ptr + value_off[:, None] + elements,
-        )
+        k_ptrs = key_ptr + key_off[:, None] + elements
+        v_ptrs = value_ptr + value_off[:, None] + elements
         if HEAD == HEAD_POW2:
             k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         else:
             in_head = (col < HEAD)[None, :]
-            k, v = (
-                tl.load(k_ptrs, mask=in_head, other=0.0),
-                tl.load(v_ptrs, mask=in_head, other=0.0),
-            )
+            k = tl.load(k_ptrs, mask=in_head, other=0.0)
+            v = tl.load(v_ptrs, mask=in_head, other=0.0)
         seen = position[:, None] < until[None, :]
         if not IS_CACHE:
             seen &= place[None, :] <= chunk_row[:, None]

@@ -6,6 +6,7 @@ empty entry, whose weight is therefore 0.
 """
 
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ class Scratch:
 
     def take(self, name: str, num_rows: int, *row: int) -> torch.Tensor:
         """[num_rows, *row], rows where they were in the last call of the name."""
-        size = num_rows * int(np.prod(row))
+        size = num_rows * prod(row)
         held = self._buffers.get(name)
         if held is None or held.numel() < size:
             self._buffers[name] = held = torch.zeros(size, dtype=self._dtype)
@@ -105,7 +106,8 @@ class SequenceKernel:
         calls = [self._call(sequences, tiles) for tiles in sequences.calls()]
         # the empty entry is row 0 of the keys
         entries = np.where(sequences.entries == sequences.empty, -1, sequences.entries) + 1
-        return ChunkSequences(self, torch.from_numpy(entries.ravel()), calls)
+        slots = torch.arange(entries.size)
+        return ChunkSequences(self, torch.from_numpy(entries.ravel()), slots, calls)
 
     def _call(self, sequences: TileSequences, tiles: slice) -> SequenceCall:
         first = sequences.first[tiles.start : tiles.stop + 1].astype(np.int32)
@@ -135,12 +137,14 @@ class ChunkSequences:
 
     Attributes:
         kernel: that runs them.
-        entries: [num_blocks * block_size] int64: 0 empty, else 1 + key number.
+        entries: [num_slots] int64: 0 empty, else 1 + key number.
+        slots: [num_slots] int64: 0, 1, ...
         calls: in order of their queries.
     """
 
     kernel: SequenceKernel
     entries: torch.Tensor
+    slots: torch.Tensor
     calls: list[SequenceCall]
 
     def attend(
@@ -212,13 +216,13 @@ class ChunkSequences:
         num_blocks = len(self.entries) // kernel.block_size
         block = (kernel.num_kv_heads, kernel.block_size, 2 * kernel.size)
         cache = split_cache(kernel.scratch.take("cache", num_blocks, *block))
-        slots = torch.arange(len(self.entries))
-        for first in range(0, len(slots), _PIECE):
-            entries, piece = (part[first : first + _PIECE] for part in (self.entries, slots))
+        for first in range(0, len(self.entries), _PIECE):
+            piece = slice(first, first + _PIECE)
+            entries = self.entries[piece]
             size = (len(entries), kernel.num_kv_heads, kernel.size)
             key, value = (
                 torch.index_select(rows, 0, entries, out=kernel.scratch.take(name, *size))
                 for rows, name in ((keys, "keys of a piece"), (values, "values of a piece"))
             )
-            vllm_ops.cpu_attn_reshape_and_cache(key, value, *cache, piece, kernel.isa)
+            vllm_ops.cpu_attn_reshape_and_cache(key, value, *cache, self.slots[piece], kernel.isa)
         return cache
