@@ -1,6 +1,7 @@
 """The command line as a test calls it, and a model folder that has a config and a tokenizer."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,12 @@ def text_file(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(SENTENCE * 40 + "\N{CAT FACE}\n", "utf-8")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _same_environment_afterwards() -> Iterator[None]:
+    """Commands set variables for their own process, which here is that of other tests, too."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
