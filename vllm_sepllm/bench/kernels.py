@@ -97,8 +97,7 @@ def _baseline_error(heads: Heads) -> float:
 
     query = randn((512, heads.num_heads, heads.size), torch.bfloat16)
     cache, out = paged(heads, 1, 2048, query.dtype), torch.empty_like(query)
-    caches = cache.key.transpose(1, 2), cache.value.transpose(1, 2)
-    StockTriton(query, 1, 2048, *caches, cache.block_table).run(out)
+    StockTriton(query, 2048, cache).run(out)
     rows = cache.block_table[0].long()
     keys, values = (
         part[rows].transpose(1, 2).flatten(0, 1).float() for part in (cache.key, cache.value)
@@ -137,9 +136,7 @@ def _time_chunk(heads: Heads, start: int, sums: dict[str, float]) -> float:
     case, end = chunk(heads, start, start + CHUNK), start + CHUNK
     out = torch.empty_like(case.query)
     full = paged(heads, 1, end, case.query.dtype)
-    # [num_blocks, num_kv_heads, block_size, size] -> vLLM's order
-    caches = full.key.transpose(1, 2), full.value.transpose(1, 2)
-    stock = StockTriton(case.query, 1, end, *caches, full.block_table)
+    stock = StockTriton(case.query, end, full)
     both = {"triton_full": partial(stock.run, out), "sepllm": partial(case.run, out)}
     for name, value in interleaved(both).items():
         sums[name] += value
@@ -189,8 +186,7 @@ def decode() -> Iterator[Row]:
             actions: dict[str, Action] = {}
             for name, num_keys in (("full", context), ("sepllm", kept)):
                 cache = paged(heads, batch, num_keys, query.dtype)
-                caches = cache.key.transpose(1, 2), cache.value.transpose(1, 2)
-                stock = StockTriton(query, batch, num_keys, *caches, cache.block_table)
+                stock = StockTriton(query, num_keys, cache)
                 actions[name] = partial(stock.run, out)
             times = interleaved(actions)
             yield {

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
+from vllm_sepllm.ops import PagedCache
+
 # as vllm/v1/attention/backends/triton_attn.py launches it
 _SEGMENTS = 16
 _MIN_GRID = 128
@@ -15,29 +17,19 @@ class StockTriton:
 
     Args:
         query: [num_requests * num_tokens, num_heads, head_size].
-        num_requests: rows of the block table.
         num_keys: keys of each request, the query tokens' own included.
-        key_cache: [num_blocks, block_size, num_kv_heads, head_size].
-        value_cache: like ``key_cache``.
-        block_table: [num_requests, max_blocks] int32.
+        cache: that holds them, a row of its block table for each request.
     """
 
-    def __init__(
-        self,
-        query: torch.Tensor,
-        num_requests: int,
-        num_keys: int,
-        key_cache: torch.Tensor,
-        value_cache: torch.Tensor,
-        block_table: torch.Tensor,
-    ) -> None:
-        num_heads, size = query.shape[1:]
+    def __init__(self, query: torch.Tensor, num_keys: int, cache: PagedCache) -> None:
+        (num_heads, size), num_requests = query.shape[1:], len(cache.block_table)
         num_tokens, device = query.shape[0] // num_requests, query.device
         int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self._arguments: dict[str, Any] = {
             "q": query,
-            "k": key_cache,
-            "v": value_cache,
+            # [num_blocks, block_size, num_kv_heads, head_size] in vLLM
+            "k": cache.key.transpose(1, 2),
+            "v": cache.value.transpose(1, 2),
             "cu_seqlens_q": torch.arange(num_requests + 1, **int32) * num_tokens,
             "max_seqlen_q": num_tokens,
             "seqused_k": torch.full((num_requests,), num_keys, **int32),
@@ -45,13 +37,13 @@ class StockTriton:
             "softmax_scale": size**-0.5,
             "causal": True,
             "window_size": (-1, -1),
-            "block_table": block_table,
+            "block_table": cache.block_table,
             "softcap": 0,
             "q_descale": None,
             "k_descale": None,
             "v_descale": None,
         }
-        threshold = _MIN_GRID // key_cache.shape[2]
+        threshold = _MIN_GRID // cache.key.shape[1]
         if num_tokens == 1 and num_requests <= threshold:
             parts = (threshold, num_heads, _SEGMENTS)
             self._arguments |= {
