@@ -15,6 +15,81 @@ _BLOCK = 256
 
 
 @triton.jit
+def list_parts(
+    request_ptr,  # of the request's row
+    INITIAL: tl.constexpr,
+):
+    """Where in a request's list its parts begin, but for the initial tokens, which are first.
+
+    Far separators of the cache, ring, far separators of the chunk, chunk.
+    """
+    chunk_start, window = tl.load(request_ptr + 1), tl.load(request_ptr + 8)
+    rank_start, rank_split = tl.load(request_ptr + 10), tl.load(request_ptr + 11)
+    ranks_from = tl.minimum(INITIAL, chunk_start)
+    ring_from = ranks_from + rank_split - rank_start
+    far_from = ring_from + chunk_start - tl.maximum(0, chunk_start - window + 1)
+    return ranks_from, ring_from, far_from, far_from + tl.load(request_ptr + 12) - rank_split
+
+
+@triton.jit
+def sure_keys(
+    tile_ptr,  # of the tile's row
+    num_early,
+    MAX_SEPARATORS: tl.constexpr,
+):
+    """How many of ``num_early`` keys before the tile's windows all its rows see: all or none.
+
+    None if so many separators may leave the window by the last row that one has to make place.
+    """
+    num_left = tl.load(tile_ptr + 7) + tl.load(tile_ptr + 3)
+    return tl.where(num_left <= MAX_SEPARATORS, num_early, 0)
+
+
+@triton.jit
+def cached_parts(
+    tile_ptr,
+    requests_ptr,
+    INITIAL: tl.constexpr,
+):
+    """What a tile reads of the cache, as three runs (first, length) of the lists."""
+    request_ptr = requests_ptr + tl.load(tile_ptr) * REQUEST_COLUMNS
+    window_start = tl.load(tile_ptr + 4)
+    rank_start, rank_split = tl.load(tile_ptr + 5), tl.load(tile_ptr + 6)
+    chunk_start, list_start = tl.load(request_ptr + 1), tl.load(request_ptr + 9)
+    ranks_from, ring_from, _, _ = list_parts(request_ptr, INITIAL)
+    num_initial = tl.minimum(tl.minimum(INITIAL, window_start), chunk_start)
+    first_far = ranks_from + rank_start - tl.load(request_ptr + 10)
+    list_window_start = tl.maximum(0, chunk_start - tl.load(request_ptr + 8) + 1)
+    first_ring, num_ring = ring_from + window_start - list_window_start, chunk_start - window_start
+    return (
+        list_start, num_initial, list_start + first_far, rank_split - rank_start,
+        list_start + first_ring, tl.maximum(num_ring, 0),
+    )  # fmt: skip
+
+
+@triton.jit
+def chunk_parts(
+    tile_ptr,
+    requests_ptr,
+    INITIAL: tl.constexpr,
+):
+    """What it reads of its chunk."""
+    request_ptr = requests_ptr + tl.load(tile_ptr) * REQUEST_COLUMNS
+    window_start = tl.load(tile_ptr + 4)
+    tile_end = tl.load(tile_ptr + 2) + tl.load(tile_ptr + 3)
+    rank_split, rank_end = tl.load(tile_ptr + 6), tl.load(tile_ptr + 7)
+    chunk_start, list_start = tl.load(request_ptr + 1), tl.load(request_ptr + 9)
+    _, _, far_from, chunk_from = list_parts(request_ptr, INITIAL)
+    num_initial = tl.maximum(tl.minimum(INITIAL, window_start) - chunk_start, 0)
+    first_far = far_from + rank_split - tl.load(request_ptr + 11)
+    first = tl.maximum(window_start, chunk_start)
+    return (
+        list_start + chunk_from, num_initial, list_start + first_far, rank_end - rank_split,
+        list_start + chunk_from + first - chunk_start, tile_end - first,
+    )  # fmt: skip
+
+
+@triton.jit
 def keys_kernel(
     requests_ptr,  # [num_requests, REQUEST_COLUMNS] int32
     separators_ptr,  # [num_separators] int32
@@ -42,14 +117,10 @@ def keys_kernel(
     window = tl.load(request_ptr + 8)
     first_key = tl.load(request_ptr + 9)
     rank_start, rank_split = tl.load(request_ptr + 10), tl.load(request_ptr + 11)
-    rank_end = tl.load(request_ptr + 12)
 
     window_start = tl.maximum(0, chunk_start - window + 1)
     until_end = chunk_end - window
-    ranks_from = tl.minimum(INITIAL, chunk_start)
-    ring_from = ranks_from + rank_split - rank_start
-    far_from = ring_from + chunk_start - window_start
-    chunk_from = far_from + rank_end - rank_split
+    ranks_from, ring_from, far_from, chunk_from = list_parts(request_ptr, INITIAL)
     num_keys = chunk_from + chunk_end - chunk_start
     entry = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_keys = entry < num_keys

@@ -1,8 +1,8 @@
 """Launch parameters of the prefill kernel, from a fixed table: no autotuning while serving.
 
-Every row compiles without register spills and, for 16-bit queries, to tensor-core instructions
-(``python -m vllm_sepllm.bench.compile``). Those of sm90 are the fastest of such that ``python -m
-vllm_sepllm.bench.tune`` timed on an H100; the others were never timed.
+Every row compiles to a kernel that keeps scores, sums and keys in registers and, for 16-bit queries,
+uses tensor-core instructions (``python -m vllm_sepllm.bench.compile``). Those of sm90 are the fastest
+of such that ``python -m vllm_sepllm.bench.tune`` timed on an H100; the others were never timed.
 """
 
 from dataclasses import dataclass, replace
@@ -34,9 +34,9 @@ _TABLE = {
     ("sm80", 64): Tuning(64, 64, 8, 2),
     ("sm80", 128): Tuning(64, 64, 8, 2),
     ("sm80", 256): Tuning(64, 32, 8, 1),
-    ("sm90", 64): Tuning(64, 128, 4, 2),
-    ("sm90", 128): Tuning(64, 128, 4, 1),
-    ("sm90", 256): Tuning(128, 32, 8, 3),
+    ("sm90", 64): Tuning(128, 64, 4, 3),
+    ("sm90", 128): Tuning(128, 32, 4, 3),
+    ("sm90", 256): Tuning(128, 64, 8, 3),
     ("sm100", 64): Tuning(128, 32, 8, 2),
     ("sm100", 128): Tuning(128, 64, 8, 2),
     ("sm100", 256): Tuning(64, 32, 8, 2),

@@ -86,6 +86,8 @@ def check_logits_and_tables(
     check_block_table("cache.block_table", table)
     if sinks is not None and (sinks.shape != (query.shape[1],) or not sinks.is_contiguous()):
         raise ValueError(f"logits.sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
+    if logits.scale <= 0:  # the kernel takes the largest score before it scales
+        raise ValueError(f"logits.scale must be > 0, got {logits.scale}")
     if logits.soft_cap < 0:
         raise ValueError(f"logits.soft_cap must be >= 0 (0: none), got {logits.soft_cap}")
     others = {"cache": cache.key, "block_table": table, "metadata": tables}

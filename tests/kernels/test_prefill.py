@@ -69,6 +69,17 @@ def test_odd_sizes(length, start, max_separators) -> None:
     check(make_case(policy, [prompt(length, start)], Shape(tile_tokens=16)))
 
 
+@pytest.mark.parametrize("max_separators", [None, 400, 300, 100])
+def test_many_separators_seen_by_whole_tiles(max_separators) -> None:
+    """Blocks without a mask, in the cache and in the chunk, until separators have to make place.
+
+    About 160 of 350 separators are cached; of 300 that may stay the chunk has more at its end.
+    """
+    policy = Policy(initial_tokens=4, window=24, max_separators=max_separators)
+    cached, fresh = prompt(720, 340, 0.5), prompt(400, 0, 0.5)
+    check(make_case(policy, [cached, fresh], Shape(group=4, tile_tokens=16)))
+
+
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_head_sizes_and_dtypes(head_size, dtype) -> None:
@@ -153,6 +164,8 @@ def test_errors_name_the_argument_and_the_value() -> None:
         replace(case, cache=replace(case.cache, scales=scales)).run("triton")
     with pytest.raises(ValueError, match="soft_cap must be >= 0"):
         case.run("triton", soft_cap=-1.0)
+    with pytest.raises(ValueError, match="scale must be > 0"):
+        case.run("triton", scale=-1.0)
     most = ops.prefill_tile_tokens(2, 1, 16, torch.float32)
     wide = replace(case, metadata=replace(case.metadata, tile_tokens=most + 1))
     with pytest.raises(ValueError, match=f"tile_tokens must be <= {most} here, got {most + 1}"):

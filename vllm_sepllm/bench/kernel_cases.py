@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from vllm_sepllm import ops
+from vllm_sepllm.kernels.tuning import Tuning
 from vllm_sepllm.policy.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.visibility import Policy
 
@@ -65,11 +66,14 @@ class Chunk:
     cache: ops.PagedCache
     metadata: ops.PrefillMetadata
 
-    def run(self, out: torch.Tensor, impl: ops.Impl = "triton") -> None:
-        """``out`` is like ``query``."""
+    def run(
+        self, out: torch.Tensor, impl: ops.Impl = "triton", tuning: Tuning | None = None
+    ) -> None:
+        """``out`` is like ``query``; ``tuning``: the launch, None for the table's."""
+        activations = (self.query, self.key, self.value)
         logits = ops.Logits(self.heads.size**-0.5)
         ops.prefill(
-            self.query, self.key, self.value, self.cache, self.metadata, logits, out, impl=impl
+            *activations, self.cache, self.metadata, logits, out, impl=impl, tuning=tuning
         )
 
     @property

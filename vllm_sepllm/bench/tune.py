@@ -15,33 +15,12 @@ import torch
 import triton
 import typer
 
-from vllm_sepllm import ops
 from vllm_sepllm.bench.kernel_cases import HEADS, Chunk, Heads, chunk
-from vllm_sepllm.kernels import prefill as kernel
 from vllm_sepllm.kernels.tuning import Tuning
 
 CHUNK = 8192
 # rows, keys, warps, stages
 SPACE = [Tuning(*values) for values in product((64, 128), (32, 64, 128), (4, 8), (1, 2, 3))]
-
-
-def launch(case: Chunk, out: torch.Tensor, tuning: Tuning) -> None:
-    """As ops.prefill, with a launch of our choice."""
-    meta = case.metadata
-    assert meta.keys is not None
-    tables = (meta.tiles, meta.requests, meta.keys)
-    logits = ops.Logits(case.heads.size**-0.5)
-    kernel.launch(
-        case.query,
-        case.key,
-        case.value,
-        case.cache,
-        tables,
-        meta.policy.initial_tokens,
-        logits,
-        out,
-        tuning,
-    )
 
 
 def make(heads: Heads, context: int, tuning: Tuning, size: int = CHUNK) -> Chunk:
@@ -53,7 +32,7 @@ def compiles(heads: Heads, tuning: Tuning) -> bool:
     """Compile in a process of its own, into the cache that all share."""
     case = make(heads, 2048, tuning, 64)
     try:
-        launch(case, torch.empty_like(case.query), tuning)
+        case.run(torch.empty_like(case.query), tuning=tuning)
         torch.cuda.synchronize()
     except (triton.runtime.errors.OutOfResources, RuntimeError):
         return False
@@ -78,7 +57,7 @@ def main(
             if mine is not heads or not is_good:
                 continue
             case = make(heads, context, tuning)
-            run = partial(launch, case, torch.empty_like(case.query), tuning)
+            run = partial(case.run, torch.empty_like(case.query), tuning=tuning)
             taken = triton.testing.do_bench(run, 5, 25, return_mode="median")
             rows.append((taken, case.flops / taken / 1e9, tuning))
         rows.sort(key=lambda row: row[0])

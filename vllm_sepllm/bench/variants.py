@@ -111,6 +111,7 @@ def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSour
             constants[name] = None
     constants |= {
         "INITIAL": 4,
+        "MAX_SEPARATORS": 2**30,
         "GROUP": GROUP,
         "HEAD": variant.head_size,
         "HEAD_POW2": triton.next_power_of_2(variant.head_size),

@@ -87,6 +87,7 @@ def evaluate(
     run["engine_args"] = options.json_object("--engine-args", engine_args)
     extras = {"budgets": budget, "equal": equal, "also": also}
     methods = {kind: [_method(item) for item in given or ()] for kind, given in extras.items()}
+    _check_methods(**methods)
     wanted = Wanted(_settings("--config", config), **methods)
     _measure(output, items, wanted, _facts(model, tokenizer), run)
 
@@ -143,9 +144,23 @@ def _method(text: str) -> Method:
         raise typer.BadParameter(
             f"settings to add must be NAME=JSON, such as w508={{...}}, got {text!r}"
         )
-    if name in (FULL, SEPLLM, STREAMING, FIXED):
-        raise typer.BadParameter(f"the name {name} is taken; choose another")
     return Method(name, _settings(name, settings))
+
+
+def _check_methods(
+    budgets: Sequence[Method], equal: Sequence[Method], also: Sequence[Method]
+) -> None:
+    names = [FULL, SEPLLM, STREAMING, FIXED]
+    names += [f"{method.name}-streaming" for method in budgets]
+    for method in (*budgets, *equal, *also):
+        if method.name in names:
+            raise typer.BadParameter(f"the name {method.name} is taken; choose another")
+        names.append(method.name)
+    for method in equal:
+        if method.settings and "window" in method.settings:
+            raise typer.BadParameter(
+                f"--equal chooses the window of {method.name}: leave it out, or take --also"
+            )
 
 
 def _items(tokenizer: Any, texts: dict[str, str], sizes: dict[str, Any]) -> list[Any]:

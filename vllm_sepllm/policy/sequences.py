@@ -8,7 +8,8 @@ of its own, three parts in blocks that tiles share::
 The kernel's window drops one entry a query from the front, which is what the policy's window drops.
 Keys that stay although they leave the window (initial tokens and separators) are in the middle
 part instead, and an empty entry is in their place in the first one. With n the policy's window the
-kernel's is n plus the length of the middle part, so tiles of one such length are one call.
+kernel's is n plus the length of the middle part, so tiles of one such length are one call; empty
+blocks make the length of several tiles one.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.prefill import Chunk
 from vllm_sepllm.policy.visibility import IntArray
 
+# of its entries a tile may read one in so many that is empty, to share a call with others
+_PADDING = 8
+
 
 @dataclass(frozen=True, slots=True)
 class TileSequences:
@@ -29,6 +33,9 @@ class TileSequences:
         entries: [num_blocks, block_size] key number as in :mod:`vllm_sepllm.policy.prefill`;
             :attr:`empty` where no query may read.
         empty: one more than the highest key number.
+        num_window: the first blocks: positions in order.
+        num_leaving: the blocks after these: the first of them again, with empty entries for keys
+            that stay.
         block_table: [num_tiles, max_blocks] blocks of each sequence, padded with 0.
         lengths: [num_tiles] entries of each sequence; its queries are the last ones.
         windows: [num_tiles] entries that a query reads, itself included and counted back.
@@ -37,6 +44,8 @@ class TileSequences:
 
     entries: IntArray
     empty: int
+    num_window: int
+    num_leaving: int
     block_table: IntArray
     lengths: IntArray
     windows: IntArray
@@ -95,7 +104,10 @@ def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequenc
         leaving[: num_leaving * block_size],
         stays[: num_full * block_size],
         partial.ravel(),
+        np.full(block_size, empty),
     )
+    middle = -(-num_staying // block_size) * block_size
+    common = _common_lengths(middle, policy.window, block_size)
     at = np.cumsum([len(part) // block_size for part in parts])
     rows = [
         np.concatenate(
@@ -103,6 +115,7 @@ def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequenc
                 at[0] + np.arange(oldest[tile], split[tile]),
                 at[1] + np.arange(num_staying[tile] // block_size),
                 at[2] + np.arange(tile, tile + (num_staying[tile] % block_size > 0)),
+                np.full((common[tile] - middle[tile]) // block_size, at[3]),
                 np.arange(split[tile], -(-(first[tile + 1] - origin) // block_size)),
             ]
         )
@@ -111,15 +124,27 @@ def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequenc
     table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for tile, row in enumerate(rows):
         table[tile, : len(row)] = row
-    middle = -(-num_staying // block_size) * block_size
     return TileSequences(
         entries=np.concatenate(parts).reshape(-1, block_size),
         empty=empty,
+        num_window=num_window,
+        num_leaving=num_leaving,
         block_table=table,
-        lengths=middle + first[1:] - origin - oldest * block_size,
-        windows=middle + policy.window,
+        lengths=common + first[1:] - origin - oldest * block_size,
+        windows=common + policy.window,
         first=first - start,
     )
+
+
+def _common_lengths(middle: IntArray, window: int, block_size: int) -> IntArray:
+    """Of the middle parts, ascending: those nearly alike are made as long as the longest."""
+    common, first = middle.copy(), 0
+    while first < len(middle):
+        most = middle[first] + (middle[first] + window) // _PADDING // block_size * block_size
+        last = int(np.searchsorted(middle, most, side="right"))
+        common[first:last] = middle[last - 1]
+        first = last
+    return common
 
 
 def _staying(chunk: Chunk) -> tuple[IntArray, IntArray]:

@@ -19,7 +19,7 @@ from vllm_sepllm.policy.sequences import TileSequences
 _KERNEL_SIZES = (64, 96, 128, 160, 192, 224, 256)
 _ISAS = ("amx", "vec")
 _BLOCK = 32  # entries; both know multiples of it
-_PIECE = 4096
+_PIECE = 1024  # keys that are padded at once, in a processor's cache
 # no other score is as low, and divided by a scale it is a float16
 _EMPTY_SCORE = -4e3
 
@@ -104,10 +104,7 @@ class SequenceKernel:
     def plan(self, sequences: TileSequences) -> "ChunkSequences":
         """Tensors of a chunk's sequences, and what the kernel's threads will do."""
         calls = [self._call(sequences, tiles) for tiles in sequences.calls()]
-        # the empty entry is row 0 of the keys
-        entries = np.where(sequences.entries == sequences.empty, -1, sequences.entries) + 1
-        slots = torch.arange(entries.size)
-        return ChunkSequences(self, torch.from_numpy(entries.ravel()), slots, calls)
+        return ChunkSequences(self, ScratchWrites.of(sequences), calls)
 
     def _call(self, sequences: TileSequences, tiles: slice) -> SequenceCall:
         first = sequences.first[tiles.start : tiles.stop + 1].astype(np.int32)
@@ -132,19 +129,67 @@ class SequenceKernel:
 
 
 @dataclass(frozen=True, slots=True)
+class ScratchWrites:
+    """What a chunk puts into the scratch cache; slots are int64.
+
+    Attributes:
+        window_slots: [num_tokens] of the chunk's tokens, one after the other.
+        cached: [num] int64 keys of the cache, by number.
+        cached_slots: [num].
+        tokens: [num] int64 of the chunk, to be written once more.
+        token_slots: [num].
+        empty_slots: [num], where nothing is to be read.
+        num_blocks: of the scratch cache.
+        copied: blocks that are copied from the first ones before the empty entries are written.
+    """
+
+    window_slots: torch.Tensor
+    cached: torch.Tensor
+    cached_slots: torch.Tensor
+    tokens: torch.Tensor
+    token_slots: torch.Tensor
+    empty_slots: torch.Tensor
+    num_blocks: int
+    copied: slice
+
+    @classmethod
+    def of(cls, sequences: TileSequences) -> "ScratchWrites":
+        """Of the sequences' blocks."""
+        num_tokens = int(sequences.first[-1])
+        num_cached = sequences.empty - num_tokens
+        num_blocks, block_size = sequences.entries.shape
+        copied = slice(sequences.num_window, sequences.num_window + sequences.num_leaving)
+        keys = sequences.entries.ravel()
+        is_empty = keys == sequences.empty
+        is_written = ~is_empty
+        is_written[copied.start * block_size : copied.stop * block_size] = False
+        is_own = is_written & (keys >= num_cached)
+        cached_slots, own_slots = np.flatnonzero(is_written & ~is_own), np.flatnonzero(is_own)
+        # the window's are first, and in order
+        window_slots, token_slots = own_slots[:num_tokens], own_slots[num_tokens:]
+        tensors = (
+            window_slots,
+            keys[cached_slots],
+            cached_slots,
+            keys[token_slots] - num_cached,
+            token_slots,
+            np.flatnonzero(is_empty),
+        )
+        return cls(*map(torch.from_numpy, tensors), num_blocks, copied)
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkSequences:
     """A chunk's sequences.
 
     Attributes:
         kernel: that runs them.
-        entries: [num_slots] int64: 0 empty, else 1 + key number.
-        slots: [num_slots] int64: 0, 1, ...
+        writes: the scratch cache.
         calls: in order of their queries.
     """
 
     kernel: SequenceKernel
-    entries: torch.Tensor
-    slots: torch.Tensor
+    writes: ScratchWrites
     calls: list[SequenceCall]
 
     def attend(
@@ -169,16 +214,17 @@ class ChunkSequences:
             output: like ``query``, written.
         """
         kernel, head_size = self.kernel, query.shape[2]
-        cached_key, cached_value = (None, None) if cached is None else cached.chunk(2, dim=2)
-        keys = self._padded("key", key, cached_key, _EMPTY_SCORE / scale)
-        values = self._padded("value", value, cached_value, 0.0)
-        cache = self._write(keys, values)
+        cache = self._fill(key, value, cached, scale)
+        most = max(call.last - call.first for call in self.calls)
+        shape = (kernel.num_heads, kernel.size)
+        kernel.scratch.take("query", most, *shape)[..., head_size] = 1
         for call in self.calls:
             rows = slice(call.first, call.last)
-            size = (call.last - call.first, kernel.num_heads, kernel.size)
-            queries, out = (kernel.scratch.take(name, *size) for name in ("query", "out"))
+            queries, out = (
+                kernel.scratch.take(name, call.last - call.first, *shape)
+                for name in ("query", "out")
+            )
             queries[..., :head_size] = query[rows]
-            queries[..., head_size] = 1
             vllm_ops.cpu_attention_with_kv_cache(
                 query=queries,
                 key_cache=cache[0],
@@ -197,32 +243,41 @@ class ChunkSequences:
             )
             output[rows] = out[..., :head_size]
 
-    def _padded(
-        self, name: str, own: torch.Tensor, cached: torch.Tensor | None, empty: float
-    ) -> torch.Tensor:
-        """[1 + num_keys, num_kv_heads, size]: the empty entry, then the keys by number."""
-        kernel, (num_tokens, heads, head_size) = self.kernel, own.shape
-        num_cached = 0 if cached is None else cached.shape[1]
-        rows = kernel.scratch.take(name, 1 + num_cached + num_tokens, heads, kernel.size)
-        rows[0, :, head_size] = empty
-        if cached is not None:
-            rows[1 : 1 + num_cached, :, :head_size] = cached.transpose(0, 1)
-        rows[1 + num_cached :, :, :head_size] = own
-        return rows
-
-    def _write(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V caches in the kernel's own order, in pieces that a processor's cache holds."""
-        kernel = self.kernel
-        num_blocks = len(self.entries) // kernel.block_size
+    def _fill(
+        self, key: torch.Tensor, value: torch.Tensor, cached: torch.Tensor | None, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the scratch cache, in the kernel's own order."""
+        kernel, writes, head_size = self.kernel, self.writes, key.shape[2]
         block = (kernel.num_kv_heads, kernel.block_size, 2 * kernel.size)
-        cache = split_cache(kernel.scratch.take("cache", num_blocks, *block))
-        for first in range(0, len(self.entries), _PIECE):
-            piece = slice(first, first + _PIECE)
-            entries = self.entries[piece]
-            size = (len(entries), kernel.num_kv_heads, kernel.size)
-            key, value = (
-                torch.index_select(rows, 0, entries, out=kernel.scratch.take(name, *size))
-                for rows, name in ((keys, "keys of a piece"), (values, "values of a piece"))
-            )
-            vllm_ops.cpu_attn_reshape_and_cache(key, value, *cache, self.slots[piece], kernel.isa)
+        blocks = kernel.scratch.take("cache", writes.num_blocks, *block)
+        cache = split_cache(blocks)
+        self._write(key, value, writes.window_slots, cache)
+        if cached is not None:
+            rows = cached.index_select(1, writes.cached).transpose(0, 1)
+            self._write(*rows.chunk(2, dim=2), writes.cached_slots, cache)
+        again = (part.index_select(0, writes.tokens) for part in (key, value))
+        self._write(*again, writes.token_slots, cache)
+        copied = writes.copied
+        blocks[copied] = blocks[: copied.stop - copied.start]
+        size = (len(writes.empty_slots), kernel.num_kv_heads, kernel.size)
+        empty, zero = (kernel.scratch.take(name, *size) for name in ("empty key", "empty value"))
+        empty[..., head_size] = _EMPTY_SCORE / scale
+        vllm_ops.cpu_attn_reshape_and_cache(empty, zero, *cache, writes.empty_slots, kernel.isa)
         return cache
+
+    def _write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slots: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Pad ``key`` and ``value`` [num_slots, num_kv_heads, head_size] and write them."""
+        kernel = self.kernel
+        for first in range(0, len(slots), _PIECE):
+            piece = slots[first : first + _PIECE]
+            size = (len(piece), kernel.num_kv_heads, kernel.size)
+            padded = [kernel.scratch.take(name, *size) for name in ("key", "value")]
+            for rows, part in zip(padded, (key, value), strict=True):
+                rows[..., : key.shape[2]] = part[first : first + _PIECE]
+            vllm_ops.cpu_attn_reshape_and_cache(*padded, *cache, piece, kernel.isa)
