@@ -1,8 +1,7 @@
 """Prefill attention over three sources: compact cache, ring and chunk.
 
-SepLLM (arXiv 2412.12094, section 3). A key is visible to the queries at positions
-[its own, its ``until``), so the kernel compares positions and never looks at token kinds. Tables
-as in vllm_sepllm.policy.tiles, lists of keys as in keys.py; oracle: vllm_sepllm.reference.
+SepLLM (arXiv 2412.12094, section 3). A key is visible to the queries at [its own position, its
+``until``). Tables as in policy.tiles, lists of keys as in keys.py; oracle: vllm_sepllm.reference.
 """
 
 import torch
@@ -281,8 +280,7 @@ def launch(
 ) -> None:
     """Arguments as in :func:`vllm_sepllm.ops.prefill`, already checked.
 
-    ``tables`` are tiles, requests and the lists of keys; ``policy`` is initial_tokens and
-    max_separators.
+    ``tables`` are tiles, requests and lists of keys; ``policy``: initial_tokens, max_separators.
     """
     (tiles, requests, keys), (num_kv_heads, head_size) = tables, key.shape[1:]
     if tiles.shape[0] == 0:  # a grid of zero programs is an error
@@ -293,10 +291,9 @@ def launch(
         logits.sinks, *(cache.scales or (None, None)), logits.scale, logits.soft_cap,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0), *cache.key.stride(),
         INITIAL=policy[0], MAX_SEPARATORS=policy[1], GROUP=query.shape[1] // num_kv_heads,
-        HEAD=head_size,
-        HEAD_POW2=max(16, triton.next_power_of_2(head_size)),  # tl.dot needs 16
-        BLOCK_SIZE=cache.key.shape[2], BLOCK_ROWS=tuning.block_rows,
-        BLOCK_KEYS=tuning.block_keys, USE_SOFT_CAP=logits.soft_cap > 0,
+        HEAD=head_size, HEAD_POW2=max(16, triton.next_power_of_2(head_size)),  # tl.dot needs 16
+        BLOCK_SIZE=cache.key.shape[2], BLOCK_ROWS=tuning.block_rows, BLOCK_KEYS=tuning.block_keys,
+        USE_SOFT_CAP=logits.soft_cap > 0,
         DOT_DTYPE=_DOT_DTYPES[query.dtype] if is_compiled else tl.float32,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
         enable_fp_fusion=True,  # what the scores are scaled with; Triton 3.10 has it off by default

@@ -1,8 +1,9 @@
 """Launch parameters of the prefill kernel, from a fixed table: no autotuning while serving.
 
-Every row compiles to a kernel that keeps scores, sums and keys in registers and, for 16-bit queries,
-uses tensor-core instructions (``python -m vllm_sepllm.bench.compile``). Those of sm90 are the fastest
-of such that ``python -m vllm_sepllm.bench.tune`` timed on an H100; the others were never timed.
+Every row compiles to a kernel that keeps scores, sums and keys in registers and, for 16-bit
+queries, uses tensor-core instructions (``python -m vllm_sepllm.bench.compile``). Those of sm90 are
+the fastest of such that ``python -m vllm_sepllm.bench.tune`` timed on an H100; the others were
+never timed.
 """
 
 from dataclasses import dataclass, replace

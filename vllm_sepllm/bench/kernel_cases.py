@@ -72,9 +72,7 @@ class Chunk:
         """``out`` is like ``query``; ``tuning``: the launch, None for the table's."""
         activations = (self.query, self.key, self.value)
         logits = ops.Logits(self.heads.size**-0.5)
-        ops.prefill(
-            *activations, self.cache, self.metadata, logits, out, impl=impl, tuning=tuning
-        )
+        ops.prefill(*activations, self.cache, self.metadata, logits, out, impl=impl, tuning=tuning)
 
     @property
     def flops(self) -> float:

@@ -167,15 +167,16 @@ class ScratchWrites:
         cached_slots, own_slots = np.flatnonzero(is_written & ~is_own), np.flatnonzero(is_own)
         # the window's are first, and in order
         window_slots, token_slots = own_slots[:num_tokens], own_slots[num_tokens:]
-        tensors = (
-            window_slots,
-            keys[cached_slots],
-            cached_slots,
-            keys[token_slots] - num_cached,
-            token_slots,
-            np.flatnonzero(is_empty),
+        return cls(
+            window_slots=torch.from_numpy(window_slots),
+            cached=torch.from_numpy(keys[cached_slots]),
+            cached_slots=torch.from_numpy(cached_slots),
+            tokens=torch.from_numpy(keys[token_slots] - num_cached),
+            token_slots=torch.from_numpy(token_slots),
+            empty_slots=torch.from_numpy(np.flatnonzero(is_empty)),
+            num_blocks=num_blocks,
+            copied=copied,
         )
-        return cls(*map(torch.from_numpy, tensors), num_blocks, copied)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +255,10 @@ class ChunkSequences:
         self._write(key, value, writes.window_slots, cache)
         if cached is not None:
             rows = cached.index_select(1, writes.cached).transpose(0, 1)
-            self._write(*rows.chunk(2, dim=2), writes.cached_slots, cache)
-        again = (part.index_select(0, writes.tokens) for part in (key, value))
-        self._write(*again, writes.token_slots, cache)
+            cached_key, cached_value = rows.chunk(2, dim=2)
+            self._write(cached_key, cached_value, writes.cached_slots, cache)
+        again = [part.index_select(0, writes.tokens) for part in (key, value)]
+        self._write(again[0], again[1], writes.token_slots, cache)
         copied = writes.copied
         blocks[copied] = blocks[: copied.stop - copied.start]
         size = (len(writes.empty_slots), kernel.num_kv_heads, kernel.size)
@@ -277,7 +279,7 @@ class ChunkSequences:
         for first in range(0, len(slots), _PIECE):
             piece = slots[first : first + _PIECE]
             size = (len(piece), kernel.num_kv_heads, kernel.size)
-            padded = [kernel.scratch.take(name, *size) for name in ("key", "value")]
-            for rows, part in zip(padded, (key, value), strict=True):
-                rows[..., : key.shape[2]] = part[first : first + _PIECE]
-            vllm_ops.cpu_attn_reshape_and_cache(*padded, *cache, piece, kernel.isa)
+            keys, values = kernel.scratch.take("key", *size), kernel.scratch.take("value", *size)
+            for padded, part in ((keys, key), (values, value)):
+                padded[..., : key.shape[2]] = part[first : first + _PIECE]
+            vllm_ops.cpu_attn_reshape_and_cache(keys, values, *cache, piece, kernel.isa)
