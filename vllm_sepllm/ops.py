@@ -5,12 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vllm_sepllm.checks import (
-    check_activations,
-    check_block_table,
-    check_cache,
-    check_logits_and_tables,
-)
+from vllm_sepllm import checks
 from vllm_sepllm.kernels.arguments import Logits, PagedCache, SpillTable
 from vllm_sepllm.policy.tiles import PrefillTiles, rank_bound
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
@@ -171,7 +166,7 @@ def entry_slots(
         )
     if not (entries.is_contiguous() and out.is_contiguous()):
         raise ValueError("entries and out must be contiguous")
-    check_block_table("block_table", block_table)
+    checks.check_block_table("block_table", block_table)
     for name, tensor in (("block_table", block_table), ("out", out)):
         if tensor.device != entries.device:
             raise ValueError(f"{name} is on {tensor.device}, entries on {entries.device}")
@@ -207,7 +202,7 @@ def list_keys(
 
     The tables are not range-checked: reading them would stall the device.
     """
-    check_block_table("block_table", block_table)
+    checks.check_block_table("block_table", block_table)
     if block_table.device != metadata.requests.device:
         raise ValueError(
             f"block_table is on {block_table.device}, metadata on {metadata.requests.device}"
@@ -261,9 +256,9 @@ def prefill(
 
     The tables are not range-checked: reading them would stall the device.
     """
-    check_activations(query, key, value, out)
-    check_cache(query, key, cache)
-    check_logits_and_tables(query, cache, metadata.tiles, logits)
+    checks.check_activations(query, key, value, out)
+    checks.check_cache(query, key, cache)
+    checks.check_logits_and_tables(query, cache, metadata.tiles, logits)
     if impl == "reference":
         from vllm_sepllm import reference
 
