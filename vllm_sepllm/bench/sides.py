@@ -84,7 +84,7 @@ def running(
 
 @contextmanager
 def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideProcess]:
-    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "OMP_WAIT_POLICY": "passive"}
+    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | dict(os.environ)
     # one process an engine: its steps are not interleaved with a front end's
     env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
