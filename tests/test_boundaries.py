@@ -27,6 +27,7 @@ ALLOWED = {
     | {
         f"{US}.register",
         f"{US}.integration.rig",
+        f"{US}.integration.cpu.prefill_rig",
         f"{US}.integration.stock_attention",
         "matplotlib",
         "transformers",

@@ -215,7 +215,7 @@ class ChunkSequences:
             output: like ``query``, written.
         """
         kernel, head_size = self.kernel, query.shape[2]
-        cache = self._fill(key, value, cached, scale)
+        cache = self.fill(key, value, cached, scale)
         most = max(call.last - call.first for call in self.calls)
         shape = (kernel.num_heads, kernel.size)
         kernel.scratch.take("query", most, *shape)[..., head_size] = 1
@@ -244,10 +244,10 @@ class ChunkSequences:
             )
             output[rows] = out[..., :head_size]
 
-    def _fill(
+    def fill(
         self, key: torch.Tensor, value: torch.Tensor, cached: torch.Tensor | None, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the scratch cache, in the kernel's own order."""
+        """K and V of the scratch cache, in the kernel's own order; arguments as of ``attend``."""
         kernel, writes, head_size = self.kernel, self.writes, key.shape[2]
         block = (kernel.num_kv_heads, kernel.block_size, 2 * kernel.size)
         blocks = kernel.scratch.take("cache", writes.num_blocks, *block)
