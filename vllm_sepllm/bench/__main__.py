@@ -78,6 +78,9 @@ def run(
     ),
     layers: Annotated[int | None, typer.Option(help="Fewer layers, of random weights.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV budget, in full tokens.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="KV block of all sides; default: each side's own.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "bfloat16",
 ) -> None:
     """Run a suite and print medians; see the documentation of each suite in bench/suites.py."""
@@ -100,6 +103,8 @@ def run(
         "kv_cache_memory_bytes": kv_bytes(model, max(budget, 2048), layers, dtype),
         "enable_prefix_caching": chosen.caching,
     }
+    if block_size is not None:
+        common["block_size"] = block_size
     if layers is not None:  # a checkpoint with more layers than the model does not load
         common["load_format"] = "dummy"
     results = Results(suite, {"model": Path(model).name, "layers": layers, **common})

@@ -35,7 +35,10 @@ def plot(
         shown = [own[case] for case in cases if case in own]
         whiskers = [[r["p50"] - r["p20"] for r in shown], [r["p80"] - r["p50"] for r in shown]]
         axes.bar(at, [r["p50"] for r in shown], width, yerr=whiskers, capsize=2, label=side)
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], cases)
+    axes.set_xticks(
+        [i + 0.4 - width / 2 for i in range(len(cases))],
+        [case.replace(", ", "\n") for case in cases],
+    )
     axes.set_ylabel(measure)
     axes.set_title(f"{suite}: {rows[0]['device']}, {rows[0]['threads']} threads")
     axes.legend()
