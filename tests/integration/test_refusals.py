@@ -262,6 +262,13 @@ def test_model_runner_v2(models: Models, monkeypatch: pytest.MonkeyPatch) -> Non
     check_sentence(text, "context parallelism", "--prefill-context-parallel-size to 1")
 
 
+@refused("`VLLM_BATCH_INVARIANT=1`", "batch invariance", "unset VLLM_BATCH_INVARIANT")
+def test_batch_invariance(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are equal in any batch up to rounding, not bit by bit."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    check_sentence(refusal(models("llama")), "batch invariance", "unset VLLM_BATCH_INVARIANT")
+
+
 def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
     check_sentence(refusal(models("llama")), "runs on CUDA, ROCm and x86 CPUs", "serve without")

@@ -3,6 +3,7 @@
 A row that is missing here is a silent wrong answer, so each states the reason it is wrong.
 """
 
+from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -133,6 +134,11 @@ def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             model.enable_prompt_embeds,
             "prompt embeddings, which have no token ids to find separators in: remove "
             "--enable-prompt-embeds",
+        ),
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            "batch invariance: where the scheduler cuts a prompt, which other requests decide, "
+            "moves the last bits of its attention: unset VLLM_BATCH_INVARIANT",
         ),
     ]
 

@@ -1,6 +1,7 @@
 """What a CUDA graph captures stays where it is, and its padding writes and reads nothing."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+import vllm
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadataBuilder,
@@ -19,6 +21,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sepllm.integration.gpu.backend import _wrap_builder
+from vllm_sepllm.integration.source_tree import SourceTree
 from vllm_sepllm.integration.spec import SepLLMSpec
 from vllm_sepllm.integration.steps import CurrentStep, attach_plan
 from vllm_sepllm.policy.plan import StepPlanBuilder
@@ -168,6 +171,28 @@ def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
     assert made.prefill.metadata.requests[:, :4].tolist() == [[2, 30, 37, 6]]
     # of positions 30 .. 36 the window keeps the last six
     assert (made.slots[6:] == -1).tolist() == [True] + [False] * 6
+
+
+def test_decodes_of_a_mixed_batch_are_no_graph_to_the_wrapped_builder(
+    builder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer's would keep buffers for each number of them; its flag is there in its source."""
+    seen = []
+    build = LibraryBuilder.build
+
+    def spy(self: Any, *arguments: Any) -> LibraryMetadata:
+        seen.append(self.enable_cuda_graph)
+        return build(self, *arguments)
+
+    monkeypatch.setattr(LibraryBuilder, "build", spy)
+    builder.enable_cuda_graph = True
+    step(builder, [20, 30], [1, 7], num_tokens=8, num_reqs=2)
+    step(builder, [20, 30], [1, 1], num_tokens=2, num_reqs=2)
+    assert seen == [False, True]
+    assert builder.enable_cuda_graph
+    tree = SourceTree(Path(vllm.__file__).parents[1])
+    flashinfer = "vllm.v1.attention.backends.flashinfer"
+    assert tree.has(flashinfer, "FlashInferMetadataBuilder.enable_cuda_graph")
 
 
 def test_rows_have_windows_of_their_own(builder: Any) -> None:

@@ -1,6 +1,7 @@
 """Turns the step's plan into slots, compact lengths and prefill tiles on the device."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
 
     # a group's spills are its own: no metadata of one serves another
     supports_update_block_table = False
+    enable_cuda_graph: bool  # FlashInferMetadataBuilder's; other builders have none
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -241,7 +243,25 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             max_query_len=step.max_query_len,
             slot_mapping=self._slots[:num_tokens],
         )
-        return LibraryRows(num_tokens, self._build_wrapped(part))
+        with self._outside_graphs() if has_prefill else nullcontext():
+            return LibraryRows(num_tokens, self._build_wrapped(part))
+
+    @contextmanager
+    def _outside_graphs(self) -> Iterator[None]:
+        """Decodes cut off a mixed batch look like a graph's to FlashInferMetadataBuilder.
+
+        It would make a wrapper, with buffers of its own, for each number of them and keep it; told
+        that there are no graphs (v1/attention/backends/flashinfer.py) it takes its general one.
+        To be dropped when vLLM tells ``build`` whether a graph is replayed.
+        """
+        if not hasattr(self, "enable_cuda_graph"):
+            yield
+            return
+        enabled, self.enable_cuda_graph = self.enable_cuda_graph, False
+        try:
+            yield
+        finally:
+            self.enable_cuda_graph = enabled
 
     def _prefill(
         self, common: CommonAttentionMetadata, step: batch.BatchStep, policy: BatchPolicy
