@@ -102,12 +102,15 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.worker = LabelledWorker(self.policies, self.kv, self.ours, self.apart)
 
     @rule(
-        num_shared=st.integers(0, 70),
+        num_shared=st.one_of(st.integers(4, 16), st.integers(0, 70)),
         own=st.lists(st.integers(0, 1), min_size=1, max_size=12),
         apart=st.integers(0, 3),
         window=st.sampled_from([None, None, None, 6, 12, 30, 512]),
+        max_tokens=st.sampled_from([1, 3, 30]),
     )
-    def arrive(self, num_shared: int, own: list[int], apart: int, window: int | None) -> None:
+    def arrive(
+        self, num_shared: int, own: list[int], apart: int, window: int | None, max_tokens: int
+    ) -> None:
         # a fixed text of zeros and ones that many requests begin with
         shared = [(i * i // 3 + i // 7) % 2 for i in range(num_shared)]
         self.counter += 1
@@ -118,7 +121,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.requests[name] = Request(
             name,
             [*shared, *own],
-            SamplingParams(max_tokens=30),
+            SamplingParams(max_tokens=max_tokens),
             None,
             block_hasher=self.hasher,
             cache_salt=salted(self.limits, policy, "salt" if apart == 2 else None),
@@ -133,7 +136,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
     )
     def step(self, which: list[int], sizes: list[int], preempts: bool) -> None:
         """One step of the engine with up to three requests; who does not fit may push one out."""
-        chosen = {r.request_id: r for r in map(self.pick, which)}
+        chosen = {
+            r.request_id: r for r in map(self.pick, which) if r.num_output_tokens < r.max_tokens
+        }
         scheduled: list[Scheduled] = []
         for request, size in zip(chosen.values(), sizes, strict=False):
             part = self.schedule(request, size)
@@ -246,3 +251,27 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 TestPrefixCache = PrefixCacheMachine.TestCase
 TestPrefixCache.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+def test_a_request_that_ends_in_its_window_keeps_what_a_longer_one_overwrites() -> None:
+    """It shares full blocks, but not those of a running request whose ring will go round."""
+    machine = PrefixCacheMachine()
+    machine.start(Policy(3, 17, 1000), num_blocks=80, interval=64, num_groups=1, others="alone")
+    long, short = 0, 1
+    machine.arrive(num_shared=12, own=[0, 1], apart=1, window=None, max_tokens=30)
+    machine.step([long], [40], preempts=False)
+    machine.arrive(num_shared=12, own=[1], apart=1, window=None, max_tokens=7)
+    machine.step([short], [40], preempts=False)
+    assert machine.requests["r2"].num_computed_tokens == 13
+    # a + n = 20: tokens 20 to 22 go over the long request's first block
+    for _ in range(9):
+        machine.step([long], [1], preempts=False)
+    for _ in range(6):
+        machine.step([short], [1], preempts=False)
+    machine.blocks_are_counted_right()
+    # what was moved away from the long one nobody overwrites: short ones share it
+    for number in (2, 3):
+        machine.arrive(num_shared=12, own=[0], apart=1, window=None, max_tokens=7)
+        machine.step([number], [40], preempts=False)
+    own, other = (machine.kv.get_block_ids(name)[0] for name in ("r3", "r4"))
+    assert own[:2] == other[:2]

@@ -117,7 +117,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
         num_new = max(0, self._num_blocks_to_hold(request_id, num_tokens) - held)
         if new_computed_blocks:
-            num_new += len(self.written_blocks(request_id, num_local_computed_tokens))
+            hit = new_computed_blocks, num_local_computed_tokens
+            num_new += len(self._unshared(request_id, *hit))
             num_new += self._get_num_evictable_blocks(new_computed_blocks)
         return num_new
 
@@ -163,11 +164,12 @@ class SepLLMManager(SingleTypeKVCacheManager):
             return
         blocks = self.req_to_blocks[request_id]
         assert not blocks, "a hit comes before any block of one's own"
+        hit = new_computed_blocks, num_local_computed_tokens
+        self._to_copy[request_id] = self._unshared(request_id, *hit)
         self.block_pool.touch(new_computed_blocks)
         blocks.extend(new_computed_blocks)
         # vLLM's mark of a request that is past its lookup
         self.num_cached_block[request_id] = len(blocks)
-        self._to_copy[request_id] = self.written_blocks(request_id, num_local_computed_tokens)
         if self.usage is not None:
             self.usage.request_starts(request_id, num_local_computed_tokens)
 
@@ -180,16 +182,32 @@ class SepLLMManager(SingleTypeKVCacheManager):
             copies.append(copy)
         return copies
 
+    def _unshared(self, request_id: str, hit: Sequence[KVCacheBlock], num_tokens: int) -> list[int]:
+        """Blocks of a hit of ``num_tokens`` tokens that the request or another one will write."""
+        written = self.written_blocks(request_id, num_tokens)
+        if not self._stays_dense(request_id):
+            return written
+        # a block of a prefix has the same place in every request that holds it
+        used = [i for i, block in enumerate(hit) if block.ref_cnt > 0]
+        if not used:
+            return written
+        rings = [b for name, b in self.req_to_blocks.items() if not self._stays_dense(name)]
+        overwritten = {i for b in rings for i in used if i < len(b) and b[i] is hit[i]}
+        return sorted({*written, *overwritten})
+
+    def _stays_dense(self, request_id: str) -> bool:
+        """Whether the request ends within a + n tokens, so that its ring never goes round."""
+        request = self._separators.request(request_id)
+        longest = request.num_prompt_tokens + request.max_tokens
+        policy = self._separators.policy_of(request_id)
+        return longest <= policy.num_dense and not request.resumable
+
     def written_blocks(self, request_id: str, num_tokens: int) -> list[int]:
         """Blocks of the request's state after ``num_tokens`` tokens that it would write later."""
-        request, policy = (
-            self._separators.request(request_id),
-            self._separators.policy_of(request_id),
-        )
-        longest = request.num_prompt_tokens + request.max_tokens
-        stays_dense = longest <= policy.num_dense and not request.resumable
+        stays_dense = self._stays_dense(request_id)
+        request = self._separators.request(request_id)
         return checkpoint.written_blocks(
-            policy,
+            self._separators.policy_of(request_id),
             self.block_size,
             num_tokens,
             self._num_spilled(request_id, num_tokens),
