@@ -243,6 +243,10 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             for block_id in chain.from_iterable(self.kv.get_block_ids(name)):
                 if block_id != self.pool.null_block.block_id:
                     held[block_id] = held.get(block_id, 0) + 1
+        for manager in self.kv.coordinator.single_type_managers:
+            pins = manager._pins._held if isinstance(manager, SepLLMManager) else {}
+            for block in chain.from_iterable(pins.values()):
+                held[block.block_id] = held.get(block.block_id, 0) + 1
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == held.get(block.block_id, 0), "leak or double free"
         num_free = self.pool.get_num_free_blocks()

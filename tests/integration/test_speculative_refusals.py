@@ -8,25 +8,30 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.integration.test_refusals import check_sentence
-from vllm_sepllm.integration.refusals import _speculative_reasons
+from vllm_sepllm.integration.refusals import _speculative_reasons, check_drafts
 
 
-@pytest.mark.parametrize(
-    ("speculative", "what", "remedy"),
-    [
-        ({"method": "eagle"}, "speculative decoding with 'eagle'", "use one of"),
-        ({"num_speculative_tokens": 9}, "9 draft tokens with a window of 16", "7 or less"),
-    ],
-)
-def test_speculative_decoding_on_gpus(speculative: dict[str, Any], what: str, remedy: str) -> None:
-    """On a CPU vLLM has no runner for it, so the rows are asked directly."""
+def make_config(**speculative: Any) -> Any:
+    """On a CPU vLLM has no runner for it, so the checks are asked directly."""
     drafts = SimpleNamespace(**({"method": "ngram", "num_speculative_tokens": 2} | speculative))
-    vllm_config: Any = SimpleNamespace(
+    return SimpleNamespace(
         speculative_config=drafts,
         num_speculative_tokens=drafts.num_speculative_tokens,
         use_v2_model_runner=True,
         additional_config={"sepllm": {"window": 16}},
     )
-    found = [text for is_unsupported, text in _speculative_reasons(vllm_config) if is_unsupported]
-    assert len(found) == 1
-    check_sentence(f"sepllm does not support {found[0]}", what, remedy)
+
+
+def test_drafters_that_share_states_with_the_model() -> None:
+    reasons = _speculative_reasons(make_config(method="eagle"))
+    (found,) = [text for is_unsupported, text in reasons if is_unsupported]
+    check_sentence(
+        f"sepllm does not support {found}", "speculative decoding with 'eagle'", "use one of"
+    )
+
+
+def test_more_drafts_than_the_resolved_window_takes() -> None:
+    check_drafts(make_config(num_speculative_tokens=7))
+    with pytest.raises(ValueError, match="9 draft tokens with a window of 16") as caught:
+        check_drafts(make_config(num_speculative_tokens=9))
+    check_sentence(str(caught.value), "sepllm does not support 9 draft tokens", "7 or less")

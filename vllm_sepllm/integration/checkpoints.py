@@ -19,6 +19,10 @@ from vllm_sepllm.integration.request_separators import salt_of
 # 64 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
 _MAX_SEEN = 1 << 17
 
+# one new checkpoint for so many blocks of the pool, and those that lost a block are forgotten:
+# of a long text each takes kilobytes of host memory
+_BLOCKS_PER_SWEEP = 8
+
 State = Mapping[int, Sequence[KVCacheBlock]]
 
 
@@ -75,6 +79,8 @@ class CheckpointRegistry:
         Its position is a multiple of ``alignment``.
         """
         for number in range(min(max_length // self._hash_size, len(hashes)), 0, -1):
+            if hashes[number - 1] not in self._by_hash:  # of a long prompt nearly all
+                continue
             first = number * self._hash_size
             found = [
                 c
@@ -113,7 +119,7 @@ class CheckpointRegistry:
         }
         self._by_hash.setdefault(block_hash, []).append(Checkpoint(position, rest, keyed))
         self._num_added += 1
-        if self._num_added > 2 * self._pool.num_gpu_blocks:
+        if self._num_added > self._pool.num_gpu_blocks // _BLOCKS_PER_SWEEP:
             self._num_added = 0
             for known in list(self._by_hash):
                 self._whole(known)

@@ -89,6 +89,7 @@ REFUSALS = (
         *("decode_context_parallel_size", "prefill_context_parallel_size", "use_ubatching"),
     ),
     *fields(_CACHE_CONFIG, "refused if on", "kv_sharing_fast_prefill", "cache_dtype"),
+    *fields(f"{_CONFIG}.aux_output:AuxOutputConfig", "refused if on", "enabled"),
     Contract("vllm.v1.kv_cache_interface:is_quantized_kv_cache", "called", ("kv_cache_dtype",)),
     Contract(
         "vllm.utils.torch_utils:kv_cache_dtype_str_to_dtype",

@@ -54,6 +54,7 @@ def _create_engine_config(
         vllm_config = original(engine_args, *args, **kwargs)
     refusals.check_vllm_config(vllm_config)
     apply_selection(vllm_config)
+    refusals.check_drafts(vllm_config)
     _install_in_front_end()
     return vllm_config
 

@@ -10,6 +10,7 @@ from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
+from vllm_sepllm.integration.pins import SourcePins
 from vllm_sepllm.policy import checkpoint, layout
 from vllm_sepllm.policy.visibility import Policy
 
@@ -41,6 +42,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self.usage: KvUsage | None = None
         # request -> block indices of its hit that must become its own
         self._to_copy: dict[str, list[int]] = {}
+        self._pins = SourcePins(self.block_pool)
         # blocks that others may find and that this step overwrites, with their keys
         self._overwritten: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []
         # request -> range of its token counts, ends included, that take the same number of blocks
@@ -175,11 +177,16 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     def _copy_hit_blocks(self, request_id: str) -> list[KVCacheBlock]:
         """Replace the blocks the request will write by copies, made before the step's forward."""
-        copies = []
-        for index in self._to_copy.pop(request_id, ()):
-            (copy,) = self.block_pool.get_new_blocks(1)
-            self._apply_cow(request_id, index, self.req_to_blocks[request_id][index], copy)
-            copies.append(copy)
+        indices = self._to_copy.pop(request_id, ())
+        sources = [self.req_to_blocks[request_id][index] for index in indices]
+        copies = self.block_pool.get_new_blocks(len(indices))
+        for index, source, copy in zip(indices, sources, copies, strict=True):
+            self._apply_cow(request_id, index, source, copy)
+        if sources:
+            self._pins.copied(request_id, sources)
+        elif len(self.req_to_blocks) == 1:
+            # it may need every block there is
+            self._pins.release(request_id)
         return copies
 
     def _unshared(self, request_id: str, hit: Sequence[KVCacheBlock], num_tokens: int) -> list[int]:
@@ -272,6 +279,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         if self.usage is not None:
             self.usage.request_leaves(request_id)
         self._to_copy.pop(request_id, None)
+        self._pins.leaves(request_id)
         self._separators.staged.pop(request_id, None)
         self._same_blocks.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

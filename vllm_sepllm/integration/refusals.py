@@ -92,6 +92,23 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
             raise ValueError(f"sepllm does not support {reason}")
 
 
+def check_drafts(vllm_config: VllmConfig) -> None:
+    """Refuse more draft tokens than can be staged; the policy is resolved.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    if vllm_config.speculative_config is None:
+        return
+    window = SepLLMConfig.from_additional_config(vllm_config.additional_config).window
+    if staging.num_entries(max_proposed(vllm_config)) > window:
+        raise ValueError(
+            f"sepllm does not support {vllm_config.num_speculative_tokens} draft tokens with a "
+            f"window of {window}: set num_speculative_tokens to {window // 2 - 1} or less, or a "
+            "larger window"
+        )
+
+
 def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     model = vllm_config.model_config
     multimodal = model.multimodal_config
@@ -147,7 +164,6 @@ def _speculative_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     speculative = vllm_config.speculative_config
     if speculative is None:
         return []
-    window = SepLLMConfig.from_additional_config(vllm_config.additional_config).window
     return [
         (
             not vllm_config.use_v2_model_runner,
@@ -159,11 +175,6 @@ def _speculative_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             speculative.method not in _DRAFTERS,
             f"speculative decoding with {speculative.method!r}, which shares layers or states with "
             f"the model: use one of {list(_DRAFTERS)}, or remove --speculative-config",
-        ),
-        (
-            staging.num_entries(max_proposed(vllm_config)) > window,
-            f"{vllm_config.num_speculative_tokens} draft tokens with a window of {window}: set "
-            f"num_speculative_tokens to {window // 2 - 1} or less, or a larger window",
         ),
     ]
 
@@ -201,6 +212,11 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             vllm_config.kv_transfer_config is not None,
             "KV connectors and KV offloading, which move blocks by token position: remove "
             "--kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            vllm_config.aux_output_config.enabled,
+            "returned routed experts, which vLLM keeps by blocks of token positions: remove "
+            "--enable-return-routed-experts",
         ),
         (
             cache.kv_sharing_fast_prefill,

@@ -1,0 +1,91 @@
+"""A prompt's common beginning stays in a full pool, under vLLM's real scheduler and block pool."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from tests.integration.tiny_configs import llama_config
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.integration.scheduler import SepLLMScheduler
+from vllm_sepllm.integration.spec import SepLLMSpec
+
+BLOCK = 32
+NUM_COMMON, NUM_OWN, NUM_REQUESTS = 2000, 40, 24
+FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32)
+
+
+def make_scheduler(folder: Path, num_blocks: int) -> SepLLMScheduler:
+    llama_config(vocab_size=128, max_position_embeddings=8192).save_pretrained(folder)
+    config = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        load_format="dummy",
+        max_model_len=8192,
+        attention_backend="sepllm",
+        additional_config={"sepllm": {"separators": [1]}},
+        max_num_batched_tokens=1024,
+        max_num_seqs=NUM_REQUESTS,
+        async_scheduling=False,
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = num_blocks
+    policy = SepLLMConfig.from_additional_config(config.additional_config).policy
+    group = KVCacheGroupSpec(["layer"], SepLLMSpec.from_full_attention(FULL, policy))
+    cache = KVCacheConfig(num_blocks, [], [group])
+    return SepLLMScheduler(config, cache, StructuredOutputManager(config), BLOCK, log_stats=False)
+
+
+def run(scheduler: SepLLMScheduler) -> list[int]:
+    """Tokens that each start of a request found in the cache."""
+    pick = random.Random(0)
+    num_outputs: dict[str, int] = {}
+    hits = []
+    while scheduler.requests:
+        output = scheduler.schedule()
+        hits += [new.num_computed_tokens for new in output.scheduled_new_reqs]
+        names = list(output.num_scheduled_tokens)
+        sampled = []
+        for name in names:
+            num_outputs.setdefault(name, 0)
+            num_outputs[name] += not scheduler.requests[name].is_prefill_chunk
+            done = num_outputs[name] >= 30 + 7 * int(name) % 30
+            token = 2 if done else pick.randrange(3, 100)
+            sampled.append([] if scheduler.requests[name].is_prefill_chunk else [token])
+        rows = {name: row for row, name in enumerate(names)}
+        scheduler.update_from_output(output, ModelRunnerOutput(names, rows, sampled))
+    return hits
+
+
+@pytest.mark.parametrize("num_blocks", [121, 201])
+def test_requests_that_begin_alike_find_their_beginning(tmp_path: Path, num_blocks: int) -> None:
+    """Each needs 9 blocks of its own at least, so the pool is full of running requests."""
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    scheduler = make_scheduler(tmp_path, num_blocks)
+    pick = random.Random(1)
+
+    def text(num_tokens: int) -> list[int]:
+        return [1 if pick.random() < 0.13 else pick.randrange(3, 100) for _ in range(num_tokens)]
+
+    common = text(NUM_COMMON)
+    sampling = SamplingParams(max_tokens=100, ignore_eos=True, stop_token_ids=[2])
+    hits = []
+    for numbers in (range(1), range(1, NUM_REQUESTS)):
+        for number in numbers:
+            prompt = common + text(NUM_OWN)
+            request = Request(str(number), prompt, sampling, None, block_hasher=hasher)
+            scheduler.add_request(request)
+        hits += run(scheduler)
+    share = sum(hits[1:]) / (NUM_COMMON * (len(hits) - 1))
+    print(f"{share:.0%} of the common tokens were found by {len(hits) - 1} starts")
+    assert share > 0.9
