@@ -2,5 +2,4 @@
 # Serve MODEL with SepLLM's KV cache: examples/serve.sh MODEL [any option of vllm serve]
 set -euo pipefail
 : "${1:?usage: examples/serve.sh MODEL [any option of vllm serve]}"
-exec vllm serve "$@" --attention-backend sepllm \
-    --additional-config '{"sepllm": {"initial_tokens": 4, "window": 252}}'
+exec vllm serve "$@" --attention-backend sepllm

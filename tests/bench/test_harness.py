@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from vllm_sepllm.bench import __main__ as command
 from vllm_sepllm.bench import suites
 from vllm_sepllm.bench.outside import measures
 from vllm_sepllm.bench.results import Results, spread
@@ -117,6 +119,33 @@ def test_a_suite_refuses_what_it_does_not_use(
     options = {"lengths": None, "batches": None, "max_tokens": None} | given
     with pytest.raises(ValueError, match=reason):
         SUITES[suite].work([1], rounds=1, **options)
+
+
+def refused(*arguments: object) -> str:
+    """What a command says that ends with 2, without the box around it."""
+    done = CliRunner().invoke(command.app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    assert done.exit_code == 2, done.output
+    return " ".join(done.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("name", [("run", "ttft"), ("serve",)])
+def test_mistakes_are_found_before_an_engine_starts(
+    name: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer: Any = lambda text: {"input_ids": text.split()}  # noqa: E731
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda _model: tokenizer)
+    path = tmp_path / "text.txt"
+    given = (*name, "--model", "m", "--text")
+    assert "cannot read" in refused(*given, path)
+    assert "no .txt file in" in refused(*given, tmp_path)
+    path.write_text("")
+    assert "has 0 tokens, but prompts need" in refused(*given, path)
+    path.write_text("a " * 99)
+    assert "has 99 tokens, but prompts need 100" in refused(*given, path, "--length", 100)
+    path.write_bytes(b"\xff")
+    assert "is not UTF-8 text" in refused(*given, path)
+    assert "no side 'mine'; there are stock, sepllm" in refused(*given, path, "--side", "mine")
 
 
 def test_the_outside_report_is_read_with_units() -> None:

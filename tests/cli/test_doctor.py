@@ -58,7 +58,7 @@ def test_a_contract_that_moved(run: Run, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_no_vllm(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None)
     found = findings(run, "model", code=1)
     assert "pip install" in found["vllm"]["detail"]
     assert "platform" not in found
@@ -72,6 +72,15 @@ def test_a_plugin_that_vllm_cannot_find(run: Run, monkeypatch: pytest.MonkeyPatc
     assert "'other' leaves sepllm out" in found["VLLM_PLUGINS"]["detail"]
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("[]", "a JSON object")])
-def test_options_that_are_no_objects(run: Run, text: str, message: str) -> None:
-    assert message in run("doctor", "model", "--config", text, code=2)
+@pytest.mark.parametrize("model", [(), ("model",)])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "a JSON object"), ('{"windows": 1}', "unknown key 'windows'")],
+)
+def test_settings_that_are_wrong(run: Run, model: tuple[str, ...], text: str, message: str) -> None:
+    assert message in run("doctor", *model, "--config", text, code=2)
+
+
+def test_engine_arguments_are_of_a_model(run: Run) -> None:
+    refused = run("doctor", "--engine-args", '{"dtype": "float32"}', code=2)
+    assert "name a MODEL" in refused

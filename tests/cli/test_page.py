@@ -117,6 +117,14 @@ def test_show_refuses_to_overwrite_its_text(run: Run, tiny_model: Path, text_fil
     assert "is FILE itself" in run("show", tiny_model, text_file, "-o", text_file, code=2)
 
 
+def test_show_refuses_a_page_in_no_folder(
+    run: Run, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    for page in (tmp_path / "none" / "page.html", tmp_path):
+        refused = run("show", tiny_model, text_file, "-o", page, code=2)
+        assert "is no file in a folder that exists" in " ".join(refused.replace("│", " ").split())
+
+
 @pytest.mark.parametrize("policy", [Policy(3, 5), Policy(0, 1, 0), Policy(2, 6, 3)], ids=str)
 def test_the_script_follows_the_rule(policy: Policy) -> None:
     """Runs the page's script in V8, the JavaScript engine of Chromium."""

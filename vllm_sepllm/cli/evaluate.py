@@ -1,14 +1,19 @@
 """``vllm-sepllm eval``: the quality suite in real vLLM, against other methods at equal mean KV."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_sepllm import __version__
 from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
+from vllm_sepllm.cli.doctor import installed_version
+from vllm_sepllm.cli.eval_inputs import identity, read_texts, task_items, text_items
+from vllm_sepllm.cli.kv_sizes import load_shape
 from vllm_sepllm.cli.tokens import load_tokenizer
 from vllm_sepllm.eval.methods import (
     FIXED,
@@ -20,6 +25,20 @@ from vllm_sepllm.eval.methods import (
     Wanted,
 )
 from vllm_sepllm.policy.separators import separator_ids
+
+if TYPE_CHECKING:  # they import torch
+    from vllm_sepllm.eval.store import Store
+    from vllm_sepllm.eval.suite import Group
+
+# fields of EngineArgs that would change what is measured without a word
+_CHOSEN = {
+    "model": "name it as MODEL",
+    "attention_backend": "each method has its own",
+    "attention_config": "each method has its own",
+    "additional_config": "settings go into --config, --also, --budget and --equal",
+    "max_model_len": "it is the longest context of the run",
+}
+_MIN_CONTEXT = 16
 
 Lengths = Annotated[
     list[int],
@@ -70,26 +89,35 @@ def evaluate(
     text and hides the needles; books serve well. --budget, --equal and --also can be repeated; the
     window of --equal is chosen. Nothing is downloaded.
     """
-    texts = {path.stem: options.read_text(path) for path in text or ()}
-    if not texts and gsm8k is None and qa is None:
-        raise typer.BadParameter("nothing to evaluate; give --text, --gsm8k or --qa")
-    tokenizer = load_tokenizer(model)
-    sizes = {"context": context, "needle_context": needle_context, "excerpts": excerpts}
-    sizes |= {"positions": positions, "depth": depth, "needles": needles}
-    items = _items(tokenizer, texts, sizes)
-    items += _tasks(tokenizer, gsm8k, qa, questions)
-    run: dict[str, Any] = {
-        "model": model,
-        "texts": [path.name for path in text or ()],
-        "sizes": sizes,
-    }
-    run["tasks"] = [str(gsm8k), str(qa), questions]
-    run["engine_args"] = options.json_object("--engine-args", engine_args)
     extras = {"budgets": budget, "equal": equal, "also": also}
     methods = {kind: [_method(item) for item in given or ()] for kind, given in extras.items()}
     _check_methods(**methods)
     wanted = Wanted(_settings("--config", config), **methods)
-    _measure(output, items, wanted, _facts(model, tokenizer), run)
+    lists: dict[str, list[Any]] = {
+        "context": context,
+        "needle_context": needle_context,
+        "depth": depth,
+    }
+    sizes: dict[str, Any] = {"excerpts": excerpts, "positions": positions, "needles": needles}
+    # what is named twice is no second measurement
+    sizes |= {name: list(dict.fromkeys(values)) for name, values in lists.items()}
+    run: dict[str, Any] = {"model": model, "sizes": sizes}
+    run["engine_args"] = _engine_args(engine_args)
+    _check_lengths(context)
+    num_layers, tokenizer = _num_layers(model), load_tokenizer(model)
+    items = text_items(tokenizer, read_texts(text or ()), sizes)
+    items += task_items(tokenizer, gsm8k, qa, questions)
+    if not items:
+        raise typer.BadParameter(
+            "nothing to evaluate; give --text, --gsm8k or --qa, and not 0 for both --excerpts and "
+            "--needles"
+        )
+    run["texts"] = [identity(path) for path in text or ()]
+    run["tasks"] = {"gsm8k": identity(gsm8k), "qa": identity(qa), "questions": questions}
+    run["versions"] = {"vllm": installed_version("vllm"), "vllm_sepllm": __version__}
+    longest = max(item.length for item in items)
+    facts = ModelFacts(lambda spec: separator_ids(spec, tokenizer), num_layers, longest)
+    _measure(output, items, wanted, facts, run)
 
 
 def _measure(
@@ -104,26 +132,49 @@ def _measure(
     from vllm_sepllm.eval.store import Store
     from vllm_sepllm.eval.suite import plan, run
 
-    groups = plan(items, wanted, facts)
-    described["settings"] = {
-        f"{g.suite} {g.length} {g.method.name}": g.method.settings for g in groups
-    }
     try:
+        groups = plan(items, wanted, facts)
+        described["settings"] = {group.row: group.method.settings for group in groups}
         store = Store(output, described)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    except OSError as error:
+        raise typer.BadParameter(f"cannot use --output {output}: {error.strerror}") from None
+    model = described["model"]
+    arguments = {**described["engine_args"], "max_model_len": facts.max_model_len}
+    _check_engines(groups, store, model, arguments)
     with _progress() as progress:
         task = progress.add_task("", total=sum(len(group.cells) for group in groups))
 
         def advance(key: str) -> None:
             progress.update(task, advance=1, description=key)
 
-        run(groups, store, described["model"], described["engine_args"], advance)
+        run(groups, store, model, arguments, advance)
     found = report.rows(groups, store)
     report.write(output, found, described)
     console = make_console()
     console.print(report.markdown(found), markup=False, soft_wrap=True)
     _draw(output, found)
+
+
+def _check_engines(
+    groups: Sequence["Group"], store: "Store", model: str, arguments: Mapping[str, Any]
+) -> None:
+    """Refuse a method whose engine would not start, before those of the others have worked."""
+    from vllm_sepllm.eval.engine import llm_arguments
+
+    wanted: dict[str, Method] = {}
+    for group in groups:
+        if not all(store.has(cell.key) for cell in group.cells):
+            wanted.setdefault(json.dumps(group.method.settings, sort_keys=True), group.method)
+    for method in wanted.values():
+        given = llm_arguments(method.settings, arguments)
+        # imports vLLM: not without a cell to compute, and not before llm_arguments
+        from vllm_sepllm.integration.diagnosis import refusal
+
+        reason = refusal({"model": model, **given})
+        if reason is not None:
+            raise typer.BadParameter(f"no engine for {method.name}: {reason}")
 
 
 def _progress() -> Progress:
@@ -136,6 +187,23 @@ def _settings(option: str, text: str) -> dict[str, Any]:
     given = options.json_object(option, text)
     options.make_config(**given)
     return given
+
+
+def _engine_args(text: str) -> dict[str, Any]:
+    """vLLM's arguments, without those that a run chooses itself."""
+    given = options.json_object("--engine-args", text)
+    taken = sorted(_CHOSEN.keys() & given.keys())
+    if taken:
+        raise typer.BadParameter(
+            "; ".join(f"--engine-args must not hold {name}: {_CHOSEN[name]}" for name in taken)
+        )
+    return given
+
+
+def _check_lengths(context: Sequence[int]) -> None:
+    short = [length for length in context if length < _MIN_CONTEXT]
+    if short:
+        raise typer.BadParameter(f"--context must be {_MIN_CONTEXT} or more, got {short[0]}")
 
 
 def _method(text: str) -> Method:
@@ -163,63 +231,18 @@ def _check_methods(
             )
 
 
-def _items(tokenizer: Any, texts: dict[str, str], sizes: dict[str, Any]) -> list[Any]:
-    from vllm_sepllm.eval.needle import needles
-    from vllm_sepllm.eval.text import excerpts
-
-    prefix = list(tokenizer("")["input_ids"])
-    items: list[Any] = []
-    for name, text in texts.items():
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        for length in sizes["context"]:
-            try:
-                items += excerpts(
-                    name,
-                    ids,
-                    prefix,
-                    length=length,
-                    num_excerpts=sizes["excerpts"],
-                    num_positions=sizes["positions"],
-                )
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
-    for length in sizes["needle_context"] if texts and sizes["needles"] else ():
-        items += needles(
-            tokenizer,
-            list(texts.values()),
-            length=length,
-            depths=sizes["depth"],
-            num_repeats=sizes["needles"],
-        )
-    return items
-
-
-def _tasks(tokenizer: Any, gsm8k: Path | None, qa: Path | None, limit: int) -> list[Any]:
-    if gsm8k is None and qa is None:
-        return []
+def _num_layers(model: str) -> int:
+    """Layers of a model with ordinary attention in each."""
     try:
-        from vllm_sepllm.eval import tasks
-    except ImportError as error:
-        raise typer.BadParameter(
-            f"--gsm8k and --qa need lm_eval ({error}); pip install 'vllm-sepllm[eval]'"
-        ) from None
-    configs = [] if gsm8k is None else [tasks.gsm8k(gsm8k), tasks.gsm8k_answers(gsm8k)]
-    configs += [] if qa is None else [tasks.passages(qa)]
-    return [tasks.make_task(config, limit, tokenizer) for config in configs]
-
-
-def _facts(model: str, tokenizer: Any) -> ModelFacts:
-    from transformers import AutoConfig
-
-    from vllm_sepllm.cli.kv_sizes import read_shape
-
-    shape = read_shape(AutoConfig.from_pretrained(model))
+        shape = load_shape(model)
+    except ValueError as error:
+        raise typer.BadParameter(f"no evaluation of {model!r}: {error}") from None
     if len(shape.full) != shape.num_layers:
         raise typer.BadParameter(
             f"{model} has layers of several kinds, whose mean KV cannot be made equal; "
             "evaluate a model with full attention in every layer"
         )
-    return ModelFacts(lambda spec: separator_ids(spec, tokenizer), shape.num_layers)
+    return shape.num_layers
 
 
 def _draw(output: Path, found: Sequence[Any]) -> None:

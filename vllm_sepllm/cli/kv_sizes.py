@@ -9,6 +9,8 @@ from vllm_sepllm.policy.layout import compact_length
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 _WINDOW_KINDS = ("sliding_attention", "chunked_attention")
+# checkpoints of the authors' trained models
+_TRAINED = "sepllm_gpt_neox"
 # fields that change what a layer caches, and what they mean
 _UNLIKE = {
     "kv_lora_rank": "caches latents instead of keys (MLA)",
@@ -44,6 +46,27 @@ class KVShape:
     head_size: int
     dtype: str
     max_positions: int
+
+
+def load_shape(model: str) -> KVShape:
+    """The shape of a model folder, or of a name in the Hugging Face cache.
+
+    Raises:
+        ValueError: in one line, if there is none, or settings are not for the user to choose.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    try:
+        # before AutoConfig, which knows this kind of model with the plugin alone
+        given, _ = PretrainedConfig.get_config_dict(model)
+        if given.get("model_type") == _TRAINED:
+            raise ValueError(
+                "it was trained with SepLLM, so its policy is in its config.json; ask "
+                "`vllm-sepllm doctor` with which settings it is served"
+            )
+        return read_shape(AutoConfig.from_pretrained(model))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(str(error).partition("\n")[0]) from None
 
 
 def read_shape(config: Any) -> KVShape:

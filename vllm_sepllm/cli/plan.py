@@ -16,7 +16,7 @@ from vllm_sepllm.cli.kv_sizes import (
     KVShape,
     check_layers,
     estimate,
-    read_shape,
+    load_shape,
 )
 from vllm_sepllm.cli.sizes import format_bytes
 from vllm_sepllm.config import SepLLMConfig
@@ -77,7 +77,10 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Bytes a request and concurrent requests, from the model's config alone. Arithmetic."""
-    shape = _load_shape(model)
+    try:
+        shape = load_shape(model)
+    except ValueError as error:
+        raise typer.BadParameter(f"no plan for {model!r}: {error}") from None
     kv_dtype = _resolved_dtype(dtype, shape)
     deployment = Deployment(kv_memory, context, tensor_parallel, kv_dtype, block_size)
     config = options.make_config(
@@ -117,16 +120,6 @@ def make_plan(
         worst=estimate(shape, deployment, resolved, 1.0),
         effects=list(effects(shape, deployment, config, density)),
     )
-
-
-def _load_shape(model: str) -> KVShape:
-    from transformers import AutoConfig
-
-    try:
-        return read_shape(AutoConfig.from_pretrained(model))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"no plan for {model!r}: {reason}") from None
 
 
 def _resolved_dtype(dtype: str, shape: KVShape) -> str:

@@ -48,6 +48,8 @@ def show(
     page = output or Path(f"{file.stem}-kept.html")
     if page.resolve() == file.resolve():
         raise typer.BadParameter(f"--output {page} is FILE itself; name another file")
+    if page.is_dir() or not page.parent.is_dir():
+        raise typer.BadParameter(f"--output {page} is no file in a folder that exists")
     tokenizer = load_tokenizer(model)
     tokens = tokenise(tokenizer, text)
     ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]

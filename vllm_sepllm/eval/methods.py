@@ -59,27 +59,31 @@ class ModelFacts:
     Attributes:
         separator_ids: what ``separators`` of a configuration means for its tokenizer.
         num_layers: of the model, all with ordinary attention.
+        max_model_len: of every engine of the run; bounds the separators where the settings do not.
     """
 
     separator_ids: Callable[[Any], tuple[int, ...]]
     num_layers: int
+    max_model_len: int
 
 
 def mean_kept(
     settings: Mapping[str, Any] | None, spans: Sequence[Span], facts: ModelFacts
 ) -> float:
-    """Keys that a scored query finds in the cache, the mean over queries and layers."""
+    """Keys that a scored query finds in the cache, the mean over queries and layers.
+
+    Raises:
+        ValueError: if the settings do not go with the model.
+    """
     if settings is None:
         means = [np.arange(span.first, len(span.token_ids)) + 1.0 for span in spans]
         return float(np.concatenate(means).mean())
-    config = _config(settings)
-    separators = np.array(facts.separator_ids(config.separators), dtype=np.int64)
-    num_full = len({layer % facts.num_layers for layer in config.full_layers})
-    share = num_full / facts.num_layers
+    config = _resolved(settings, facts)
+    share = len(config.full_layers) / facts.num_layers
     means = []
     for span in spans:
         position = np.arange(len(span.token_ids))
-        is_separator = np.isin(span.token_ids, separators)
+        is_separator = np.isin(span.token_ids, np.array(config.separators, dtype=np.int64))
         if config.interval is not None:
             is_separator = position % config.interval == 0
         kept = kept_lengths(config.policy, is_separator)
@@ -88,7 +92,11 @@ def mean_kept(
 
 
 def methods(wanted: Wanted, spans: Sequence[Span], facts: ModelFacts) -> list[Method]:
-    """Everything that a run measures on these spans, full attention first."""
+    """Everything that a run measures on these spans, full attention first.
+
+    Raises:
+        ValueError: if settings do not go with the model.
+    """
     target = mean_kept(wanted.sepllm, spans, facts)
     fixed = _fixed(wanted.sepllm, target, spans, facts)
     found = [
@@ -140,6 +148,18 @@ def _common(sepllm: Mapping[str, Any]) -> dict[str, Any]:
 
 def _config(settings: Mapping[str, Any]) -> SepLLMConfig:
     return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(settings)})
+
+
+def _resolved(settings: Mapping[str, Any], facts: ModelFacts) -> SepLLMConfig:
+    """As an engine of the run resolves them."""
+    config = _config(settings)
+    return config.resolve(
+        separator_ids=facts.separator_ids(config.separators),
+        num_layers=facts.num_layers,
+        max_model_len=facts.max_model_len,
+        # the engine's own is unknown here; nothing that is kept depends on it, and 1 never refuses
+        block_size=1,
+    )
 
 
 def _with_window(

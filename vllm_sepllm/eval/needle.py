@@ -13,6 +13,8 @@ from vllm_sepllm.eval.store import Store
 MAX_ANSWER_TOKENS = 24
 _CITIES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Perth", "Oslo", "Lima", "Cairo")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+# tokens by which one more character may lengthen a prompt: it also moves the needle
+_SLACK = 8
 _TASK = "Read the text. A secret number is hidden in it."
 
 
@@ -70,6 +72,9 @@ def needles(
         length: context.
         depths: in [0, 1].
         num_repeats: needles per depth.
+
+    Raises:
+        ValueError: if a text does not fill the context, or the context does not hold the question.
     """
     found: list[Needle] = []
     for repeat in range(num_repeats):
@@ -77,8 +82,9 @@ def needles(
             chance = random.Random(f"{length} {depth} {repeat}")
             text = texts[len(found) % len(texts)]
             city, number = chance.choice(_CITIES), str(chance.randrange(1000000, 9999999))
-            start = chance.randrange(len(text) // 10, len(text) // 2)
+            start = chance.randrange(len(text) // 10, max(1, len(text) // 2))
             ids = _fit(tokenizer, text[start:], city, number, depth, length - MAX_ANSWER_TOKENS)
+            _check_filled(len(ids), length)
             found.append(Needle(f"{depth:g}-{repeat}", length, depth, tuple(ids), number))
     return found
 
@@ -93,6 +99,21 @@ def _fit(
         ids = _prompt(tokenizer, text[:middle], city, number, depth)
         low, high = (middle, high) if len(ids) <= limit else (low, middle - 1)
     return _prompt(tokenizer, text[:low], city, number, depth)
+
+
+def _check_filled(num_tokens: int, length: int) -> None:
+    limit = length - MAX_ANSWER_TOKENS
+    if num_tokens > limit:
+        raise ValueError(
+            f"a needle's context of {length:,} tokens holds no text: the question takes "
+            f"{num_tokens:,} tokens and the answer {MAX_ANSWER_TOKENS}; give a longer "
+            "--needle-context"
+        )
+    if num_tokens < limit - _SLACK:
+        raise ValueError(
+            f"needles of {length:,} tokens need more text: behind its random start a text fills "
+            f"{num_tokens:,} tokens of {limit:,}; give a longer text or a shorter --needle-context"
+        )
 
 
 def _prompt(tokenizer: Any, text: str, city: str, number: str, depth: float) -> list[int]:

@@ -1,11 +1,13 @@
 """The report's pictures; needs matplotlib, the extra ``eval``."""
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 
 from vllm_sepllm.eval.methods import FIXED, SEPLLM, STREAMING
 from vllm_sepllm.eval.needle import Needle
 from vllm_sepllm.eval.report import Row
+from vllm_sepllm.eval.statistics import Estimate
 from vllm_sepllm.eval.text import Excerpt
 
 _PANELS = (("ratio", "perplexity, ratio to full attention"), ("kl", "KL to full attention, nats"))
@@ -43,14 +45,12 @@ def _draw_lines(path: Path, found: Sequence[Row], panels: Sequence[tuple[str, st
             own = [row for row in found if row.method == method and measure in row.values]
             values = [row.values[measure] for row in own]
             means = [value.mean for value in values]
-            below = [value.mean - value.low for value in values]
-            above = [value.high - value.mean for value in values]
             lengths = [row.length for row in own]
             if own:
                 axis.errorbar(
                     lengths,
                     means,
-                    yerr=[below, above],
+                    yerr=_errors(values),
                     marker="o",
                     capsize=3,
                     # the same in every panel, also where a method has no line
@@ -82,7 +82,7 @@ def _draw_budgets(path: Path, found: Sequence[Row]) -> Path:
         for kind, color in _KINDS.items():
             rows = sorted((row for row in own if _kind(row) == kind), key=lambda row: row.kept)
             values = [row.values["ratio"] for row in rows]
-            errors = [[v.mean - v.low for v in values], [v.high - v.mean for v in values]]
+            errors = _errors(values)
             kept, means = [row.kept for row in rows], [v.mean for v in values]
             if rows:
                 axis.errorbar(kept, means, yerr=errors, fmt="o", capsize=3, color=color, label=kind)
@@ -98,6 +98,12 @@ def _draw_budgets(path: Path, found: Sequence[Row]) -> Path:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _errors(values: Sequence[Estimate]) -> list[list[float]]:
+    """Lengths of the bars below and above the means; matplotlib draws none for NaN."""
+    below = [nan if v.low is None else v.mean - v.low for v in values]
+    return [below, [nan if v.high is None else v.high - v.mean for v in values]]
 
 
 def _kind(row: Row) -> str:

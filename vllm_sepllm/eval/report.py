@@ -74,12 +74,19 @@ def _text(group: Group, store: Store) -> tuple[dict[str, Estimate], dict[str, tu
     values |= _ratios(group, store, _BLOCK)
     if group.method.name == FULL:
         return values, {}
-    # compared positions are far apart already
-    values["kl"] = block_bootstrap([o["kl"] for o in own], 4)
+    values["kl"] = block_bootstrap([o["kl"] for o in own], _num_near(group))
     full = _cells(group, FULL, store)
     agreed = [np.equal(o["top_ids"], f["top_ids"]) for o, f in zip(own, full, strict=True)]
     values["top1"] = block_bootstrap(agreed, _BLOCK)
     return values, {}
+
+
+def _num_near(group: Group) -> int:
+    """How many compared positions of an excerpt lie in one block of its tokens."""
+    excerpt = group.cells[0].item
+    assert isinstance(excerpt, Excerpt), "the suite has no other items"
+    first = excerpt.positions[0]
+    return sum(position < first + _BLOCK for position in excerpt.positions)
 
 
 def _cells(group: Group, method: str, store: Store) -> list[dict[str, Any]]:
@@ -133,7 +140,7 @@ def write(folder: Path, found: Sequence[Row], run: dict[str, Any]) -> None:
 
 
 def markdown(found: Sequence[Row]) -> str:
-    """Tables of both suites; intervals are 95 %."""
+    """Tables of all suites; intervals are 95 %."""
     parts = []
     text = [row for row in found if row.suite == Excerpt.suite]
     if text:
@@ -191,5 +198,7 @@ def _task_line(row: Row) -> str:
 
 
 def _interval(value: Estimate, form: str) -> str:
+    if value.low is None or value.high is None:
+        return form.format(value.mean)
     mean, low, high = (form.format(x) for x in (value.mean, value.low, value.high))
     return f"{mean} ({low} to {high})"

@@ -9,35 +9,54 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_RUN = "run.json"
+_RUN, _CELLS, _SETTINGS = "run.json", "cells", "settings"
 
 
 class Store:
     """Cells by key, such as ``text/4096/sepllm/book-0``."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """``run`` is what the cells depend on besides their key.
+        """Make the folder, or go on in it.
+
+        Args:
+            folder: of the run.
+            run: what the cells depend on besides their key. ``run["settings"]`` has those of each
+                row, by ``text.row_key``: rows may come and go, but none may change that has cells.
 
         Raises:
             ValueError: if the folder holds cells of another run.
+            OSError: if the folder cannot be made.
         """
         self.folder = folder
+        self._run = json.loads(json.dumps(run))
+        self._is_recorded = False
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _RUN
-        wanted = json.loads(json.dumps(run))
-        if path.exists():
-            found = json.loads(path.read_text("utf-8"))
-            changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-            if changed:
-                raise ValueError(
-                    f"{folder} holds a run with another {', '.join(changed)}; name another "
-                    "--output, or give the same options to go on"
-                )
-        else:
-            _write(path, json.dumps(wanted, indent=2).encode())
+        found = _read_object(folder / _RUN)
+        # run.json comes before the first cell, and says nothing without one
+        if self._has_cells(""):
+            self._go_on(found)
+
+    def _go_on(self, found: dict[str, Any]) -> None:
+        """Refuse another run; remember the rows that this one leaves out."""
+        wanted = dict(self._run)
+        before, now = found.pop(_SETTINGS, {}), wanted.pop(_SETTINGS, {})
+        changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+        for row in sorted(filter(self._has_cells, now)):
+            if row not in before or before[row] != now[row]:
+                changed.append(f"{_SETTINGS} of {row}")
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds a run with another {', '.join(changed)}; name another "
+                "--output, or give the same options to go on"
+            )
+        kept = {row: settings for row, settings in before.items() if self._has_cells(row)}
+        self._run[_SETTINGS] = kept | now
+
+    def _has_cells(self, row: str) -> bool:
+        return any((self.folder / _CELLS / row).rglob("*.json"))
 
     def _path(self, key: str, suffix: str) -> Path:
-        return self.folder / "cells" / f"{key}{suffix}"
+        return self.folder / _CELLS / f"{key}{suffix}"
 
     def has(self, key: str) -> bool:
         """Whether the cell is finished."""
@@ -49,7 +68,13 @@ class Store:
         return cell
 
     def write(self, key: str, cell: Mapping[str, Any]) -> None:
-        """Finish a cell; a stop in between leaves none behind."""
+        """Finish a cell; a stop in between leaves none behind.
+
+        The first one of this run is written behind what the run depends on.
+        """
+        if not self._is_recorded:
+            _write(self.folder / _RUN, json.dumps(self._run, indent=2).encode())
+            self._is_recorded = True
         _write(self._path(key, ".json"), json.dumps(cell).encode())
 
     def read_array(self, key: str) -> npt.NDArray[np.float32]:
@@ -62,6 +87,21 @@ class Store:
         path = self._path(key, ".npy")
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, array)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file.
+
+    Raises:
+        ValueError: if the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); name another --output") from None
+    if not isinstance(found, dict) or not isinstance(found.get(_SETTINGS, {}), dict):
+        raise ValueError(f"{path} is no description of a run; name another --output")
+    return found
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from vllm_sepllm.eval.methods import FULL, Method, ModelFacts, Span, Wanted, mean_kept, methods
 from vllm_sepllm.eval.store import Store
-from vllm_sepllm.eval.text import Excerpt, cell_key
+from vllm_sepllm.eval.text import Excerpt, cell_key, row_key
 
 
 class Item(Protocol):
@@ -67,9 +67,18 @@ class Group:
     kept_by_full: float
     cells: tuple[Cell, ...]
 
+    @property
+    def row(self) -> str:
+        """Its place in the store, above its cells."""
+        return row_key(self.suite, self.length, self.method.name)
+
 
 def plan(items: Sequence[Item], wanted: Wanted, facts: ModelFacts) -> list[Group]:
-    """The rows: full attention, sepllm, the others at equal mean KV, and what was asked for."""
+    """The rows: full attention, sepllm, the others at equal mean KV, and what was asked for.
+
+    Raises:
+        ValueError: if settings do not go with the model.
+    """
     groups = []
     for suite, length in sorted({(item.suite, item.length) for item in items}, reverse=True):
         chosen = [i for i in items if (i.suite, i.length) == (suite, length)]
@@ -95,7 +104,8 @@ def run(
         groups: of ``plan``.
         store: where cells are kept.
         model: folder or name.
-        arguments: of ``vllm.LLM``, besides those of the method.
+        arguments: of ``vllm.LLM``, besides those of the method; their max_model_len is that of
+            ``plan``'s facts.
         advance: called with the key of each cell that is finished, or was before.
     """
     by_engine: dict[tuple[Callable[..., Any], str], list[Cell]] = {}
@@ -111,9 +121,7 @@ def run(
                 advance(cell.key)
         if not missing:
             continue
-        longest = max(cell.item.length for cell in missing)
-        given = {"max_model_len": longest, **arguments}
-        with opened(model, cells[0].method.settings, **given) as engine:
+        with opened(model, cells[0].method.settings, **arguments) as engine:
             for cell in missing:
                 result = cell.item.run(engine, cell.method.name, store)
                 store.write(cell.key, result)

@@ -21,6 +21,7 @@ from vllm_sepllm.eval.methods import Span
 from vllm_sepllm.eval.store import Store
 
 MAX_ANSWER_TOKENS = 256
+NUM_EXAMPLES = 8  # of GSM8K, from the same file
 _SCORES = "loglikelihood"
 _NUMBER = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 _LAST_NUMBER = {"function": "regex", "regex_pattern": _NUMBER, "group_select": -1}
@@ -58,7 +59,7 @@ def passages(path: Path) -> dict[str, Any]:
 
 
 def _gsm8k(name: str, path: Path) -> dict[str, Any]:
-    return _config(name, path, "Q: {{question}}\nA:", 8)
+    return _config(name, path, "Q: {{question}}\nA:", NUM_EXAMPLES)
 
 
 def _scored() -> dict[str, Any]:

@@ -69,7 +69,12 @@ class Excerpt:
 
 def cell_key(item: Any, method: str) -> str:
     """Where the cell of an item and a method is stored."""
-    return f"{item.suite}/{item.length}/{method}/{item.name}"
+    return f"{row_key(item.suite, item.length, method)}/{item.name}"
+
+
+def row_key(suite: str, length: int, method: str) -> str:
+    """Where all cells of a row of the report are stored."""
+    return f"{suite}/{length}/{method}"
 
 
 def divergences(full: torch.Tensor, other: torch.Tensor) -> list[float]:
@@ -100,15 +105,18 @@ def excerpts(
         num_positions: see Excerpt.
 
     Raises:
-        ValueError: if the text is too short.
+        ValueError: if the text is too short for scored halves that do not overlap.
     """
     num_own = length - 1 - len(prefix)
-    if len(token_ids) < num_excerpts * num_own:
+    room = len(token_ids) - num_own
+    # a token that two excerpts score would count twice, and narrow the intervals
+    least = (num_excerpts + 1) * (length // 2) if num_excerpts > 1 else 0
+    if num_excerpts and room < least:
         raise ValueError(
             f"{name} has {len(token_ids):,} tokens, but {num_excerpts} excerpts of {length:,} are "
-            "wanted; give a longer text, a shorter --context or fewer --excerpts"
+            f"wanted, which need {num_own + least:,}; give a longer text, a shorter --context or "
+            "fewer --excerpts"
         )
-    room = len(token_ids) - num_own
     found = []
     for number in range(num_excerpts):
         start = room * (number + 1) // (num_excerpts + 1)

@@ -69,19 +69,27 @@ def judge(model: str, arguments: Mapping[str, Any], config: Mapping[str, Any]) -
         config: what ``additional_config["sepllm"]`` would hold.
     """
     selected = {"attention_backend": "sepllm", "additional_config": {ADDITIONAL_CONFIG_KEY: config}}
-    try:
-        made = EngineArgs(**{"model": model, **arguments, **selected}).create_engine_config()
-    except Exception as error:  # whatever vLLM raises is the finding
-        return Verdict(_one_line(error), not _stock_accepts(model, arguments), {})
+    made = _configured({"model": model, **arguments, **selected})
+    if isinstance(made, str):
+        return Verdict(made, refusal({"model": model, **arguments}) is not None, {})
     return Verdict(None, False, _settings(made))
 
 
-def _stock_accepts(model: str, arguments: Mapping[str, Any]) -> bool:
+def refusal(arguments: Mapping[str, Any]) -> str | None:
+    """Why vLLM would start no engine with these fields of EngineArgs, in one line.
+
+    None: its configuration passes, with sepllm selected or without. Layers are not built for it.
+    """
+    made = _configured(arguments)
+    return made if isinstance(made, str) else None
+
+
+def _configured(arguments: Mapping[str, Any]) -> VllmConfig | str:
+    """vLLM's configuration, or in one line why there is none."""
     try:
-        EngineArgs(**{"model": model, **arguments}).create_engine_config()
-    except Exception:  # as above
-        return False
-    return True
+        return EngineArgs(**arguments).create_engine_config()
+    except Exception as error:  # whatever vLLM raises is the finding
+        return _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
