@@ -15,8 +15,6 @@ import vllm.config.vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from vllm_sepllm.integration.refusals import check_vllm_config
-
 Models = Callable[[str], str]
 
 
@@ -269,16 +267,6 @@ def test_batch_invariance(models: Models, monkeypatch: pytest.MonkeyPatch) -> No
     """Answers are equal in any batch up to rounding, not bit by bit."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     check_sentence(refusal(models("llama")), "batch invariance", "unset VLLM_BATCH_INVARIANT")
-
-
-@refused("`--enable-return-routed-experts`", "returned routed experts", "remove --enable-return")
-def test_returned_routed_experts(models: Models) -> None:
-    """Mixtures of experts under Model Runner V2 alone, so the check is asked directly."""
-    vllm_config = EngineArgs(model=models("llama"), **ARGUMENTS).create_engine_config()
-    vllm_config.aux_output_config.enable_return_routed_experts = True
-    with pytest.raises(ValueError, match="sepllm does not support") as caught:
-        check_vllm_config(vllm_config)
-    check_sentence(str(caught.value), "returned routed experts", "remove --enable-return")
 
 
 def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
