@@ -98,6 +98,29 @@ def test_chats_with_their_own_answers_are_those_without_caching(
     assert_same(results[True], results[False])
 
 
+def test_requests_whose_tail_becomes_a_ring_stop_sharing_it(
+    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
+) -> None:
+    """Proves it where nearly every token is a separator: each is preempted once, and no more."""
+    config = {"window": 60, "separators": list(range(5000)), "max_separators": 250}
+    common = {**sepllm(**config), "max_model_len": 1024}
+    shared = excerpt(0, 140)
+    rounds = [[shared], [[*shared, *excerpt(3000 + 50 * i, 5 + i)] for i in range(4)]]
+    results, watches = {}, {}
+    for caching in (False, True):
+        watches[caching] = Watch()
+        with engine(four_layers_path, **common, enable_prefix_caching=caching) as made:
+            results[caching] = [
+                made.generate(prompts, 200, watch=watches[caching]) for prompts in rounds
+            ]
+    assert all(a.num_cached_tokens >= 128 for a in results[True][1])
+    print(f"{watches[True].num_preemptions} preemptions of {1 + 4} requests")
+    assert watches[False].num_preemptions == 0
+    assert 0 < watches[True].num_preemptions <= 5
+    for with_cache, without in zip(results[True], results[False], strict=True):
+        assert_same(with_cache, without)
+
+
 def run_trace(
     path: Path, rounds: list[list[list[int]]], num_blocks: int, **arguments: Any
 ) -> tuple[int, int]:

@@ -45,13 +45,14 @@ def make_scheduler(folder: Path, num_blocks: int) -> SepLLMScheduler:
     return SepLLMScheduler(config, cache, StructuredOutputManager(config), BLOCK, log_stats=False)
 
 
-def run(scheduler: SepLLMScheduler) -> list[int]:
-    """Tokens that each start of a request found in the cache."""
+def run(scheduler: SepLLMScheduler) -> tuple[list[int], int]:
+    """Tokens that each start of a request found in the cache, and most requests at once."""
     pick = random.Random(0)
     num_outputs: dict[str, int] = {}
-    hits = []
+    hits, most = [], 0
     while scheduler.requests:
         output = scheduler.schedule()
+        most = max(most, len(scheduler.running))
         hits += [new.num_computed_tokens for new in output.scheduled_new_reqs]
         names = list(output.num_scheduled_tokens)
         sampled = []
@@ -63,12 +64,18 @@ def run(scheduler: SepLLMScheduler) -> list[int]:
             sampled.append([] if scheduler.requests[name].is_prefill_chunk else [token])
         rows = {name: row for row, name in enumerate(names)}
         scheduler.update_from_output(output, ModelRunnerOutput(names, rows, sampled))
-    return hits
+    return hits, most
 
 
+@pytest.mark.parametrize("max_tokens", [100, 6000])
 @pytest.mark.parametrize("num_blocks", [121, 201])
-def test_requests_that_begin_alike_find_their_beginning(tmp_path: Path, num_blocks: int) -> None:
-    """Each needs 9 blocks of its own at least, so the pool is full of running requests."""
+def test_requests_that_begin_alike_find_their_beginning(
+    tmp_path: Path, num_blocks: int, max_tokens: int
+) -> None:
+    """Each needs 9 blocks of its own at least, so the pool is full of running requests.
+
+    However long their answers might be, they share the tail: 7 blocks of 2,000 tokens.
+    """
     init_none_hash(sha256)
     hasher = get_request_block_hasher(BLOCK, sha256)
     scheduler = make_scheduler(tmp_path, num_blocks)
@@ -78,14 +85,17 @@ def test_requests_that_begin_alike_find_their_beginning(tmp_path: Path, num_bloc
         return [1 if pick.random() < 0.13 else pick.randrange(3, 100) for _ in range(num_tokens)]
 
     common = text(NUM_COMMON)
-    sampling = SamplingParams(max_tokens=100, ignore_eos=True, stop_token_ids=[2])
-    hits = []
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[2])
+    hits, most = [], 0
     for numbers in (range(1), range(1, NUM_REQUESTS)):
         for number in numbers:
             prompt = common + text(NUM_OWN)
             request = Request(str(number), prompt, sampling, None, block_hasher=hasher)
             scheduler.add_request(request)
-        hits += run(scheduler)
+        found, most = run(scheduler)
+        hits += found
     share = sum(hits[1:]) / (NUM_COMMON * (len(hits) - 1))
     print(f"{share:.0%} of the common tokens were found by {len(hits) - 1} starts")
     assert share > 0.9
+    print(f"{most} requests at once")
+    assert most >= (num_blocks - 20) // 11

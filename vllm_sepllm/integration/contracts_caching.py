@@ -6,15 +6,27 @@ _COORDINATOR = "vllm.v1.core.kv_cache_coordinator"
 _KV = "vllm.v1.core.kv_cache_manager"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager:SingleTypeKVCacheManager"
 _POOL = "vllm.v1.core.block_pool:BlockPool"
+_SCHEDULER = "vllm.v1.core.sched.scheduler:Scheduler"
 _UTILS = "vllm.v1.core.kv_cache_utils"
 _REQUEST = "vllm.v1.request:Request"
 
 CACHING = (
     Contract(
-        "vllm.v1.core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
+        f"{_SCHEDULER}._get_local_prefix_cache_hit",
         "overridden: says whose prefix is looked up, which vLLM's managers are not told",
         ("request",),
     ),
+    Contract(
+        f"{_SCHEDULER}.schedule",
+        "overridden: requests whose tail becomes a ring are preempted before it",
+        ("throttle_prefills",),
+    ),
+    Contract(
+        f"{_SCHEDULER}._preempt_request",
+        "called as reset_prefix_cache does",
+        ("request", "timestamp", "drop_stale_output"),
+    ),
+    *fields(_SCHEDULER, "written, as reset_prefix_cache does", "prev_step_scheduled_req_ids"),
     Contract(
         f"{_MANAGER}.add_local_computed_blocks",
         "overridden: remembers which blocks of a hit the request must copy",

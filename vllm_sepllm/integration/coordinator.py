@@ -7,6 +7,7 @@ from vllm.v1.request import Request
 from vllm_sepllm.integration.manager import SepLLMManager
 from vllm_sepllm.integration.prefix_cache import PrefixCache
 from vllm_sepllm.integration.request_separators import RequestSeparators
+from vllm_sepllm.integration.tails import SharedTails
 from vllm_sepllm.policy.visibility import Policy
 
 # vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
@@ -18,6 +19,7 @@ def bind_managers(
     separators: RequestSeparators,
     checkpoint_interval: int,
     num_staging: int = 0,
+    tails: SharedTails | None = None,
 ) -> PrefixCache:
     """Give the managers of all SepLLM groups the requests' tokens and one prefix cache.
 
@@ -26,11 +28,13 @@ def bind_managers(
         separators: of its requests.
         checkpoint_interval: tokens between regular checkpoints.
         num_staging: entries of each request beyond its compact length (policy/staging.py).
+        tails: of the requests; None: nobody looks at those that run.
     """
     every = coordinator.single_type_managers
     managers = [m for m in every if isinstance(m, SepLLMManager)]
     are_alone = len(managers) == len(every)
     alignment = 1 if are_alone else coordinator.scheduler_block_size
+    tails = tails or SharedTails(separators, 1)
     cache = PrefixCache(managers, separators, checkpoint_interval, alignment)
     interval = cache.interval_of(separators.policy)
     if managers[0].enable_caching and interval != checkpoint_interval:
@@ -41,7 +45,7 @@ def bind_managers(
             checkpoint_interval,
         )
     for number, manager in enumerate(managers):
-        manager.bind(separators, cache, num_staging, is_first=number == 0)
+        manager.bind(separators, cache, tails, num_staging, is_first=number == 0)
     if isinstance(coordinator, HybridKVCacheCoordinator):
         _answer_by_instance(coordinator)
     return cache

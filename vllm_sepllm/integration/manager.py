@@ -17,6 +17,7 @@ from vllm_sepllm.policy.visibility import Policy
 if TYPE_CHECKING:
     from vllm_sepllm.integration.prefix_cache import PrefixCache
     from vllm_sepllm.integration.request_separators import RequestSeparators
+    from vllm_sepllm.integration.tails import SharedTails
     from vllm_sepllm.integration.usage import KvUsage
 
 
@@ -30,6 +31,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     _separators: "RequestSeparators"
     _cache: "PrefixCache"
+    _tails: "SharedTails"
     _num_staging: int
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
@@ -52,6 +54,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self,
         separators: "RequestSeparators",
         cache: "PrefixCache",
+        tails: "SharedTails",
         num_staging: int,
         *,
         is_first: bool,
@@ -61,11 +64,13 @@ class SepLLMManager(SingleTypeKVCacheManager):
         Args:
             separators: of the scheduler's requests.
             cache: shared by the managers of all SepLLM groups.
+            tails: shared as well.
             num_staging: entries of each request beyond its compact length.
             is_first: of those managers; it speaks for all.
         """
         self._separators = separators
         self._cache = cache
+        self._tails = tails
         self._num_staging = num_staging
         self._is_first = is_first
 
@@ -128,12 +133,13 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """See the base class; ``num_tokens`` are the request's, not compact entries."""
-        copies = self._copy_hit_blocks(request_id)
         request = self._separators.request(request_id)
+        copies = self._copy_hit_blocks(request_id)
         if self.enable_caching:
             self._note_overwritten(request, num_tokens)
             if self._is_first:
                 self._cache.note_step(request)
+                self._tails.takes_part(request)
         slots = self._num_blocks_to_hold(request_id, num_tokens) * self.block_size
         return copies + super().allocate_new_blocks(request_id, slots, slots)
 
@@ -218,22 +224,9 @@ class SepLLMManager(SingleTypeKVCacheManager):
             self.block_size,
             num_tokens,
             self._num_spilled(request_id, num_tokens),
-            may_wrap=not stays_dense and self._may_wrap(request),
+            may_wrap=not stays_dense and self._tails.may_wrap(request),
             stays_dense=stays_dense,
         )
-
-    def _may_wrap(self, request: Request) -> bool:
-        """Whether the request could spill more than max_separators before it ends.
-
-        Never turns true once it was false: unknown tokens count as separators.
-        """
-        limit = self.policy.max_separators
-        if limit is None:
-            return False
-        known = request.num_tokens
-        unknown = max(0, request.num_prompt_tokens + request.max_tokens - known)
-        num_separators = self._separators.count_below(request.request_id, known)
-        return request.resumable or num_separators + unknown > limit
 
     # ------------------------------------------------------------------ leaving prefixes
 
@@ -259,7 +252,10 @@ class SepLLMManager(SingleTypeKVCacheManager):
         """Blocks that others may find and that this step overwrites; asked once per step."""
         noted, self._overwritten = self._overwritten, []
         # a request that was preempted since overwrites nothing
-        return [block for block, key in noted if block.ref_cnt > 0 and block.block_hash == key]
+        blocks = [block for block, key in noted if block.ref_cnt > 0 and block.block_hash == key]
+        for block in blocks:
+            self._pins.overwritten(block)
+        return blocks
 
     def copy_block(self, block: KVCacheBlock, copy: KVCacheBlock) -> None:
         """Copy a block before the step's forward; vLLM keeps both until the worker has done so."""
@@ -276,6 +272,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         """See the base class; the state of a request that ends is kept."""
         if self._is_first:
             self._cache.request_leaves(request_id)
+            self._tails.leaves(request_id)
         if self.usage is not None:
             self.usage.request_leaves(request_id)
         self._to_copy.pop(request_id, None)

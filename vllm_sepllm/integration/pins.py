@@ -33,6 +33,13 @@ class SourcePins:
         self._keys[request_id] = [key for _, key in keyed]
         self._num_users.update(self._keys[request_id])
 
+    def overwritten(self, block: KVCacheBlock) -> None:
+        """Its own request writes over the block, of which others were copied."""
+        for held in self._held.values():
+            if block in held:
+                held.remove(block)
+                self._pool.free_blocks([block])
+
     def release(self, request_id: str) -> None:
         """Hold nothing for the request any more."""
         self._pool.free_blocks(self._held.pop(request_id, ()))

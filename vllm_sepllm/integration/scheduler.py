@@ -3,6 +3,7 @@
 Nothing flows back from the workers: what is kept depends on token ids and positions alone.
 """
 
+import time
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,7 @@ from vllm_sepllm.integration.request_separators import RequestSeparators
 from vllm_sepllm.integration.spec import max_proposed
 from vllm_sepllm.integration.step_planner import StepPlanner
 from vllm_sepllm.integration.steps import attach_plan
+from vllm_sepllm.integration.tails import SharedTails
 from vllm_sepllm.policy import staging
 from vllm_sepllm.policy.plan import StepPlan
 from vllm_sepllm.policy.separators import flags
@@ -52,18 +54,21 @@ class _SepLLMMixin(Scheduler):
             config.interval,
             partial(request_choices.policy_of, self._limits),
         )
+        most_proposed = max_proposed(self.vllm_config)
+        self._tails = SharedTails(self._separators, max(1, most_proposed))
         assert config.checkpoint_interval is not None, "resolved at start-up"
         self._prefix_cache = bind_managers(
             self.kv_cache_manager.coordinator,
             self._separators,
             config.checkpoint_interval,
-            staging.num_entries(max_proposed(self.vllm_config)),
+            staging.num_entries(most_proposed),
+            self._tails,
         )
         self._planner = StepPlanner(
             self._separators,
             self._prefix_cache.take_snapshots,
             self._prefix_cache.interval_of,
-            max_proposed(self.vllm_config),
+            most_proposed,
         )
         self._usage = self._prefix_cache.watch(self.max_model_len) if self.log_stats else None
 
@@ -115,6 +120,17 @@ class _SepLLMMixin(Scheduler):
             return False
         is_ready: bool = super()._handle_blocked_waiting_request(request)
         return is_ready
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """See vLLM's Scheduler.schedule; requests whose tail becomes a ring begin anew before."""
+        # the last one first, so that they wait in their order
+        for request in reversed(self._tails.near_the_bound(self.running)):
+            self.running.remove(request)
+            # it may go on in this very step, as after reset_prefix_cache, which does the same
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.discard(request.request_id)
+        output: SchedulerOutput = super().schedule(throttle_prefills)
+        return output
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
