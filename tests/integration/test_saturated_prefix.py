@@ -9,6 +9,7 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
@@ -24,7 +25,7 @@ NUM_COMMON, NUM_OWN, NUM_REQUESTS = 2000, 40, 24
 FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32)
 
 
-def make_scheduler(folder: Path, num_blocks: int) -> SepLLMScheduler:
+def make_scheduler(folder: Path, num_blocks: int, **settings: int) -> SepLLMScheduler:
     llama_config(vocab_size=128, max_position_embeddings=8192).save_pretrained(folder)
     config = EngineArgs(
         model=str(folder),
@@ -33,7 +34,7 @@ def make_scheduler(folder: Path, num_blocks: int) -> SepLLMScheduler:
         load_format="dummy",
         max_model_len=8192,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"separators": [1]}},
+        additional_config={"sepllm": {"separators": [1], **settings}},
         max_num_batched_tokens=1024,
         max_num_seqs=NUM_REQUESTS,
         async_scheduling=False,
@@ -99,3 +100,32 @@ def test_requests_that_begin_alike_find_their_beginning(
     assert share > 0.9
     print(f"{most} requests at once")
     assert most >= (num_blocks - 20) // 11
+
+
+@pytest.mark.parametrize("state", list(PauseState))
+def test_a_request_near_the_bound_goes_on_while_a_pause_drains(
+    tmp_path: Path, state: PauseState
+) -> None:
+    """Every token is a separator: it is preempted once, and whoever pauses waits for it."""
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    scheduler = make_scheduler(tmp_path, 201, window=60, max_separators=200)
+    sampling = SamplingParams(max_tokens=300, ignore_eos=True)
+    request = Request("0", [1] * 40, sampling, None, block_hasher=hasher)
+    scheduler.add_request(request)
+    num_steps = 0
+    while scheduler.requests and num_steps < 400:
+        if num_steps == 100:
+            scheduler.set_pause_state(state)
+        output = scheduler.schedule()
+        if not output.num_scheduled_tokens:
+            break
+        sampled = [[] if request.is_prefill_chunk else [1]]
+        scheduler.update_from_output(output, ModelRunnerOutput(["0"], {"0": 0}, sampled))
+        num_steps += 1
+    if state == PauseState.PAUSED_ALL:
+        assert num_steps == 100
+        assert scheduler.running == [request]
+        return
+    assert not scheduler.requests
+    assert request.num_preemptions == 1

@@ -23,10 +23,14 @@ CACHING = (
     ),
     Contract(
         f"{_SCHEDULER}._preempt_request",
-        "called as reset_prefix_cache does",
+        "called: the request begins anew",
         ("request", "timestamp", "drop_stale_output"),
     ),
-    *fields(_SCHEDULER, "written, as reset_prefix_cache does", "prev_step_scheduled_req_ids"),
+    *fields(
+        _SCHEDULER,
+        "written where a request is preempted",
+        *("prev_step_scheduled_req_ids", "kv_holding_waiting", "_pause_state"),
+    ),
     Contract(
         f"{_MANAGER}.add_local_computed_blocks",
         "overridden: remembers which blocks of a hit the request must copy",

@@ -45,8 +45,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         # request -> block indices of its hit that must become its own
         self._to_copy: dict[str, list[int]] = {}
         self._pins = SourcePins(self.block_pool)
-        # blocks that others may find and that this step overwrites, with their keys
-        self._overwritten: list[tuple[KVCacheBlock, BlockHashWithGroupId]] = []
+        # blocks that others may find and that a request overwrites in this step, with their keys
+        self._overwritten: list[tuple[str, KVCacheBlock, BlockHashWithGroupId]] = []
         # request -> range of its token counts, ends included, that take the same number of blocks
         self._same_blocks: dict[str, tuple[int, int, int]] = {}
 
@@ -190,9 +190,6 @@ class SepLLMManager(SingleTypeKVCacheManager):
             self._apply_cow(request_id, index, source, copy)
         if sources:
             self._pins.copied(request_id, sources)
-        elif len(self.req_to_blocks) == 1:
-            # it may need every block there is
-            self._pins.release(request_id)
         return copies
 
     def _unshared(self, request_id: str, hit: Sequence[KVCacheBlock], num_tokens: int) -> list[int]:
@@ -246,15 +243,16 @@ class SepLLMManager(SingleTypeKVCacheManager):
         blocks = self.req_to_blocks[request.request_id]
         for i in checkpoint.overwritten_blocks(policy, self.block_size, start, num_tokens):
             if i < len(blocks) and (key := blocks[i].block_hash) is not None:
-                self._overwritten.append((blocks[i], key))
+                self._overwritten.append((request.request_id, blocks[i], key))
 
     def take_overwritten(self) -> list[KVCacheBlock]:
         """Blocks that others may find and that this step overwrites; asked once per step."""
         noted, self._overwritten = self._overwritten, []
-        # a request that was preempted since overwrites nothing
-        blocks = [block for block, key in noted if block.ref_cnt > 0 and block.block_hash == key]
-        for block in blocks:
-            self._pins.overwritten(block)
+        blocks = []
+        for _, block, key in noted:
+            if block.block_hash == key:
+                self._pins.release(key)
+                blocks.append(block)
         return blocks
 
     def copy_block(self, block: KVCacheBlock, copy: KVCacheBlock) -> None:
@@ -277,6 +275,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
             self.usage.request_leaves(request_id)
         self._to_copy.pop(request_id, None)
         self._pins.leaves(request_id)
+        # preempted in the step that it would have overwritten them in
+        self._overwritten = [noted for noted in self._overwritten if noted[0] != request_id]
         self._separators.staged.pop(request_id, None)
         self._same_blocks.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStat
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.perf import PerfStats
@@ -123,14 +124,23 @@ class _SepLLMMixin(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See vLLM's Scheduler.schedule; requests whose tail becomes a ring begin anew before."""
-        # the last one first, so that they wait in their order
-        for request in reversed(self._tails.near_the_bound(self.running)):
-            self.running.remove(request)
-            # it may go on in this very step, as after reset_prefix_cache, which does the same
-            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
-            self.prev_step_scheduled_req_ids.discard(request.request_id)
+        if self._pause_state != PauseState.PAUSED_ALL:
+            # the last one first, so that they wait in their order
+            for request in reversed(self._tails.near_the_bound(self.running)):
+                self._begin_anew(request)
         output: SchedulerOutput = super().schedule(throttle_prefills)
         return output
+
+    def _begin_anew(self, request: Request) -> None:
+        """Preempt a running request as vLLM does in want of blocks; it may go on in this step."""
+        self.running.remove(request)
+        is_draining = self._pause_state == PauseState.PAUSED_NEW
+        self._preempt_request(request, time.monotonic(), drop_stale_output=is_draining)
+        # as in reset_prefix_cache: the workers must see it leave and come back
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
+        if is_draining:  # whoever pauses waits for it, and of those that wait only these go on
+            self.waiting.remove_requests([request])
+            self.kv_holding_waiting.prepend_request(request)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
