@@ -79,11 +79,12 @@ def mean_kept(
         means = [np.arange(span.first, len(span.token_ids)) + 1.0 for span in spans]
         return float(np.concatenate(means).mean())
     config = _resolved(settings, facts)
+    separators = np.array(config.separators, dtype=np.int64)
     share = len(config.full_layers) / facts.num_layers
     means = []
     for span in spans:
         position = np.arange(len(span.token_ids))
-        is_separator = np.isin(span.token_ids, np.array(config.separators, dtype=np.int64))
+        is_separator = np.isin(span.token_ids, separators)
         if config.interval is not None:
             is_separator = position % config.interval == 0
         kept = kept_lengths(config.policy, is_separator)

@@ -1,6 +1,8 @@
 """Counts the blocks of a request by its compact length instead of its tokens, and reuses them."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from vllm.utils.math_utils import cdiv
@@ -45,8 +47,9 @@ class SepLLMManager(SingleTypeKVCacheManager):
         # request -> block indices of its hit that must become its own
         self._to_copy: dict[str, list[int]] = {}
         self._pins = SourcePins(self.block_pool)
-        # blocks that others may find and that a request overwrites in this step, with their keys
-        self._overwritten: list[tuple[str, KVCacheBlock, BlockHashWithGroupId]] = []
+        # request -> blocks that others may find and that it overwrites in this step, their keys
+        self._overwritten: defaultdict[str, list[tuple[KVCacheBlock, BlockHashWithGroupId]]]
+        self._overwritten = defaultdict(list)
         # request -> range of its token counts, ends included, that take the same number of blocks
         self._same_blocks: dict[str, tuple[int, int, int]] = {}
 
@@ -243,13 +246,14 @@ class SepLLMManager(SingleTypeKVCacheManager):
         blocks = self.req_to_blocks[request.request_id]
         for i in checkpoint.overwritten_blocks(policy, self.block_size, start, num_tokens):
             if i < len(blocks) and (key := blocks[i].block_hash) is not None:
-                self._overwritten.append((request.request_id, blocks[i], key))
+                self._overwritten[request.request_id].append((blocks[i], key))
 
     def take_overwritten(self) -> list[KVCacheBlock]:
         """Blocks that others may find and that this step overwrites; asked once per step."""
-        noted, self._overwritten = self._overwritten, []
+        noted = list(chain.from_iterable(self._overwritten.values()))
+        self._overwritten.clear()
         blocks = []
-        for _, block, key in noted:
+        for block, key in noted:
             if block.block_hash == key:
                 self._pins.release(key)
                 blocks.append(block)
@@ -276,7 +280,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self._to_copy.pop(request_id, None)
         self._pins.leaves(request_id)
         # preempted in the step that it would have overwritten them in
-        self._overwritten = [noted for noted in self._overwritten if noted[0] != request_id]
+        self._overwritten.pop(request_id, None)
         self._separators.staged.pop(request_id, None)
         self._same_blocks.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
