@@ -137,7 +137,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
     ) -> list[KVCacheBlock]:
         """See the base class; ``num_tokens`` are the request's, not compact entries."""
         request = self._separators.request(request_id)
-        copies = self._copy_hit_blocks(request_id)
+        # asked for every request of every step
+        copies = self._copy_hit_blocks(request_id) if request_id in self._to_copy else []
         if self.enable_caching:
             self._note_overwritten(request, num_tokens)
             if self._is_first:
@@ -186,7 +187,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     def _copy_hit_blocks(self, request_id: str) -> list[KVCacheBlock]:
         """Replace the blocks the request will write by copies, made before the step's forward."""
-        indices = self._to_copy.pop(request_id, ())
+        indices = self._to_copy.pop(request_id)
         sources = [self.req_to_blocks[request_id][index] for index in indices]
         copies = self.block_pool.get_new_blocks(len(indices))
         for index, source, copy in zip(indices, sources, copies, strict=True):
