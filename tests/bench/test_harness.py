@@ -12,7 +12,7 @@ from vllm_sepllm.bench import __main__ as command
 from vllm_sepllm.bench import suites
 from vllm_sepllm.bench.outside import measures
 from vllm_sepllm.bench.results import Results, spread
-from vllm_sepllm.bench.sides import arguments_of, server_flags
+from vllm_sepllm.bench.sides import arguments_of, environment, server_flags
 from vllm_sepllm.bench.suites import SUITES, Work, gate
 
 
@@ -95,6 +95,13 @@ def test_every_suite_compares_with_stock(name: str) -> None:
 def test_sides_differ_in_the_backend_alone() -> None:
     stock, ours = (arguments_of(side, "m", {"dtype": "bfloat16"}) for side in ("stock", "sepllm"))
     assert ours == stock | {"attention_backend": "sepllm"}
+
+
+def test_pages_are_large_unless_the_caller_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert environment()["THP_MEM_ALLOC_ENABLE"] == "1"
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
+    assert environment()["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 def test_server_flags_say_the_same_as_the_arguments() -> None:

@@ -82,12 +82,21 @@ def running(
         yield sides
 
 
+def environment() -> dict[str, str]:
+    """Variables of an engine's process: the caller's, and defaults for what it does not set."""
+    defaults = {
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        # PyTorch's huge pages: with small ones the engine started first is slower at equal work
+        "THP_MEM_ALLOC_ENABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    # one process an engine: its steps are not interleaved with a front end's
+    return defaults | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
 @contextmanager
 def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideProcess]:
-    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    env |= {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | dict(os.environ)
-    # one process an engine: its steps are not interleaved with a front end's
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     read, write = os.pipe()
     log = logs / f"{name}.log"
     with log.open("w") as output, os.fdopen(read) as answers:
@@ -97,7 +106,7 @@ def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideP
             stdout=output,
             stderr=output,
             pass_fds=[write],
-            env=env,
+            env=environment(),
             text=True,
         )
         os.close(write)
