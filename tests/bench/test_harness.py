@@ -1,6 +1,7 @@
 """The harness's arithmetic and its gate, with sides that answer from memory."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,20 @@ WORK = Work(text=list(range(50)), lengths=[20], batches=[2], max_tokens=5, round
 def test_spread_is_inside_the_samples() -> None:
     assert spread([5.0]) == {"p20": 5.0, "p50": 5.0, "p80": 5.0}
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"p20": 2.0, "p50": 3.5, "p80": 5.0}
+
+
+def test_decode_leaves_out_stock_where_the_budget_is_too_small(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    sides = {"stock": FakeSide(1.0), "sepllm": FakeSide(2.0)}
+    needed = 2 * (20 + 5)  # both requests of WORK, prompt and answer
+    for budget, stock in ((needed - 1, False), (needed, True)):
+        results = Results("decode", {})
+        suites.decode(sides, replace(WORK, kv_tokens=budget), results)  # type: ignore[arg-type]
+        found = {side for _, side, _ in results.samples}
+        assert ("stock" in found) is stock
+        assert {"sepllm", "stock at the compact length"} <= found
+        assert ("stock vLLM left out" in capsys.readouterr().err) is not stock
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,6 +118,7 @@ def run(
     check_text(work, text)
     longest = work.longest() + 64
     budget = kv_tokens or chosen.kv_tokens or 2 * longest * max(work.batches)
+    work = replace(work, kv_tokens=budget)
     overrides: dict[str, Any] = {"max_position_embeddings": max(longest, 2048)}
     if layers is not None:
         overrides["num_hidden_layers"] = layers

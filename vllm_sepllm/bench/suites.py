@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from rich.console import Console
+
 from vllm_sepllm.bench.results import Results
 from vllm_sepllm.bench.sides import SideProcess
 
@@ -22,6 +24,7 @@ class Work:
         batches: requests at once, one case each where a suite batches.
         max_tokens: tokens of an answer.
         rounds: samples of each case on each side.
+        kv_tokens: KV cache in tokens of full attention; None: enough for all requests at once.
     """
 
     text: list[int]
@@ -29,6 +32,7 @@ class Work:
     batches: list[int]
     max_tokens: int
     rounds: int
+    kv_tokens: int | None = None
 
     def prompt(self, number: int, length: int) -> list[int]:
         """A piece of the text; other numbers start elsewhere, wrapping around."""
@@ -39,6 +43,10 @@ class Work:
     def longest(self) -> int:
         """Tokens of the longest request."""
         return max(self.lengths) + self.max_tokens
+
+    def holds_in_full(self, length: int, batch: int) -> bool:
+        """Whether full attention's KV of so many requests fits at once."""
+        return self.kv_tokens is None or batch * (length + self.max_tokens) <= self.kv_tokens
 
 
 def gate(sides: Sides, work: Work) -> None:
@@ -68,15 +76,21 @@ def decode(sides: Sides, work: Work, results: Results) -> None:
     """Time per output token, and of stock vLLM at sepllm's compact length: the limit.
 
     Also of stock vLLM behind a few tokens: what is left of a step without attention. With prefix
-    caching on, the prompts are computed once and each round decodes anew.
+    caching on, the prompts are computed once and each round decodes anew. Where the KV budget does
+    not hold all prompts in full, stock vLLM has no time of its own: they would not decode at once.
     """
     for length in work.lengths:
         for batch in work.batches:
             case = f"{length} tokens, batch {batch}"
             prompts = [work.prompt(number, length) for number in range(batch)]
             others = _others(sides, prompts)
+            whole = dict(sides)
+            if "stock" in whole and not work.holds_in_full(length, batch):
+                del whole["stock"]
+                said = f"{case}: stock vLLM left out, the KV budget does not hold its requests"
+                Console(stderr=True).print(said, highlight=False)
             for number in range(work.rounds + 1):
-                measured = {name: _per_token(side, prompts, work) for name, side in sides.items()}
+                measured = {name: _per_token(side, prompts, work) for name, side in whole.items()}
                 for name, cut in others.items():
                     measured[name] = _per_token(sides["stock"], cut, work)
                 if number:  # the first fills the prefix caches
