@@ -13,7 +13,7 @@ from vllm_sepllm.bench import __main__ as command
 from vllm_sepllm.bench import suites
 from vllm_sepllm.bench.outside import measures
 from vllm_sepllm.bench.results import Results, spread
-from vllm_sepllm.bench.sides import arguments_of, environment, server_flags
+from vllm_sepllm.bench.sides import arguments_of, engine_environment, server_flags
 from vllm_sepllm.bench.suites import SUITES, Work, gate
 
 
@@ -114,9 +114,9 @@ def test_sides_differ_in_the_backend_alone() -> None:
 
 def test_pages_are_large_unless_the_caller_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
-    assert environment()["THP_MEM_ALLOC_ENABLE"] == "1"
+    assert engine_environment()["THP_MEM_ALLOC_ENABLE"] == "1"
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    assert environment()["THP_MEM_ALLOC_ENABLE"] == "0"
+    assert engine_environment()["THP_MEM_ALLOC_ENABLE"] == "0"
 
 
 def test_server_flags_say_the_same_as_the_arguments() -> None:

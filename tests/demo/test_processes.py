@@ -6,7 +6,7 @@ from urllib.request import ProxyHandler, build_opener
 
 import pytest
 
-from vllm_sepllm.demo.processes import environment, run_in_process, serving
+from vllm_sepllm.demo.processes import child_environment, run_in_process, serving
 
 # takes --host and --port as vllm serve does, answers every path, and says when it is stopped
 SERVER = """
@@ -81,6 +81,6 @@ def test_a_users_setting_wins_and_our_own_command_is_found_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    env = environment()
+    env = child_environment()
     assert env["HF_HUB_OFFLINE"] == "0"
     assert env["PATH"].startswith(str(Path(sys.executable).parent))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_sepllm.demo.corpus import FOLDER
-from vllm_sepllm.demo.processes import environment, serving
+from vllm_sepllm.demo.processes import child_environment, serving
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 START_SECONDS = 600
@@ -23,7 +23,7 @@ def run_example(*command: str, **variables: str) -> str:
     """Standard output of an example, which must succeed."""
     done = subprocess.run(
         [sys.executable, *command],
-        env=environment() | variables,
+        env=child_environment() | variables,
         capture_output=True,
         text=True,
         timeout=START_SECONDS,

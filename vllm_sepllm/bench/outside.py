@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_sepllm.bench.results import Results
 from vllm_sepllm.bench.sides import server_flags
-from vllm_sepllm.demo.processes import environment, serving
+from vllm_sepllm.demo.processes import child_environment, serving
 
 START_SECONDS = 600
 # of vLLM's report -> ours, with the factor that makes the unit in our name
@@ -85,7 +85,9 @@ def _run(model: str, url: str, data: Path, num_requests: int, max_tokens: int) -
     command += ["--ignore-eos", "--temperature", "0", "--disable-tqdm"]
     command += ["--percentile-metrics", "ttft,tpot,e2el", "--save-result"]
     command += ["--result-dir", str(out.parent), "--result-filename", out.name]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"vllm bench serve ended with {done.returncode}\n{done.stderr[-2000:]}")
     report: dict[str, Any] = json.loads(out.read_text())

@@ -82,11 +82,11 @@ def running(
         yield sides
 
 
-def environment() -> dict[str, str]:
+def engine_environment() -> dict[str, str]:
     """Variables of an engine's process: the caller's, and defaults for what it does not set."""
     defaults = {
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        # PyTorch's huge pages: with small ones the engine started first is slower at equal work
+        # huge pages as in demo/processes.py; but threads may spin: engines take turns here
         "THP_MEM_ALLOC_ENABLE": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -106,7 +106,7 @@ def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideP
             stdout=output,
             stderr=output,
             pass_fds=[write],
-            env=environment(),
+            env=engine_environment(),
             text=True,
         )
         os.close(write)
