@@ -38,6 +38,7 @@ def plot(
     axes.set_xticks(
         [i + 0.4 - width / 2 for i in range(len(cases))],
         [case.replace(", ", "\n") for case in cases],
+        fontsize="small",
     )
     axes.set_ylabel(measure)
     axes.set_title(f"{suite}: {rows[0]['device']}, {rows[0]['threads']} threads")
