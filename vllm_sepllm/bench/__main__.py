@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,13 +111,13 @@ def run(
         raise typer.BadParameter(f"no suite {suite!r}; there are {', '.join(SUITES)}")
     chosen, names = SUITES[suite], checked_sides(side)
     try:
-        work = chosen.work(text_ids(model, text), length, batch, max_tokens, rounds)
+        ids = text_ids(model, text)
+        work = chosen.work(ids, length, batch, max_tokens, rounds, kv_tokens)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     check_text(work, text)
     longest = work.longest() + 64
-    budget = kv_tokens or chosen.kv_tokens or 2 * longest * max(work.batches)
-    work = replace(work, kv_tokens=budget)
+    budget = work.kv_tokens or 2 * longest * max(work.batches)
     overrides: dict[str, Any] = {"max_position_embeddings": max(longest, 2048)}
     if layers is not None:
         overrides["num_hidden_layers"] = layers

@@ -11,6 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
+from vllm_sepllm.demo.processes import engine_environment
+
 SIDES = ("stock", "sepllm", "streaming-llm")
 # the same for all sides; what differs is in _DIFFERENCES
 _DEFAULTS: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": False, "seed": 0}
@@ -82,19 +84,6 @@ def running(
         yield sides
 
 
-def engine_environment() -> dict[str, str]:
-    """Variables of an engine's process: the caller's, and defaults for what it does not set."""
-    defaults = {
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        # huge pages as in demo/processes.py; but threads may spin: engines take turns here
-        "THP_MEM_ALLOC_ENABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    # one process an engine: its steps are not interleaved with a front end's
-    return defaults | os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-
-
 @contextmanager
 def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideProcess]:
     read, write = os.pipe()
@@ -106,7 +95,8 @@ def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideP
             stdout=output,
             stderr=output,
             pass_fds=[write],
-            env=engine_environment(),
+            # they take turns, so nobody is in the way of threads that spin
+            env=engine_environment(spin=True),
             text=True,
         )
         os.close(write)

@@ -24,7 +24,8 @@ class Work:
         batches: requests at once, one case each where a suite batches.
         max_tokens: tokens of an answer.
         rounds: samples of each case on each side.
-        kv_tokens: KV cache in tokens of full attention; None: enough for all requests at once.
+        kv_tokens: KV cache in tokens of full attention, the same bytes on all sides; None: enough
+            for all requests at once.
     """
 
     text: list[int]
@@ -193,8 +194,7 @@ class Suite:
         batches: the same; None: it sends one request at a time.
         max_tokens: the same; None: it asks for the first token only.
         caching: whether prefix caching is on.
-        kv_tokens: KV cache in tokens of full attention, the same bytes on all sides; None: enough
-            for all requests at once.
+        kv_tokens: the same.
     """
 
     run: Callable[[Sides, Work, Results], None]
@@ -211,6 +211,7 @@ class Suite:
         batches: list[int] | None,
         max_tokens: int | None,
         rounds: int,
+        kv_tokens: int | None = None,
     ) -> Work:
         """What to run; None: the suite's own.
 
@@ -229,6 +230,7 @@ class Suite:
             batches=batches or list(self.batches or (1,)),
             max_tokens=max_tokens or self.max_tokens or 1,
             rounds=rounds,
+            kv_tokens=kv_tokens or self.kv_tokens,
         )
 
 

@@ -16,21 +16,32 @@ HOST = "127.0.0.1"
 STOP_SECONDS = 60
 
 
-def child_environment() -> dict[str, str]:
-    """Environment of a child: no hub, no usage report, no proxy to ourselves, logs on stderr."""
+def child_environment(*, spin: bool = False) -> dict[str, str]:
+    """Environment of a child: no hub, no usage report, no proxy to ourselves, logs on stderr.
+
+    Args:
+        spin: leave it to OpenMP how threads wait; else they sleep.
+    """
     defaults = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         # PyTorch's huge pages: with small ones the engine started first is slower at equal work
         "THP_MEM_ALLOC_ENABLE": "1",
-        # threads that spin at a barrier cost 2.5 times the time beside a busy neighbour
-        "OMP_WAIT_POLICY": "passive",
         "NO_PROXY": HOST,
         "no_proxy": HOST,
     }
+    if not spin:  # beside a busy neighbour threads that spin cost 2.5 times the time
+        defaults["OMP_WAIT_POLICY"] = "passive"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return defaults | os.environ | {"PATH": path}
+
+
+def engine_environment(*, spin: bool = False) -> dict[str, str]:
+    """Environment of a child that is an engine itself, with no process of a front end's."""
+    # such an engine uses one thread unless it is told otherwise
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    return threads | child_environment(spin=spin) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def run_in_process(command: Sequence[str], log: Path) -> None:
@@ -39,11 +50,10 @@ def run_in_process(command: Sequence[str], log: Path) -> None:
     Raises:
         RuntimeError: if it fails, with the end of its log.
     """
-    # an engine inside the caller's process uses one thread unless it is told otherwise
-    env = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))} | child_environment()
-    env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     with log.open("w") as stderr:
-        done = subprocess.run([sys.executable, *command], env=env, stderr=stderr, check=False)
+        done = subprocess.run(
+            [sys.executable, *command], env=engine_environment(), stderr=stderr, check=False
+        )
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}\n{_tail(log)}")
 
