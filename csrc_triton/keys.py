@@ -1,4 +1,4 @@
-"""List the keys that the tiles of each prefill chunk read. Oracle: vllm_sepllm.reference.
+"""List the keys that the tiles of each prefill chunk read. Oracle: ops.reference.
 
 All layers, heads and tiles of a step read the same lists, so where a key lies and until when it is
 visible is worked out once a step, and the prefill kernel is left with two loads a key.

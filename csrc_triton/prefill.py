@@ -1,7 +1,7 @@
 """Prefill attention over three sources: compact cache, ring and chunk.
 
 SepLLM (arXiv 2412.12094, section 3). A key is visible to the queries at [its own position, its
-``until``). Tables as in policy.tiles, lists of keys as in keys.py; oracle: vllm_sepllm.reference.
+``until``). Tables as in policy/keys/tiles.py, lists of keys as in keys.py. Oracle: ops.reference.
 """
 
 import torch

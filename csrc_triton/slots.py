@@ -1,4 +1,4 @@
-"""Slots of compact entries, looked up in the device's block table. Oracle: vllm_sepllm.reference.
+"""Slots of compact entries, looked up in the device's block table. Oracle: ops.reference.
 
 The block table of a GPU worker lives on the device alone, so a step's slots are computed there.
 """

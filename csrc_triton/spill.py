@@ -1,4 +1,4 @@
-"""Copy KV rows between slots, in the caches of all layers. Oracle: vllm_sepllm.reference."""
+"""Copy KV rows between slots, in the caches of all layers. Oracle: ops.reference."""
 
 import torch
 import triton

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.compatibility", "tests.order"]
+pytest_plugins = ["tests.support.compatibility", "tests.support.order"]
 
 # before anything imports vllm, transformers or triton; child processes inherit them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +38,6 @@ if "CI" not in os.environ:
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """Folder of the converted SmolLM2-135M-Instruct; fetched on a machine's first run."""
-    from vllm_sepllm.demo.model import ensure_model
+    from vllm_sepllm.models import ensure_model
 
     return ensure_model()

@@ -15,30 +15,24 @@ PUBLIC_VLLM = {"vllm.LLM", "vllm.SamplingParams"}
 ALLOWED = {
     f"{US}/policy": {"numpy"},
     f"{US}/config.py": {"pydantic", f"{US}.policy"},
-    f"{US}/reference.py": {"torch", "numpy", f"{US}.policy"},
     "csrc_triton": {"torch", "triton", f"{US}.kernels"},
-    f"{US}/checks.py": {"torch", f"{US}.kernels"},
-    f"{US}/ops.py": {"torch", "numpy"}
-    | {f"{US}.{part}" for part in ("policy", "checks", "reference", "kernels")},
+    f"{US}/ops": {"torch", "numpy", f"{US}.policy", f"{US}.kernels"},
     f"{US}/integration": {"torch", "numpy", "packaging", "vllm", "transformers"}
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
+    f"{US}/sample": set(),
+    f"{US}/processes.py": set(),
+    f"{US}/models.py": {"transformers", "tokenizers", "torch"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", "httpx", *PUBLIC_VLLM}
-    | {f"{US}.{part}" for part in ("demo", "ops", "reference", "policy", "kernels")}
-    | {
-        f"{US}.register",
-        f"{US}.integration.rig",
-        f"{US}.integration.cpu.prefill_rig",
-        f"{US}.integration.stock_attention",
-        "matplotlib",
-        "transformers",
-    },
+    | {f"{US}.{part}" for part in ("processes", "ops", "policy", "kernels")}
+    | {f"{US}.register", f"{US}.integration.rigs", "matplotlib", "transformers"},
     f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", "lm_eval", *PUBLIC_VLLM}
     | {f"{US}.config", f"{US}.policy"},
     f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
-    | {f"{US}.{part}" for part in ("__version__", "config", "policy", "demo", "eval")}
+    | {f"{US}.{part}" for part in ("__version__", "config", "policy", "sample", "eval")}
     | {f"{US}.integration"},
     f"{US}/__main__.py": {f"{US}.cli"},
-    f"{US}/demo": {"rich", "openai", "transformers", "tokenizers", "torch", *PUBLIC_VLLM},
+    f"{US}/demo": {"rich", "openai", "transformers", *PUBLIC_VLLM}
+    | {f"{US}.{part}" for part in ("processes", "models", "sample")},
 }
 # the plugin's entry points import the integration when vLLM calls them
 FACADE = f"{US}/__init__.py"
@@ -97,8 +91,11 @@ def test_the_check_sees_an_import_inside_a_function() -> None:
     assert not is_under("vllm.config.VllmConfig", PUBLIC_VLLM)
 
 
-LIGHT = [US, f"{US}.config", f"{US}.demo.model", f"{US}.cli.app"]
-LIGHT += [f"{US}.policy.{p.stem}" for p in (ROOT / US / "policy").glob("[!_]*.py")]
+LIGHT = [US, f"{US}.config", f"{US}.models", f"{US}.cli.app"]
+LIGHT += [
+    ".".join(p.relative_to(ROOT).with_suffix("").parts)
+    for p in (ROOT / US / "policy").rglob("[!_]*.py")
+]
 
 
 @pytest.mark.parametrize("module", LIGHT)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.policy.checkpoint import checkpoint_positions
 from vllm_sepllm.policy.layout import compact_length
-from vllm_sepllm.policy.plan import StepPlanBuilder
-from vllm_sepllm.policy.separator_index import SeparatorIndex
-from vllm_sepllm.policy.separators import flags, separator_ids
+from vllm_sepllm.policy.separators.index import SeparatorIndex
+from vllm_sepllm.policy.separators.rules import flags, separator_ids
+from vllm_sepllm.policy.step.checkpoint import checkpoint_positions
+from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import is_visible, visible_mask
 
 VOCAB_SIZE = 128

@@ -16,8 +16,8 @@ def register_backend_name() -> None:
     vLLM parses ``LLM(attention_config={"backend": "sepllm"})`` before it loads general plugins,
     but resolves the platform earlier still. This offers no platform: it returns None.
     """
-    from vllm_sepllm.integration.backend_name import register_backend_name as _register
-    from vllm_sepllm.integration.versions import unsupported_vllm
+    from vllm_sepllm.integration.startup.versions import unsupported_vllm
+    from vllm_sepllm.integration.wire.backend_name import register_backend_name as _register
 
     if not unsupported_vllm():
         _register()

@@ -15,7 +15,7 @@ from vllm_sepllm.bench.outside import measures
 from vllm_sepllm.bench.results import Results, spread
 from vllm_sepllm.bench.sides import arguments_of, server_flags
 from vllm_sepllm.bench.suites import SUITES, Work, gate
-from vllm_sepllm.demo.processes import engine_environment
+from vllm_sepllm.processes import engine_environment
 
 
 class FakeSide:

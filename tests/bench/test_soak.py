@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from vllm_sepllm.bench.soak import Report
-from vllm_sepllm.bench.soak_client import Answer, verdict
-from vllm_sepllm.bench.soak_memory import Sample, Trend, descendants_rss_mib, trend
+from vllm_sepllm.bench.soak.__main__ import Report
+from vllm_sepllm.bench.soak.client import Answer, verdict
+from vllm_sepllm.bench.soak.memory import Sample, Trend, descendants_rss_mib, trend
 
 FIRST = Answer(["a", "b", "c"], [{"a": -0.1}, {"b": -0.5, "x": -0.5001}, {"c": -0.1, "y": -3.0}])
 

@@ -32,7 +32,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tokenizers
     import transformers
 
-    from tests.integration.tiny_models import llama_config
+    from tests.support.tiny_models import llama_config
 
     folder = tmp_path_factory.mktemp("tiny")
     config = llama_config(vocab_size=320, num_hidden_layers=4, head_dim=None, dtype="bfloat16")

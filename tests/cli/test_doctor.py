@@ -11,8 +11,8 @@ from tests.cli.conftest import Run
 pytest.importorskip("vllm")
 
 from vllm_sepllm.cli import doctor
-from vllm_sepllm.integration import diagnosis
-from vllm_sepllm.integration.contract import Contract
+from vllm_sepllm.integration.contracts.contract import Contract
+from vllm_sepllm.integration.startup import diagnosis
 
 
 def findings(run: Run, *arguments: object, code: int = 0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import Run
 from vllm_sepllm.cli.separators import measure, token_rows
-from vllm_sepllm.policy.vocabulary import Vocabulary
+from vllm_sepllm.policy.separators.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary({0: "a", 1: ".", 2: ".\n", 3: " e.g.", 4: ","}, {5: "[INST]"}, 6)
 IDS = [5, 0, 1, 0, 2, 3, 0, 4]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sepllm.demo.corpus import FOLDER, SUMMARY, chat, documents
+from vllm_sepllm.demo.corpus import SUMMARY, chat
+from vllm_sepllm.sample import FOLDER, documents
 
 
 def test_every_document_is_named_in_the_source_list() -> None:

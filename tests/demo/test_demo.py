@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vllm_sepllm.demo.offline import BLOCK_SIZE, Result
-from vllm_sepllm.demo.processes import run_in_process
+from vllm_sepllm.processes import run_in_process
 
 # three documents of about 1,000 tokens instead of six of 6,700, and shorter answers
 SHORTER = """

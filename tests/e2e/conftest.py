@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.tiny_models import llama_config
-
-DOCUMENTS = Path(__file__).resolve().parents[2] / "vllm_sepllm" / "demo" / "documents"
+from tests.support.tiny_models import llama_config
+from vllm_sepllm.sample import FOLDER
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +50,7 @@ def text_ids(smollm2_path: Path) -> list[int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
-    text = "\n\n".join(p.read_text() for p in sorted(DOCUMENTS.glob("*.txt")))
+    text = "\n\n".join(p.read_text() for p in sorted(FOLDER.glob("*.txt")))
     ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import engine
 from tests.e2e.test_oracle import differences, rule_of
-from tests.integration.tiny_models import SEPARATORS, random_prompts, write_weights
+from tests.support.engine import engine
+from tests.support.tiny_models import SEPARATORS, random_prompts, write_weights
 
 pytestmark = pytest.mark.slow
 
@@ -76,7 +76,7 @@ def test_architecture_equals_the_dense_mask(kind: str, tmp_path: Path) -> None:
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
-    from vllm_sepllm.integration.cpu.impl import SepLLMCPUImpl
+    from vllm_sepllm.integration.worker.cpu.impl import SepLLMCPUImpl
 
     path = write_weights(kind, tmp_path)
     prompts = random_prompts(150, 99)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.engine import engine
-from tests.e2e.oracle import Rule, log_probabilities
 from tests.e2e.test_oracle import rule_of
+from tests.support.engine import engine
+from tests.support.oracle import Rule, log_probabilities
 
 pytestmark = pytest.mark.slow
 

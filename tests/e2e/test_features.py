@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.e2e.engine import Engine, Watch, engine
-from tests.e2e.oracle import log_probabilities
 from tests.e2e.test_oracle import TOLERANCE, rule_of
+from tests.support.engine import Engine, Watch, engine
+from tests.support.oracle import log_probabilities
 
 pytestmark = pytest.mark.slow
 

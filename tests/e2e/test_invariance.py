@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engine import Watch, assert_same, engine
+from tests.support.engine import Watch, assert_same, engine
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.engine import engine
 from tests.e2e.test_architectures import ENGINE, MAX_TOKENS, TOLERANCE
 from tests.e2e.test_oracle import differences, rule_of
-from tests.integration.tiny_models import random_prompts, write_weights
+from tests.support.engine import engine
+from tests.support.tiny_models import random_prompts, write_weights
 
 pytestmark = pytest.mark.slow
 

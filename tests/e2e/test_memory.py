@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import Engine, Watch, engine
+from tests.support.engine import Engine, Watch, engine
 
 pytestmark = pytest.mark.slow
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.engine import Answer, engine
-from tests.e2e.oracle import Rule, log_probabilities
+from tests.support.engine import Answer, engine
+from tests.support.oracle import Rule, log_probabilities
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from openai import APIError, OpenAI
 
-from tests.e2e.oracle import Rule
-from tests.integration.engine_process import run
-from tests.integration.test_engines import POLICY, RULE, greedy, prompts
-from tests.integration.tiny_models import write_tokenizer, write_weights
-from vllm_sepllm.demo.processes import serving
+from tests.e2e.test_engines import POLICY, RULE, greedy, prompts
+from tests.support.engine_process import run
+from tests.support.oracle import Rule
+from tests.support.tiny_models import write_tokenizer, write_weights
+from vllm_sepllm.processes import serving
 
 pytestmark = pytest.mark.slow
 

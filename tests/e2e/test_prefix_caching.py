@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import Engine, Watch, assert_same, engine
+from tests.support.engine import Engine, Watch, assert_same, engine
 
 pytestmark = pytest.mark.slow
 

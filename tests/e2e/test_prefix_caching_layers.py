@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import Answer, Watch, assert_same, engine
 from tests.e2e.test_prefix_caching import sepllm, workload
-from tests.integration.tiny_models import SEPARATORS, write_weights
+from tests.support.engine import Answer, Watch, assert_same, engine
+from tests.support.tiny_models import SEPARATORS, write_weights
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.engine import Engine, assert_same, engine
 from tests.e2e.test_prefix_caching import sepllm
+from tests.support.engine import Engine, assert_same, engine
 
 pytestmark = pytest.mark.slow
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from tests.e2e.conftest import DOCUMENTS
-from vllm_sepllm.bench.soak import metric, metric_of, metrics_page
-from vllm_sepllm.demo.processes import serving
-from vllm_sepllm.policy.separators import separator_ids
+from vllm_sepllm.bench.soak.__main__ import metric, metric_of, metrics_page
+from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.processes import serving
+from vllm_sepllm.sample import FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ def client(base_url: str) -> OpenAI:
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    return [p.read_text()[:9000] for p in sorted(DOCUMENTS.glob("*.txt"))]
+    return [p.read_text()[:9000] for p in sorted(FOLDER.glob("*.txt"))]
 
 
 @pytest.mark.compatibility("`vllm serve`, chat and completions, streaming", "works")

@@ -1,4 +1,4 @@
-"""A short soak run (vllm_sepllm/bench/soak.py); a longer one is for people."""
+"""A short soak run (vllm_sepllm/bench/soak/__main__.py); a longer one is for people."""
 
 import json
 import subprocess

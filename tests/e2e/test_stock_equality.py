@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import Answer, engine
+from tests.support.engine import Answer, engine
 
 pytestmark = pytest.mark.slow
 

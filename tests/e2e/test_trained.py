@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.engine import engine
-from tests.e2e.oracle import Rule
 from tests.e2e.test_oracle import TOLERANCE, differences
-from tests.integration.tiny_models import random_prompts
-from tests.integration.trained_checkpoint import SEPARATORS, write_trained
 from tests.policy.test_trained import BY_LAYER
+from tests.support.engine import engine
+from tests.support.oracle import Rule
+from tests.support.tiny_models import random_prompts
+from tests.support.trained_checkpoint import SEPARATORS, write_trained
 
 pytestmark = pytest.mark.slow
 

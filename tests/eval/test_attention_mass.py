@@ -6,7 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tests.integration.tiny_models import eager_llama  # noqa: E402
+from tests.support.tiny_models import eager_llama  # noqa: E402
 from vllm_sepllm.eval.attention_mass import measure, queries  # noqa: E402
 from vllm_sepllm.policy.visibility import Policy  # noqa: E402
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sepllm.demo.corpus import FOLDER
+from vllm_sepllm.sample import FOLDER
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow

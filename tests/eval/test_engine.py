@@ -13,7 +13,7 @@ def test_scores_equal_the_oracle(
     four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
     """Proves log-probabilities, best tokens and whole distributions, over several chunks."""
-    from tests.e2e.oracle import Rule, log_probabilities
+    from tests.support.oracle import Rule, log_probabilities
     from vllm_sepllm.eval.engine import running
 
     ids, positions = excerpt(3000, 400), [0, 127, 128, 300, 398]

@@ -14,7 +14,7 @@ def test_scored_answers_equal_the_oracle(
     four_layers_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proves that lm_eval's vllm model runs with our backend, and which tokens are scored."""
-    from tests.e2e.oracle import Rule, log_probabilities
+    from tests.support.oracle import Rule, log_probabilities
     from vllm_sepllm.cli.tokens import load_tokenizer
     from vllm_sepllm.eval import tasks
 

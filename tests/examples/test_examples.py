@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sepllm.demo.corpus import FOLDER
-from vllm_sepllm.demo.processes import child_environment, serving
+from vllm_sepllm.processes import child_environment, serving
+from vllm_sepllm.sample import FOLDER
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 START_SECONDS = 600

@@ -14,7 +14,7 @@ from prometheus_client import REGISTRY
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.metrics.loggers import StatLoggerManager, unregister_vllm_metrics
 
-from tests.integration.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, write
+from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, write
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "examples" / "grafana" / "sepllm.json").read_text())

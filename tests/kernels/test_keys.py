@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import Shape, make_case, random_prompt
+from tests.support.kernel_cases import Shape, make_case, random_prompt
 from vllm_sepllm import ops
 from vllm_sepllm.policy.visibility import RowPolicies
 

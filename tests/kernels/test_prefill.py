@@ -11,7 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.cases import DEVICE, Case, Shape, make_case, random_prompt
+from tests.support.kernel_cases import DEVICE, Case, Shape, make_case, random_prompt
 from vllm_sepllm import ops
 from vllm_sepllm.policy.visibility import Policy, RowPolicies
 

@@ -45,7 +45,7 @@ def measure(heads: tuple[int, int, int], length: int, density: float, rounds: in
     """One row of the table."""
     # vLLM takes 10 s to import and needs the plugin first
     register()
-    from vllm_sepllm.integration.cpu.prefill_rig import PrefillRig
+    from vllm_sepllm.integration.rigs.prefill_rig import PrefillRig
 
     is_separator = np.random.default_rng(0).random(length) < density
     rig = PrefillRig(heads, is_separator, POLICY, TILE)

@@ -8,7 +8,7 @@ import torch
 
 from vllm_sepllm import ops
 from vllm_sepllm.kernels.tuning import Tuning
-from vllm_sepllm.policy.tiles import PrefillRequests, plan_tiles
+from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.visibility import Policy
 
 DEVICE = "cuda"

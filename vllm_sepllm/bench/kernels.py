@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vllm_sepllm import ops, reference
+from vllm_sepllm import ops
 from vllm_sepllm.bench.kernel_cases import (
     BLOCK_SIZE,
     DENSITY,
@@ -30,6 +30,7 @@ from vllm_sepllm.bench.kernel_cases import (
     paged,
     randn,
 )
+from vllm_sepllm.ops import reference
 
 CHUNK = 8192  # vLLM's max_num_batched_tokens of a server
 CONTEXTS = (8192, 32768, 131072)
@@ -93,7 +94,7 @@ def check() -> Iterator[Row]:
 
 def _baseline_error(heads: Heads) -> float:
     """Of vLLM's Triton kernel as it is timed here, against torch in float32."""
-    from vllm_sepllm.integration.stock_attention import StockTriton
+    from vllm_sepllm.integration.rigs.stock_attention import StockTriton
 
     query = randn((512, heads.num_heads, heads.size), torch.bfloat16)
     cache, out = paged(heads, 1, 2048, query.dtype), torch.empty_like(query)
@@ -131,7 +132,7 @@ def prefill() -> Iterator[Row]:
 
 def _time_chunk(heads: Heads, start: int, sums: dict[str, float]) -> float:
     """Add the times of one chunk; return the kernel's FLOP."""
-    from vllm_sepllm.integration.stock_attention import StockTriton
+    from vllm_sepllm.integration.rigs.stock_attention import StockTriton
 
     case, end = chunk(heads, start, start + CHUNK), start + CHUNK
     out = torch.empty_like(case.query)
@@ -174,7 +175,7 @@ def _best_full(times: dict[str, float]) -> float:
 
 def decode() -> Iterator[Row]:
     """vLLM's Triton decode kernel over all keys, and over those that SepLLM keeps."""
-    from vllm_sepllm.integration.stock_attention import StockTriton
+    from vllm_sepllm.integration.rigs.stock_attention import StockTriton
 
     heads = HEADS[1]
     for context in CONTEXTS:

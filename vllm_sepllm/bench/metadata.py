@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_sepllm import register
-from vllm_sepllm.policy.separator_index import SeparatorIndex
+from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.visibility import Policy
 
 WARM_UP = 20
@@ -67,7 +67,7 @@ def measure(num_requests: int, context: int, num_steps: int, *, is_sepllm: bool)
     """Steps in which all of ``num_requests`` decode, 13 % of the tokens separators."""
     # vLLM takes 10 s to import and needs the plugin first
     register()
-    from vllm_sepllm.integration.rig import BuilderRig, Load, SchedulerRig
+    from vllm_sepllm.integration.rigs.scheduler_rig import BuilderRig, Load, SchedulerRig
 
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL))

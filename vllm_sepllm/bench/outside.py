@@ -9,7 +9,7 @@ from typing import Any
 
 from vllm_sepllm.bench.results import Results
 from vllm_sepllm.bench.sides import server_flags
-from vllm_sepllm.demo.processes import child_environment, serving
+from vllm_sepllm.processes import child_environment, serving
 
 START_SECONDS = 600
 # of vLLM's report -> ours, with the factor that makes the unit in our name

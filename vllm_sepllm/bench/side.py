@@ -12,8 +12,8 @@ import time
 from typing import Any
 
 from vllm_sepllm.policy.layout import compact_length, num_left_window
-from vllm_sepllm.policy.separator_index import SeparatorIndex
-from vllm_sepllm.policy.separators import flags
+from vllm_sepllm.policy.separators.index import SeparatorIndex
+from vllm_sepllm.policy.separators.rules import flags
 from vllm_sepllm.policy.visibility import Policy
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_sepllm.demo.processes import engine_environment
+from vllm_sepllm.processes import engine_environment
 
 SIDES = ("stock", "sepllm", "streaming-llm")
 # the same for all sides; what differs is in _DIFFERENCES

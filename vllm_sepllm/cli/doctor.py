@@ -114,7 +114,7 @@ def vllm_checks() -> list[Check]:
     """The installed vLLM: does it import, know our name, and keep what we lean on?"""
     _quiet_vllm()
     try:
-        from vllm_sepllm.integration import diagnosis
+        from vllm_sepllm.integration.startup import diagnosis
     except Exception as error:  # a vLLM that moved a name, or a broken torch
         return [Check("import", False, f"{type(error).__name__}: {error}")]
     is_registered = diagnosis.is_registered()
@@ -131,7 +131,7 @@ def vllm_checks() -> list[Check]:
 
 def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]) -> list[Check]:
     """Whether sepllm would serve the model, and with which settings."""
-    from vllm_sepllm.integration import diagnosis
+    from vllm_sepllm.integration.startup import diagnosis
 
     verdict = diagnosis.judge(model, arguments, settings)
     if verdict.refusal is not None:

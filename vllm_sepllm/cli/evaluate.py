@@ -24,7 +24,7 @@ from vllm_sepllm.eval.methods import (
     ModelFacts,
     Wanted,
 )
-from vllm_sepllm.policy.separators import separator_ids
+from vllm_sepllm.policy.separators.rules import separator_ids
 
 if TYPE_CHECKING:  # they import torch
     from vllm_sepllm.eval.store import Store
@@ -170,7 +170,7 @@ def _check_engines(
     for method in wanted.values():
         given = llm_arguments(method.settings, arguments)
         # imports vLLM: not without a cell to compute, and not before llm_arguments
-        from vllm_sepllm.integration.diagnosis import refusal
+        from vllm_sepllm.integration.startup.diagnosis import refusal
 
         reason = refusal({"model": model, **given})
         if reason is not None:

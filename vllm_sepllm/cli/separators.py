@@ -13,9 +13,9 @@ from rich.text import Text
 from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console, print_json, print_table
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
-from vllm_sepllm.demo.corpus import FOLDER
-from vllm_sepllm.policy.separators import SeparatorRule, separator_ids
-from vllm_sepllm.policy.vocabulary import Vocabulary, read_vocabulary
+from vllm_sepllm.policy.separators.rules import SeparatorRule, separator_ids
+from vllm_sepllm.policy.separators.vocabulary import Vocabulary, read_vocabulary
+from vllm_sepllm.sample import FOLDER
 
 DEFAULT_FILE = FOLDER / "revere.txt"
 RULES: tuple[SeparatorRule, ...] = ("paper", "extended")

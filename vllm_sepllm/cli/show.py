@@ -10,7 +10,7 @@ from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
-from vllm_sepllm.policy.separators import separator_ids
+from vllm_sepllm.policy.separators.rules import separator_ids
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 _MAX_ATTENTION = 4096

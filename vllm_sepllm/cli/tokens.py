@@ -5,7 +5,7 @@ from typing import Any
 
 import typer
 
-from vllm_sepllm.policy.vocabulary import Vocabulary, read_vocabulary
+from vllm_sepllm.policy.separators.vocabulary import Vocabulary, read_vocabulary
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_sepllm.demo.corpus import chat, documents
-from vllm_sepllm.demo.model import ensure_model
+from vllm_sepllm.demo.corpus import chat
 from vllm_sepllm.demo.offline import KV_CACHE_BYTES, Result
-from vllm_sepllm.demo.processes import run_in_process, serving
 from vllm_sepllm.demo.report import comparison
+from vllm_sepllm.models import ensure_model
+from vllm_sepllm.processes import run_in_process, serving
+from vllm_sepllm.sample import documents
 
 TITLE, QUESTION = "revere", "What happened at Revere, and who was killed?"
 SERVE_OPTIONS = ["--attention-backend", "sepllm", "--dtype", "bfloat16", "--enforce-eager"]

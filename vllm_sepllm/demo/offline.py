@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sepllm.demo.corpus import SUMMARY, chat, documents
+from vllm_sepllm.demo.corpus import SUMMARY, chat
 from vllm_sepllm.demo.probe import Probe
+from vllm_sepllm.sample import documents
 
 BLOCK_SIZE = 32
 # room for two of the documents with full attention: 440 blocks of SmolLM2 in bfloat16

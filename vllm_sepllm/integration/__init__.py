@@ -10,13 +10,15 @@ def register() -> None:
     """
     import logging
 
-    from vllm_sepllm.integration.versions import unsupported_vllm
+    from vllm_sepllm.integration.startup.versions import unsupported_vllm
 
     if reason := unsupported_vllm():
         logging.getLogger("vllm.plugins.sepllm").warning("sepllm is not available: %s", reason)
         return
-    from vllm_sepllm.integration import engine_args, selected, trained_config
-    from vllm_sepllm.integration.backend_name import register_backend_name
+    from vllm_sepllm.integration.startup import engine_args
+    from vllm_sepllm.integration.startup import unselected_backend as selected
+    from vllm_sepllm.integration.wire import trained_config
+    from vllm_sepllm.integration.wire.backend_name import register_backend_name
 
     register_backend_name()
     engine_args.install()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vllm_sepllm.policy.decode import compact_lengths
+from vllm_sepllm.policy.step.decode import compact_lengths
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
 

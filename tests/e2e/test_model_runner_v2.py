@@ -1,0 +1,163 @@
+"""The GPU path end to end in Triton's interpreter: exact, whoever runs the model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.interpreted_engine import Report, run
+from tests.support.oracle import Rule, log_probabilities
+from tests.support.tiny_models import SEPARATORS, random_prompts, write_weights
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+POLICY = {"initial_tokens": 3, "window": 29, "separators": [*SEPARATORS, 17, 19, 23, 29, 31]}
+MAX_TOKENS = 12
+# float32 on both sides; what remains is the order of sums, as in tests/e2e/test_oracle.py
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_weights("llama", tmp_path_factory.mktemp("llama"))
+
+
+def rule(**policy: Any) -> Rule:
+    merged = POLICY | policy
+    return Rule(
+        initial_tokens=merged["initial_tokens"],
+        window=merged["window"],
+        separator_ids=frozenset(merged["separators"]),
+        max_separators=merged.get("max_separators"),
+        full_layers=frozenset(merged.get("full_layers", ())),
+    )
+
+
+def continuation(path: Path, prompt: list[int], wanted: Rule) -> list[int]:
+    """The oracle's greedy answer."""
+    tokens: list[int] = []
+    for _ in range(MAX_TOKENS):
+        tokens.append(int(log_probabilities(path, prompt + tokens, wanted)[-1].argmax()))
+    return tokens
+
+
+def check(path: Path, rounds: list[list[list[int]]], report: Report, wanted: Rule) -> None:
+    """Every token and log-probability is the oracle's, and full attention's are others."""
+    num_unlike_full = 0
+    for asked, answered in zip(rounds, report.rounds, strict=True):
+        for prompt, tokens, logprobs in zip(asked, answered.tokens, answered.logprobs, strict=True):
+            assert len(tokens) == MAX_TOKENS
+            chosen = torch.tensor(tokens)
+            for reference in (wanted, None):
+                every = log_probabilities(path, (prompt + tokens)[:-1], reference)
+                every = every[len(prompt) - 1 :]
+                if reference is None:
+                    num_unlike_full += int((every.argmax(dim=-1) != chosen).sum())
+                    continue
+                own = every[torch.arange(len(chosen)), chosen]
+                assert every.argmax(dim=-1).tolist() == tokens
+                assert float((own - torch.tensor(logprobs)).abs().max()) < TOLERANCE
+    assert num_unlike_full > 0
+
+
+def arguments(model: Path, policy: dict[str, Any], **llm: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "attention_backend": "sepllm",
+        "additional_config": {"sepllm": POLICY | policy},
+        "max_num_batched_tokens": 96,
+        **llm,
+    }
+
+
+@pytest.mark.compatibility("Model Runner V2 and the GPU kernels, in Triton's interpreter", "exact")
+def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
+    """Proves builder, kernels and checkpoints under Model Runner V2, with a tail that wraps.
+
+    Chunks of 96 tokens of up to three requests at once; the second round continues the first.
+    """
+    policy = {"max_separators": 5, "checkpoint_interval": 64}
+    first = random_prompts(200, 17, 90, 131)
+    more = random_prompts(40, 40, 40, 40)
+    second = [prompt + extra for prompt, extra in zip(first, more, strict=True)]
+    rounds = [first, second]
+    report = run(rounds, MAX_TOKENS, llm=arguments(model, policy))
+    assert report.classes == {
+        "scheduler": "SepLLMScheduler",
+        "runner": "vllm.v1.worker.cpu.model_runner",
+        "impl": "SepLLMGPUImpl",
+        "backend": "SepLLMTritonAttentionBackend",
+    }
+    check(model, rounds, report, rule(max_separators=5))
+    assert sum(report.rounds[1].num_cached_tokens) > 200
+
+
+@pytest.mark.compatibility("Asynchronous scheduling, in Triton's interpreter", "exact")
+def test_v2_with_asynchronous_scheduling_and_preemption(model: Path) -> None:
+    """Proves that the plan needs settled tokens alone, that nothing is lost in a tiny pool, and
+    that a turn starts from the state that the turn before left with a step in flight.
+
+    The pool holds the prompts; the short ones need a second block when their windows are full.
+    """
+    policy = {"max_separators": 60}
+    first = random_prompts(150, 25, 26, 24, 22, 27)
+    turn = first[0][:120]
+    answer = continuation(model, turn, rule(**policy))
+    rounds = [first, [turn], [turn + answer + first[1]]]
+    llm = arguments(model, policy, num_gpu_blocks_override=8)
+    report = run(rounds, MAX_TOKENS, llm=llm, asynchronous=True)
+    assert report.classes["scheduler"] == "SepLLMAsyncScheduler"
+    assert report.num_preemptions > 0
+    assert report.rounds[2].num_cached_tokens[0] > len(turn)
+    check(model, rounds, report, rule(max_separators=60))
+
+
+@pytest.mark.compatibility("Model Runner V1 with the GPU kernels, in Triton's interpreter", "exact")
+def test_v1_runs_the_same_builder_and_layers(model: Path) -> None:
+    """Proves the GPU path under Model Runner V1, with a layer that keeps full attention."""
+    rounds = [random_prompts(200, 17, 131)]
+    policy = {"full_layers": [0]}
+    report = run(rounds, MAX_TOKENS, llm=arguments(model, policy), runner="v1")
+    assert report.classes["runner"] == "vllm.v1.worker.cpu_model_runner"
+    check(model, rounds, report, rule(max_separators=256, full_layers=[0]))
+
+
+@pytest.mark.compatibility("Speculative decoding, ngram, in Triton's interpreter", "exact")
+def test_ngram_drafts_change_nothing(model: Path) -> None:
+    """Proves staging and commits: drafts that are right, wrong, and at the window's start."""
+    # what repeats is drafted, and the answers of so small a model repeat soon
+    rounds = [[prompt + prompt[-40:] for prompt in random_prompts(150, 17, 24)]]
+    llm = arguments(
+        model,
+        {"max_separators": 9},
+        speculative_config={
+            "method": "ngram",
+            "num_speculative_tokens": 3,
+            "prompt_lookup_min": 1,
+            "prompt_lookup_max": 3,
+        },
+    )
+    report = run(rounds, MAX_TOKENS, llm=llm)
+    assert report.num_accepted > 0
+    check(model, rounds, report, rule(max_separators=9))
+
+
+@pytest.mark.compatibility("Speculative decoding, draft model, in Triton's interpreter", "exact")
+def test_a_draft_model_changes_nothing(model: Path) -> None:
+    """Proves the same with drafts of a model of its own, whose layers stay vLLM's.
+
+    It drafts for itself with full attention: right as long as the window makes no difference.
+    """
+    rounds = [random_prompts(150, 17, 24)]
+    llm = arguments(
+        model,
+        {},
+        speculative_config={
+            "method": "draft_model", "model": str(model), "num_speculative_tokens": 3,
+        },
+    )  # fmt: skip
+    report = run(rounds, MAX_TOKENS, llm=llm)
+    assert report.num_accepted > 0
+    check(model, rounds, report, rule(max_separators=256))

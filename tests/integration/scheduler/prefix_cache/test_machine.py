@@ -1,0 +1,257 @@
+"""Checkpoints under vLLM's real KVCacheManager and BlockPool, driven at random.
+
+The machine plays the scheduler; the worker's memory holds labels instead of KV, and every read is
+compared with the rule (labelled_worker.py).
+"""
+
+from dataclasses import replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.request import Request
+
+from tests.support.labelled_worker import BLOCK, LabelledWorker, Scheduled
+from vllm_sepllm.integration.frontend.request_choices import salted
+from vllm_sepllm.integration.scheduler.coordinator import bind_managers
+from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.integration.wire.spec import SepLLMSpec
+from vllm_sepllm.policy.choice import RequestLimits
+from vllm_sepllm.policy.step.plan import StepPlanBuilder
+from vllm_sepllm.policy.visibility import Policy
+
+SIZES: dict[str, Any] = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
+FULL = FullAttentionSpec(block_size=BLOCK, **SIZES)
+SLIDING = SlidingWindowSpec(block_size=BLOCK, sliding_window=6, **SIZES)
+# blocks twice as large: hits end where both kinds of layers have a boundary
+WIDE = FullAttentionSpec(block_size=2 * BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32)
+OTHERS: dict[str, list[KVCacheSpec]] = {
+    "alone": [],
+    "full": [FULL],
+    "sliding": [SLIDING],
+    "full and sliding": [FULL, SLIDING],
+    "wide": [WIDE],
+}
+FLAGS = np.array([False, True, False])
+
+
+class PrefixCacheMachine(RuleBasedStateMachine):
+    """Requests come, step, are preempted, finish; texts share prefixes of every length.
+
+    Some choose a window of their own, one of them full attention; labels say whose KV it is.
+    """
+
+    @initialize(
+        policy=st.builds(
+            Policy,
+            initial_tokens=st.integers(0, 3),
+            window=st.sampled_from([5, 8, 9, 17]),
+            max_separators=st.sampled_from([7, 9, 1000]),
+        ),
+        num_blocks=st.sampled_from([16, 30, 80]),
+        interval=st.sampled_from([4, 16, 64]),
+        num_groups=st.integers(1, 2),
+        others=st.sampled_from(sorted(OTHERS)),
+    )
+    def start(
+        self, policy: Policy, num_blocks: int, interval: int, num_groups: int, others: str
+    ) -> None:
+        init_none_hash(sha256)
+        self.policy = policy
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+        self.requests: dict[str, Request] = {}
+        self.apart: dict[str, int] = {}
+        self.policies: dict[str, Policy] = {}
+        self.limits = RequestLimits(policy, max_model_len=512, min_window=5)
+        self.counter = 0
+        specs = OTHERS[others] + [SepLLMSpec.from_full_attention(FULL, policy)] * num_groups
+        num_blocks *= len(specs)
+        groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
+        self.kv = KVCacheManager(
+            KVCacheConfig(num_blocks, [], groups),
+            max_model_len=512,
+            scheduler_block_size=max(spec.block_size for spec in specs),
+            hash_block_size=BLOCK,
+            enable_caching=True,
+        )
+        self.pool = self.kv.block_pool
+        self.separators = RequestSeparators(
+            policy, FLAGS, self.requests, choose=lambda request: self.policies[request.request_id]
+        )
+        self.cache = bind_managers(self.kv.coordinator, self.separators, interval)
+        every = self.kv.coordinator.single_type_managers
+        self.ours = [m.kv_cache_group_id for m in every if isinstance(m, SepLLMManager)]
+        assert len(self.ours) == num_groups
+        self.worker = LabelledWorker(self.policies, self.kv, self.ours, self.apart)
+
+    @rule(
+        num_shared=st.one_of(st.integers(4, 16), st.integers(0, 70)),
+        own=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+        apart=st.integers(0, 3),
+        window=st.sampled_from([None, None, None, 6, 12, 30, 512]),
+        max_tokens=st.sampled_from([1, 3, 30]),
+    )
+    def arrive(
+        self, num_shared: int, own: list[int], apart: int, window: int | None, max_tokens: int
+    ) -> None:
+        # a fixed text of zeros and ones that many requests begin with
+        shared = [(i * i // 3 + i // 7) % 2 for i in range(num_shared)]
+        self.counter += 1
+        name = f"r{self.counter}"
+        policy = self.policy if window is None else replace(self.policy, window=window)
+        self.policies[name] = policy
+        self.apart[name] = max(1, apart) + 10 * policy.window
+        self.requests[name] = Request(
+            name,
+            [*shared, *own],
+            SamplingParams(max_tokens=max_tokens),
+            None,
+            block_hasher=self.hasher,
+            cache_salt=salted(self.limits, policy, "salt" if apart == 2 else None),
+            lora_request=LoRARequest("adapter", 1, "path") if apart == 3 else None,
+        )
+
+    @precondition(lambda self: self.requests)
+    @rule(
+        which=st.lists(st.integers(0, 99), min_size=1, max_size=3),
+        sizes=st.lists(st.sampled_from([1, 1, 2, 5, 16, 40]), min_size=3, max_size=3),
+        preempts=st.booleans(),
+    )
+    def step(self, which: list[int], sizes: list[int], preempts: bool) -> None:
+        """One step of the engine with up to three requests; who does not fit may push one out."""
+        chosen = {
+            r.request_id: r for r in map(self.pick, which) if r.num_output_tokens < r.max_tokens
+        }
+        scheduled: list[Scheduled] = []
+        for request, size in zip(chosen.values(), sizes, strict=False):
+            part = self.schedule(request, size)
+            if part is not None:
+                scheduled.append(part)
+            elif preempts and scheduled:
+                last = scheduled.pop().request
+                self.kv.free(last)
+                last.num_computed_tokens = 0
+        self.execute(scheduled)
+        for part in scheduled:
+            part.request.num_computed_tokens += part.size
+            if part.request.num_computed_tokens == part.request.num_tokens:
+                part.request.append_output_token_ids(part.request.num_tokens % 3 % 2)
+
+    def schedule(self, request: Request, size: int) -> Scheduled | None:
+        """What vLLM's scheduler does with a request, waiting or running."""
+        hit = 0
+        blocks = None
+        if request.num_computed_tokens == 0:
+            with self.cache.looking_up(request):
+                blocks, hit, _ = self.kv.get_computed_blocks(request)
+            if hit and not self.cache.fits(self.kv, request, blocks, hit):
+                blocks, hit = self.kv.empty_kv_cache_blocks, 0
+        size = min(size, request.num_tokens - request.num_computed_tokens - hit)
+        start = request.num_computed_tokens + hit
+        needed = self.kv.coordinator.get_num_blocks_to_allocate(
+            request.request_id, start + size, self.kv.empty_kv_cache_blocks.blocks, 0, 0, 0, 0
+        )
+        free = self.pool.get_num_free_blocks()
+        allocated = self.kv.allocate_slots(
+            request, size, num_new_computed_tokens=hit, new_computed_blocks=blocks
+        )
+        if allocated is None:
+            assert needed > free, "a request was kept out that fits without the cache"
+            return None
+        request.num_computed_tokens = start
+        return Scheduled(request, start, size)
+
+    def execute(self, scheduled: list[Scheduled]) -> None:
+        """What scheduler and worker do with the step, in their order."""
+        copies, retained = self.kv.take_kv_cache_block_copies()
+        self.pool.free_blocks(retained)
+        # blocks that this step's checkpoints will share are filled by this very step
+        self.worker.sealed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
+        builder = StepPlanBuilder(self.policy)
+        for part in scheduled:
+            end = part.start + part.size
+            part.snapshots = self.cache.take_snapshots(part.request, part.start, end)
+            tokens = list(part.request.all_token_ids)
+            index = self.separators.index(part.name)
+            builder.add(part.name, index, tokens, part.start, part.size, part.snapshots)
+        taken = [
+            block_id
+            for part in scheduled
+            for planned in part.snapshots
+            for blocks in planned.blocks.values()
+            for block_id in blocks.values()
+        ]
+        assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
+        self.cache.release_snapshots()
+        plan = builder.build()
+        assert len({c.dst_block_id for c in copies}) == len(copies)
+        sources = {c.src_block_id for c in copies}
+        assert sources.isdisjoint(c.dst_block_id for c in copies), "a copy of a copy"
+        for copy in copies:
+            self.worker.copy_block(copy.src_block_id, copy.dst_block_id)
+        for part in scheduled:
+            self.worker.forward(part, plan)
+
+    @precondition(lambda self: self.requests)
+    @rule(which=st.integers(0, 99))
+    def preempt(self, which: int) -> None:
+        request = self.pick(which)
+        self.kv.free(request)
+        request.num_computed_tokens = 0
+
+    @precondition(lambda self: self.requests)
+    @rule(which=st.integers(0, 99))
+    def finish(self, which: int) -> None:
+        request = self.pick(which)
+        self.kv.free(request)
+        del self.requests[request.request_id]
+        self.separators.forget(request.request_id)
+
+    @rule()
+    def reset(self) -> None:
+        for request in list(self.requests.values()):
+            self.kv.free(request)
+            request.num_computed_tokens = 0
+        assert self.kv.reset_prefix_cache()
+
+    def pick(self, which: int) -> Request:
+        return list(self.requests.values())[which % len(self.requests)]
+
+    @invariant()
+    def blocks_are_counted_right(self) -> None:
+        if not hasattr(self, "kv"):
+            return
+        held: dict[int, int] = {}
+        for name in self.requests:
+            for block_id in chain.from_iterable(self.kv.get_block_ids(name)):
+                if block_id != self.pool.null_block.block_id:
+                    held[block_id] = held.get(block_id, 0) + 1
+        for manager in self.kv.coordinator.single_type_managers:
+            pins = manager._pins._held if isinstance(manager, SepLLMManager) else {}
+            for block in pins.values():
+                held[block.block_id] = held.get(block.block_id, 0) + 1
+        for block in self.pool.blocks[1:]:
+            assert block.ref_cnt == held.get(block.block_id, 0), "leak or double free"
+        num_free = self.pool.get_num_free_blocks()
+        assert num_free == len(self.pool.blocks) - 1 - len(held)
+
+
+TestPrefixCache = PrefixCacheMachine.TestCase
+TestPrefixCache.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)

@@ -1,0 +1,57 @@
+"""What only GPUs run and sepllm refuses: vLLM has no runner for it here, so checks are asked."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.integration.startup.test_refusals import check_sentence
+from tests.support.compatibility import refused
+from tests.support.tiny_models import ARGUMENTS, write
+from vllm_sepllm.integration.startup.refusals import (
+    _speculative_reasons,
+    check_drafts,
+    check_vllm_config,
+)
+
+
+def make_config(**speculative: Any) -> Any:
+    drafts = SimpleNamespace(**({"method": "ngram", "num_speculative_tokens": 2} | speculative))
+    return SimpleNamespace(
+        speculative_config=drafts,
+        num_speculative_tokens=drafts.num_speculative_tokens,
+        use_v2_model_runner=True,
+        additional_config={"sepllm": {"window": 16}},
+    )
+
+
+def test_drafters_that_share_states_with_the_model() -> None:
+    reasons = _speculative_reasons(make_config(method="eagle"))
+    (found,) = [text for is_unsupported, text in reasons if is_unsupported]
+    check_sentence(
+        f"sepllm does not support {found}", "speculative decoding with 'eagle'", "use one of"
+    )
+
+
+def test_more_drafts_than_the_resolved_window_takes() -> None:
+    check_drafts(make_config(num_speculative_tokens=7))
+    with pytest.raises(ValueError, match="9 draft tokens with a window of 16") as caught:
+        check_drafts(make_config(num_speculative_tokens=9))
+    check_sentence(str(caught.value), "sepllm does not support 9 draft tokens", "7 or less")
+
+
+@refused("`--enable-return-routed-experts`", "returned routed experts", "remove --enable-return")
+def test_returned_routed_experts(tmp_path: Path) -> None:
+    """Mixtures of experts under Model Runner V2 alone, so the check is asked directly."""
+    vllm_config = EngineArgs(
+        model=str(write("llama", tmp_path)), **ARGUMENTS
+    ).create_engine_config()
+    vllm_config.aux_output_config.enable_return_routed_experts = True
+    with pytest.raises(ValueError, match="sepllm does not support") as caught:
+        check_vllm_config(vllm_config)
+    check_sentence(str(caught.value), "returned routed experts", "remove --enable-return")

@@ -1,0 +1,293 @@
+"""Whatever sepllm cannot serve exactly is refused at start-up: what, why, what to do instead."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.compatibility import REFUSED, refused
+from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
+
+pytest.importorskip("vllm")
+
+import vllm.config.vllm
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+Models = Callable[[str], str]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folders: dict[str, str] = {}
+
+    def folder(kind: str) -> str:
+        if kind not in folders:
+            folders[kind] = str(write(kind, tmp_path_factory.mktemp(kind)))
+        return folders[kind]
+
+    return folder
+
+
+def refusal(model: str, **arguments: Any) -> str:
+    """What the user reads when he starts ``model`` with sepllm and ``arguments``."""
+    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
+    args = EngineArgs(model=model, **(ARGUMENTS | given | arguments))
+    with pytest.raises(ValueError, match=r"sepllm|separators|full_layers|set one") as caught:
+        args.create_engine_config()
+    return str(caught.value)
+
+
+def check_sentence(text: str, what: str, remedy: str) -> None:
+    assert what in text
+    assert remedy in text
+    assert "\n" not in text
+    assert not text.endswith(".")
+
+
+ELSEWHERE = "serve this model without --attention-backend sepllm"
+MODELS: list[tuple[str, str, dict[str, Any], str]] = [
+    ("MLA (DeepSeek-V2)", "deepseek", {}, "MLA models, whose KV cache holds latents"),
+    (
+        "Encoder-decoder models (Whisper)",
+        "whisper",
+        {"max_model_len": 448},
+        "encoder-decoder models, whose cross attention",
+    ),
+    ("Recurrent state (Mamba)", "mamba", {}, "recurrent state"),
+    (
+        "Pooling models",
+        "llama",
+        {"runner": "pooling"},
+        "pooling models, which read all tokens of a request once",
+    ),
+    (
+        "Reference sliding window",
+        "reference-window",
+        {},
+        "reference sliding window attention",
+    ),
+    ("Prefix-LM attention", "prefix-lm", {}, "attend in both directions inside an image"),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "what"),
+    [pytest.param(*row, marks=refused(feature, row[-1], ELSEWHERE)) for feature, *row in MODELS],
+    ids=[row[-1] for row in MODELS],
+)
+def test_models(models: Models, kind: str, arguments: dict[str, Any], what: str) -> None:
+    check_sentence(refusal(models(kind), **arguments), what, ELSEWHERE)
+
+
+@refused("Images, audio and video", "images, audio and video", "add --language-model-only")
+def test_multimodal(models: Models) -> None:
+    """Images and speech are refused; text through the same model is not."""
+    text = refusal(models("qwen2-audio"))
+    check_sentence(text, "images, audio and video", "add --language-model-only")
+    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
+    model = models("qwen2-audio")
+    args = EngineArgs(model=model, language_model_only=True, **(ARGUMENTS | given))
+    assert args.create_engine_config().scheduler_config.scheduler_cls is not None
+
+
+@pytest.mark.compatibility(
+    "Sleep mode", f"{REFUSED}“Sleep mode is not supported on current platform”, by stock vLLM too"
+)
+def test_sleep_mode(models: Models) -> None:
+    """Stock vLLM refuses it on CPUs, and is left to."""
+    for selected in ({}, {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}):
+        args = EngineArgs(model=models("llama"), enable_sleep_mode=True, **(ARGUMENTS | selected))
+        with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+            args.create_engine_config()
+
+
+SETTINGS: list[tuple[dict[str, Any], str, str]] = [
+    ({"enable_prompt_embeds": True}, "prompt embeddings", "remove --enable-prompt-embeds"),
+    (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+        "speculative decoding under Model Runner V1",
+        "remove --speculative-config",
+    ),
+    ({"diffusion_config": {"canvas_length": 32}}, "diffusion language models", ELSEWHERE),
+    (
+        {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},
+        "context parallelism, which spreads the tokens of a request by position",
+        "set --decode-context-parallel-size and --prefill-context-parallel-size to 1",
+    ),
+    (
+        {"ubatch_size": 2, "all2all_backend": "deepep_low_latency"},
+        "micro-batches",
+        "remove --enable-dbo and --ubatch-size",
+    ),
+    (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "KV connectors and KV offloading",
+        "remove --kv-transfer-config and --kv-offloading-size",
+    ),
+    (
+        {"kv_offloading_size": 1.0},
+        "KV connectors and KV offloading",
+        "remove --kv-transfer-config and --kv-offloading-size",
+    ),
+    (
+        {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
+        "KV cache events, which name blocks by the tokens at their position",
+        "remove --kv-events-config",
+    ),
+    ({"kv_sharing_fast_prefill": True}, "fast prefill", "remove --kv-sharing-fast-prefill"),
+    ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8", "remove --kv-cache-dtype"),
+    (
+        {"kv_cache_dtype": "bfloat16"},
+        "KV cache in bfloat16 for a model in torch.float32, which vLLM's CPU kernels misread",
+        "remove --kv-cache-dtype",
+    ),
+    ({"block_size": 16}, "block size 16 on CPU", "set --block-size 32, or leave it out"),
+    ({"block_size": 48}, "block size 48 on CPU", "set --block-size 32, or leave it out"),
+    (
+        {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+        "needs its own scheduler",
+        "remove it or do not select sepllm",
+    ),
+    (
+        {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+        "needs its own worker",
+        "remove it or do not select sepllm",
+    ),
+    (
+        {"attention_config": {"backend": "sepllm"}},
+        "attention_backend and attention_config.backend are both set",
+        "set one of them",
+    ),
+    (
+        {"attention_config": {"backend_per_kind": {"full_attention": "sepllm"}}},
+        "sepllm cannot be a backend of one kind of layer",
+        "use --attention-backend sepllm",
+    ),
+]
+
+
+def options(arguments: dict[str, Any]) -> str:
+    """As on the command line."""
+    texts = []
+    for name, value in arguments.items():
+        text = "" if value is True else value if isinstance(value, str) else json.dumps(value)
+        texts.append(f"`--{name.replace('_', '-')} {text}".rstrip() + "`")
+    return " ".join(texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "remedy"),
+    [pytest.param(*row, marks=refused(options(row[0]), *row[1:])) for row in SETTINGS],
+    ids=[str(row[0]) for row in SETTINGS],
+)
+def test_settings(models: Models, arguments: dict[str, Any], what: str, remedy: str) -> None:
+    check_sentence(refusal(models("llama"), **arguments), what, remedy)
+
+
+class HashedConfig:
+    """vLLM also takes an object that can hash itself."""
+
+    def compute_hash(self) -> str:
+        return "x"
+
+
+def policy(**fields: Any) -> dict[str, Any]:
+    return {"sepllm": {"separators": SEPARATORS} | fields}
+
+
+VALUES: list[tuple[Any, str, str]] = [
+    (policy(window=15), "window: ", "greater than or equal to 16, got 15"),
+    (policy(initial_tokens=-1), "initial_tokens: ", "greater than or equal to 0, got -1"),
+    (policy(max_separators=-1), "max_separators: ", "greater than or equal to 0, got -1"),
+    (policy(windows=64), "unknown key 'windows'", "valid keys are ['initial_tokens', 'window', "),
+    (policy(full_layers=[2]), "full_layers: ", "has layers -2 to 1, got [2]"),
+    (policy(full_layers=[-3, 0]), "full_layers: ", "has layers -2 to 1, got [-3]"),
+    (policy(full_layers=[0, -1]), "names all 2 layers", "without --attention-backend sepllm"),
+    (policy(separators=[128]), "token ids in [0, 128), the vocabulary, got [128]", "take the ids"),
+    (policy(separators=[-1]), "token ids in [0, 128), the vocabulary, got [-1]", "take the ids"),
+    (policy(separators="all"), "separators must be", "'paper', 'extended', a list of strings"),
+    (policy(separators=[7, "."]), "separators must be", "'paper', 'extended', a list of strings"),
+    (
+        {"sepllm": {"preset": "streaming-llm", "separators": SEPARATORS}},
+        "preset 'streaming-llm' keeps no separators",
+        "remove one of the two",
+    ),
+    (
+        {"sepllm": {"preset": "fixed-interval"}},
+        'preset "fixed-interval" and interval go together',
+        "set both",
+    ),
+    ({}, "separators='extended' must be read from a tokenizer", "give token ids"),
+    (policy(separators="paper"), "separators='paper' must be read", "give token ids"),
+    (policy(separators=["."]), "must be read from a tokenizer", "give token ids"),
+    ({"sepllm": [7]}, "must be an object with any of ['initial_tokens'", "got [7]"),
+    (HashedConfig(), "additional_config as a dict, got HashedConfig", "pass a dict"),
+]
+
+
+@pytest.mark.parametrize(("additional", "what", "remedy"), VALUES, ids=[str(v[1:]) for v in VALUES])
+def test_values(models: Models, additional: Any, what: str, remedy: str) -> None:
+    check_sentence(refusal(models("llama"), additional_config=additional), what, remedy)
+
+
+def test_separator_of_several_tokens(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A string that the model's tokenizer splits cannot be looked for in a request's tokens."""
+    from tokenizers import Tokenizer
+    from tokenizers import models as token_models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {chr(33 + i): i for i in range(90)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(token_models.BPE(vocabulary, merges=[]))
+    )
+    from vllm_sepllm.integration.startup import resolve
+
+    monkeypatch.setattr(resolve, "cached_tokenizer_from_config", lambda _config: tokenizer)
+    text = refusal(models("llama"), additional_config=policy(separators=[".", "and"]))
+    check_sentence(text, "separators", "'and'")
+    assert "one token" in text
+
+
+@refused("Model Runner V2 on CPUs", "Model Runner V2 on CPU yet", "unset VLLM_USE_V2_MODEL_RUNNER")
+def test_model_runner_v2(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM refuses it first where Triton has no driver, so the test pretends that it has one."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setattr(vllm.config.vllm, "HAS_TRITON", True)
+    text = refusal(models("llama"))
+    check_sentence(text, "Model Runner V2 on CPU yet", "unset VLLM_USE_V2_MODEL_RUNNER")
+    # Model Runner V1 does not know it, and vLLM says so first
+    text = refusal(models("llama"), prefill_context_parallel_size=2)
+    check_sentence(text, "context parallelism", "--prefill-context-parallel-size to 1")
+
+
+@refused("`VLLM_BATCH_INVARIANT=1`", "batch invariance", "unset VLLM_BATCH_INVARIANT")
+def test_batch_invariance(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are equal in any batch up to rounding, not bit by bit."""
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    check_sentence(refusal(models("llama")), "batch invariance", "unset VLLM_BATCH_INVARIANT")
+
+
+def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
+    check_sentence(refusal(models("llama")), "runs on CUDA, ROCm and x86 CPUs", "serve without")
+
+
+def test_a_choice_of_backends_that_the_platform_lacks(models: Models) -> None:
+    policy = ADDITIONAL_CONFIG["sepllm"] | {"decode_backend": "FLASHINFER"}
+    text = refusal(models("llama"), additional_config={"sepllm": policy})
+    check_sentence(text, "vLLM has one attention backend on CPU", "remove decode_backend")
+
+
+@pytest.mark.parametrize("additional", [ADDITIONAL_CONFIG, {"sepllm": {}}, {"sepllm": None}])
+def test_settings_without_selection(models: Models, additional: dict[str, Any]) -> None:
+    text = refusal(models("llama"), attention_backend=None, additional_config=additional)
+    check_sentence(text, "set but sepllm is not selected", "add --attention-backend sepllm")
+
+
+def test_name_for_one_kind_of_layer_without_selection(models: Models) -> None:
+    per_kind = {"backend_per_kind": {"full_attention": "sepllm"}}
+    arguments = {"attention_backend": None, "additional_config": {}, "attention_config": per_kind}
+    text = refusal(models("llama"), **arguments)
+    check_sentence(text, "cannot be a backend of one kind", "use --attention-backend sepllm")

@@ -1,0 +1,234 @@
+"""What a CUDA graph captures stays where it is, and its padding writes and reads nothing."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+import vllm
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_sepllm.integration.contracts.source_tree import SourceTree
+from vllm_sepllm.integration.wire.spec import SepLLMSpec
+from vllm_sepllm.integration.worker.current_step import CurrentStep, attach_plan
+from vllm_sepllm.integration.worker.gpu.backend import _wrap_builder
+from vllm_sepllm.policy.separators.index import SeparatorIndex
+from vllm_sepllm.policy.step.plan import StepPlanBuilder
+from vllm_sepllm.policy.visibility import Policy
+
+POLICY = Policy(2, 6, 8)
+BLOCK_SIZE, NUM_BLOCKS = 4, 20
+FLAGS = np.array([False, True])
+
+
+@dataclass
+class LibraryMetadata:
+    """What the wrapped builder was asked for."""
+
+    common: CommonAttentionMetadata
+
+
+class LibraryBuilder(AttentionMetadataBuilder[LibraryMetadata]):
+    """Stands for a backend whose graphs replay anything."""
+
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+    supports_update_block_table = True
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> LibraryMetadata:
+        return LibraryMetadata(common_attn_metadata)
+
+
+@pytest.fixture
+def cache() -> torch.Tensor:
+    return torch.arange(NUM_BLOCKS * 2 * BLOCK_SIZE * 16, dtype=torch.float32).view(
+        NUM_BLOCKS, 2, BLOCK_SIZE, 16
+    )
+
+
+@pytest.fixture
+def builder(cache: torch.Tensor) -> Any:
+    full = FullAttentionSpec(
+        block_size=BLOCK_SIZE, num_kv_heads=2, head_size=8, dtype=torch.float32
+    )
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=8),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
+    )
+    made = _wrap_builder(LibraryBuilder)(
+        SepLLMSpec.from_full_attention(full, POLICY), ["layer"], config, torch.device("cpu")
+    )
+    layer = SimpleNamespace(
+        num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
+        impl=SimpleNamespace(prefill=lambda *arguments: None),
+    )  # fmt: skip
+    made.bind(
+        CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, BLOCK_SIZE, [layer]
+    )
+    return made
+
+
+def common(lengths: list[int], num_tokens: int, num_reqs: int, num_rows: int) -> Any:
+    """A batch of ``num_rows`` rows in a graph for ``num_reqs`` requests."""
+    first = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    first = np.concatenate([first, np.full(num_reqs - num_rows, first[-1])]).astype(np.int32)
+    table = torch.arange(1, 1 + num_reqs * 4, dtype=torch.int32).view(num_reqs, 4)
+    return CommonAttentionMetadata(
+        query_start_loc=torch.from_numpy(first),
+        query_start_loc_cpu=torch.from_numpy(first),
+        seq_lens=torch.zeros(num_reqs, dtype=torch.int32),
+        num_reqs=num_reqs,
+        num_actual_tokens=num_tokens,
+        max_query_len=max(lengths),
+        max_seq_len=999,
+        block_table_tensor=table,
+        slot_mapping=torch.full((num_tokens,), -1),
+        req_idx=np.arange(num_rows),
+    )
+
+
+def step(
+    builder: Any,
+    starts: list[int],
+    lengths: list[int],
+    num_tokens: int,
+    num_reqs: int,
+    windows: tuple[int, ...] = (),
+) -> Any:
+    """Build the metadata of a step of requests whose every fifth token is a separator.
+
+    The first of them have ``windows`` of their own.
+    """
+    plan = StepPlanBuilder(POLICY)
+    for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        tokens = [int(i % 5 == 4) for i in range(start + length)]
+        own = replace(POLICY, window=windows[row]) if row < len(windows) else POLICY
+        plan.add(str(row), SeparatorIndex(own, FLAGS), tokens, start, length)
+    output = SchedulerOutput.make_empty()
+    output.total_num_scheduled_tokens = sum(lengths)
+    attach_plan(output, plan.build())
+    with builder._step.of(output):
+        return builder.build(0, common(lengths, num_tokens, num_reqs, len(starts)))
+
+
+def test_full_graphs_are_for_decode_alone(builder: Any) -> None:
+    support = type(builder).get_cudagraph_support(None, None)
+    assert support == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def test_a_captured_graph_reads_what_later_steps_fill(builder: Any) -> None:
+    captured = builder.build_for_cudagraph_capture(common([1] * 4, 4, 4, 4))
+    library = captured.library.metadata.common
+    later = step(builder, [3, 20, 11], [1, 1, 1], num_tokens=4, num_reqs=4)
+    assert later.slots.data_ptr() == captured.slots.data_ptr()
+    now = later.library.metadata.common
+    assert now.seq_lens.data_ptr() == library.seq_lens.data_ptr()
+    assert now.slot_mapping.data_ptr() == library.slot_mapping.data_ptr()
+    assert later.library.num_tokens == captured.library.num_tokens == 4
+    # a + n = 8; separators at 4, 9, 14, ...: of the second row 4, 9 and 14 are far, of the third 4
+    assert now.seq_lens.tolist() == [4, 8 + 3, 8 + 1, 0]
+    assert now.seq_lens_cpu_upper_bound.tolist() == [4, 11, 9, 0]
+    assert now.max_seq_len == 11
+    # tables [1..4], [5..8], [9..12]; entries 3, 2 + 18 % 6, 2 + 9 % 6; the padding goes nowhere
+    assert captured.slots.tolist() == [1 * 4 + 3, 5 * 4 + 2, 10 * 4 + 1, -1]
+
+
+def test_spills_run_before_the_forward(builder: Any, cache: torch.Tensor) -> None:
+    """Token 20 overwrites token 14, a separator: entry 2 moves to entry 8 + 2 first."""
+    before = cache.clone()
+    step(builder, [20], [1], num_tokens=1, num_reqs=1)
+    assert torch.equal(cache[3, :, 2], before[1, :, 2])
+    cache[3, :, 2] = before[3, :, 2]
+    assert torch.equal(cache, before)
+
+
+def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
+    made = step(builder, [20, 0, 30], [1, 5, 7], num_tokens=13, num_reqs=3)
+    assert made.library.num_tokens == 1 + 5  # the second is inside a + n
+    part = made.library.metadata.common
+    assert (part.num_reqs, part.num_actual_tokens, part.max_query_len) == (2, 6, 5)
+    assert part.query_start_loc.tolist() == [0, 1, 6]
+    assert part.seq_lens.tolist() == [11, 5]
+    assert made.prefill.metadata.requests[:, :4].tolist() == [[2, 30, 37, 6]]
+    # of positions 30 .. 36 the window keeps the last six
+    assert (made.slots[6:] == -1).tolist() == [True] + [False] * 6
+
+
+def test_decodes_of_a_mixed_batch_are_no_graph_to_the_wrapped_builder(
+    builder: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlashInfer's would keep buffers for each number of them; its flag is there in its source."""
+    seen = []
+    build = LibraryBuilder.build
+
+    def spy(self: Any, *arguments: Any) -> LibraryMetadata:
+        seen.append(self.enable_cuda_graph)
+        return build(self, *arguments)
+
+    monkeypatch.setattr(LibraryBuilder, "build", spy)
+    builder.enable_cuda_graph = True
+    step(builder, [20, 30], [1, 7], num_tokens=8, num_reqs=2)
+    step(builder, [20, 30], [1, 1], num_tokens=2, num_reqs=2)
+    assert seen == [False, True]
+    assert builder.enable_cuda_graph
+    tree = SourceTree(Path(vllm.__file__).parents[1])
+    flashinfer = "vllm.v1.attention.backends.flashinfer"
+    assert tree.has(flashinfer, "FlashInferMetadataBuilder.enable_cuda_graph")
+
+
+def test_rows_have_windows_of_their_own(builder: Any) -> None:
+    """Literal numbers: a = 2, windows 3, 100 and the engine's 6; separators at 4, 9, 14, ..."""
+    made = step(builder, [12, 12, 30], [1, 1, 7], num_tokens=9, num_reqs=3, windows=(3, 100))
+    part = made.library.metadata.common
+    # far of the first: 4 and 9; the second is full attention; entries 2 + 10 % 3 and 12
+    assert part.seq_lens.tolist() == [2 + 3 + 2, 13]
+    assert made.slots[:2].tolist() == [1 * 4 + 3, (5 + 3) * 4 + 0]
+    assert made.prefill.metadata.requests[:, [0, 1, 8]].tolist() == [[2, 30, 6]]
+    made = step(builder, [30], [7], num_tokens=7, num_reqs=1, windows=(4,))
+    assert made.prefill.metadata.requests[:, 8].tolist() == [4]
+    assert (made.slots == -1).tolist() == [True] * 3 + [False] * 4
+
+
+def test_runs_without_requests_write_nothing(builder: Any, cache: torch.Tensor) -> None:
+    before = cache.clone()
+    made = builder.build(0, common([3, 2], 5, 2, 2))
+    assert made.slots.tolist() == [-1] * 5
+    assert made.prefill is None
+    builder.warm_up(4)
+    assert torch.equal(cache, before)
+
+
+def test_a_group_gets_no_metadata_of_another(builder: Any) -> None:
+    """vLLM would copy it and put another block table in: spills are of one group alone."""
+    assert not builder.supports_update_block_table
+
+
+def test_builders_of_vllm_find_the_implementation_that_we_wrap() -> None:
+    """FlashInfer's and FlashAttention's ask the layers' implementations what the layers do."""
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+    from vllm.v1.attention.backends.utils import find_attention_impl_variant
+
+    from vllm_sepllm.integration.worker.gpu.impl import SepLLMGPUImpl
+
+    wrapped = TritonAttentionImpl(4, 8, 1.0, 2, None, None, "auto")
+    found = find_attention_impl_variant(SepLLMGPUImpl(wrapped), TritonAttentionImpl)
+    assert found is wrapped

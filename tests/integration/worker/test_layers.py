@@ -1,0 +1,175 @@
+"""Which layers of a model become SepLLM layers, and which models that makes impossible."""
+
+import gc
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.compatibility import refused
+from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
+
+pytest.importorskip("vllm")
+
+from vllm.config import CompilationConfig, ParallelConfig
+from vllm.model_executor.layers.attention import (
+    Attention,
+    ChunkedLocalAttention,
+    CrossAttention,
+    EncoderOnlyAttention,
+)
+from vllm.v1.attention.backend import AttentionType
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.integration.worker.layers import sepllm_layers
+
+ELSEWHERE = "serve this model without --attention-backend sepllm"
+
+
+def layer(kind: type[Attention] = Attention, **fields: Any) -> Attention:
+    """A layer as vLLM leaves it after loading, without its weights and its VllmConfig."""
+    made = kind.__new__(kind)
+    given: dict[str, Any] = {
+        "attn_type": AttentionType.DECODER,
+        "sliding_window": None,
+        "kv_sharing_target_layer_name": None,
+        "head_size": 64,
+        "head_size_v": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_torch_dtype": torch.bfloat16,
+        "impl": SimpleNamespace(alibi_slopes=None),
+    }
+    for name, value in (given | fields).items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def chosen(layers: dict[str, Attention], full_layers: tuple[int, ...] = (), pp: int = 1) -> list:
+    """Names of the layers that become SepLLM layers."""
+    vllm_config: Any = SimpleNamespace(
+        compilation_config=CompilationConfig(), parallel_config=ParallelConfig()
+    )
+    vllm_config.parallel_config.pipeline_parallel_size = pp
+    vllm_config.compilation_config.static_forward_context = layers
+    found = sepllm_layers(vllm_config, SepLLMConfig(full_layers=full_layers))
+    return [name for name, made in layers.items() if any(made is f for f in found)]
+
+
+def name(index: int) -> str:
+    return f"model.layers.{index}.self_attn.attn"
+
+
+@pytest.mark.compatibility("Sliding-window and chunked layers", "keep vLLM's own attention")
+def test_layers_of_other_kinds_keep_vllms_attention() -> None:
+    layers = {
+        name(0): layer(),
+        name(1): layer(sliding_window=64),
+        name(2): layer(ChunkedLocalAttention),
+        name(3): layer(CrossAttention),
+        name(4): layer(EncoderOnlyAttention),
+        name(5): layer(attn_type=AttentionType.ENCODER_ONLY),
+        name(6): layer(),
+    }
+    assert chosen(layers) == [name(0), name(6)]
+
+
+def test_full_layers_keep_vllms_attention() -> None:
+    layers = {name(i): layer() for i in range(4)}
+    assert chosen(layers, full_layers=(0, 3)) == [name(1), name(2)]
+
+
+def test_names_without_one_index_are_read_only_for_full_layers() -> None:
+    assert chosen({"decoder.0.attn.1": layer()}) == ["decoder.0.attn.1"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"kv_sharing_target_layer_name": "x"}, "shares the KV of another layer"),
+        ({"impl": SimpleNamespace(alibi_slopes=torch.ones(2))}, "uses ALiBi, whose bias needs"),
+        ({"head_size_v": 32}, "has K and V of different head sizes"),
+        (
+            {"kv_cache_torch_dtype": torch.uint8, "kv_cache_dtype": "fp8"},
+            "keeps its KV cache in fp8, which sepllm does not read",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_layer_that_cannot_be_exact_is_refused(wrong: dict[str, Any], reason: str) -> None:
+    layers = {name(0): layer(), name(1): layer(**wrong)}
+    with pytest.raises(ValueError, match=f"^layer {name(1)} {reason}.*; {ELSEWHERE}$"):
+        chosen(layers)
+    # it may stay as it is
+    assert chosen(layers, full_layers=(1,)) == [name(0)]
+
+
+def test_full_layer_that_reads_a_sepllm_cache_is_refused() -> None:
+    layers = {name(0): layer(), name(1): layer(kv_sharing_target_layer_name=name(0))}
+    with pytest.raises(ValueError, match=r"1\.self_attn\.attn reads the KV cache of a sepllm"):
+        chosen(layers, full_layers=(1,))
+
+
+def test_sliding_layers_may_share_their_cache() -> None:
+    layers = {
+        name(0): layer(),
+        name(1): layer(sliding_window=64),
+        name(2): layer(sliding_window=64, kv_sharing_target_layer_name=name(1)),
+    }
+    assert chosen(layers) == [name(0)]
+
+
+def test_model_without_full_attention_is_refused() -> None:
+    layers = {name(0): layer(sliding_window=64)}
+    with pytest.raises(ValueError, match="no full-attention layer"):
+        chosen(layers)
+    # the others may be on other ranks
+    assert chosen(layers, pp=2) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "policy", "reason"),
+    [
+        pytest.param(
+            *("bloom", {}, "transformer.h.0.self_attention.attn uses ALiBi"),
+            marks=refused("ALiBi (Bloom)", "uses ALiBi, whose bias needs distances", ELSEWHERE),
+        ),
+        pytest.param(
+            *("mistral", {}, "no full-attention layer in this model"),
+            marks=refused(
+                "Sliding windows in every layer", "found no full-attention layer", ELSEWHERE
+            ),
+        ),
+        pytest.param(
+            *("gemma3n", {}, "model.layers.3.self_attn.attn shares the KV of another layer"),
+            marks=refused(
+                "Full layers that share KV (Gemma-3n)", "shares the KV of another layer", ELSEWHERE
+            ),
+        ),
+        ("gemma3n", {"full_layers": [3]}, "model.layers.3.self_attn.attn reads the KV cache of"),
+    ],
+)
+def test_engine_does_not_start(
+    kind: str,
+    policy: dict[str, Any],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Real models whose layers, not whose configuration, are in the way: LLM() raises."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    given = {"attention_backend": "sepllm", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24}
+    additional = {"sepllm": ADDITIONAL_CONFIG["sepllm"] | {"separators": SEPARATORS} | policy}
+    model = str(write(kind, tmp_path))
+    try:
+        with pytest.raises(ValueError, match=reason):
+            LLM(model=model, additional_config=additional, **(ARGUMENTS | given))
+    finally:
+        cleanup_dist_env_and_memory()
+        gc.collect()

@@ -1,0 +1,87 @@
+"""The sequences, read as a causal kernel with a sliding window reads them, against the rule."""
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.keys.sequences import sequence_tile, tile_sequences
+from vllm_sepllm.policy.step.prefill import Chunk
+from vllm_sepllm.policy.visibility import Policy, is_visible
+
+BLOCK = 2
+
+
+def make_chunk(policy: Policy, is_separator: list[bool], start: int) -> Chunk:
+    far = max(policy.initial_tokens, start - policy.window)
+    separators = [p for p in range(far, len(is_separator)) if is_separator[p]]
+    spilled = sum(is_separator[policy.initial_tokens : far])
+    return Chunk(policy, start, len(is_separator), spilled, np.array(separators, dtype=np.int64))
+
+
+def positions_of(chunk: Chunk, is_separator: list[bool]) -> dict[int, int]:
+    """Key number -> position, by writing the tokens before the chunk one at a time."""
+    policy, held, rank = chunk.policy, {}, 0
+    for i in range(chunk.start):
+        left = i - policy.window
+        if left >= policy.initial_tokens and is_separator[left]:
+            held[int(layout.tail_index(policy, np.array(rank)))] = left
+            rank += 1
+        held[int(layout.ring_index(policy, np.array(i)))] = i
+    if (left := chunk.start - policy.window) >= policy.initial_tokens and not is_separator[left]:
+        del held[int(layout.ring_index(policy, np.array(left)))]
+    numbers = range(chunk.num_cached, chunk.num_cached + chunk.end - chunk.start)
+    return held | dict(zip(numbers, range(chunk.start, chunk.end), strict=True))
+
+
+@given(
+    initial_tokens=st.integers(0, 5),
+    window=st.integers(4, 20),
+    bounded=st.booleans(),
+    is_separator=st.lists(st.booleans(), min_size=1, max_size=60),
+    start=st.floats(0, 1),
+    most=st.sampled_from([2, 4, 20]),
+)
+@example(4, 6, False, [True] * 40, 0.5, 4)
+@example(4, 6, False, [False] * 40, 0.0, 4)
+def test_each_query_reads_what_the_rule_shows(
+    initial_tokens, window, bounded, is_separator, start, most
+) -> None:
+    policy = Policy(initial_tokens, window, sum(is_separator) if bounded else None)
+    first = int(start * (len(is_separator) - 1))
+    chunk = make_chunk(policy, is_separator, first)
+    tile_size = sequence_tile(chunk, most, BLOCK)
+    found = tile_sequences(chunk, tile_size, BLOCK)
+    held = positions_of(chunk, is_separator)
+    assert found.first[-1] == chunk.end - chunk.start
+    for tile, row in enumerate(found.block_table):
+        sequence = found.entries[row].ravel()[: found.lengths[tile]]
+        queries = range(first + int(found.first[tile]), first + int(found.first[tile + 1]))
+        for query, index in zip(reversed(queries), range(len(sequence) - 1, -1, -1), strict=False):
+            lowest = max(0, index - int(found.windows[tile]) + 1)
+            read = [
+                held[key] for key in sequence[lowest : index + 1].tolist() if key != found.empty
+            ]
+            wanted = [k for k in range(query + 1) if is_visible(policy, is_separator, query, k)]
+            assert sorted(read) == wanted
+
+
+def test_calls_are_runs_of_tiles_with_one_window() -> None:
+    chunk = make_chunk(Policy(2, 8), [i % 3 == 0 for i in range(64)], 20)
+    found = tile_sequences(chunk, 4, BLOCK)
+    covered = [tile for call in found.calls() for tile in range(call.start, call.stop)]
+    assert covered == list(range(len(found.windows)))
+    assert all(len(set(found.windows[call].tolist())) == 1 for call in found.calls())
+
+
+@pytest.mark.parametrize(("window", "size"), [(3, 0), (4, 2), (5, 2), (6, 4), (99, 4)])
+def test_a_tile_and_a_block_are_no_longer_than_the_window(window, size) -> None:
+    chunk = make_chunk(Policy(2, window), [True] * 20, 9)
+    assert sequence_tile(chunk, 4, BLOCK) == size
+
+
+def test_every_separator_must_stay() -> None:
+    for bound, size in ((12, 0), (13, 4)):
+        chunk = make_chunk(Policy(2, 6, bound), [True] * 21, 9)
+        assert sequence_tile(chunk, 4, BLOCK) == size

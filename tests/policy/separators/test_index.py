@@ -1,0 +1,57 @@
+"""Growing the list of separators in any portions gives the same list."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sepllm.policy.separators.index import SeparatorIndex
+from vllm_sepllm.policy.visibility import Policy
+
+FLAGS = np.array([False, True])
+
+
+@given(
+    st.lists(st.integers(0, 1), max_size=60),
+    st.lists(st.integers(0, 60), max_size=12),
+    st.integers(0, 5),
+)
+def test_portions_do_not_matter(token_ids: list[int], stops: list[int], initial: int) -> None:
+    index = SeparatorIndex(Policy(initial, 4), FLAGS)
+    for stop in [*stops, len(token_ids)]:
+        index.extend(token_ids, min(stop, len(token_ids)))
+    want = [i for i, t in enumerate(token_ids) if t and i >= initial]
+    assert index.positions(0, len(want)).tolist() == want
+    assert [index.count_below(p) for p in range(61)] == [
+        sum(w < p for w in want) for p in range(61)
+    ]
+
+
+def test_unknown_tokens_are_an_error_not_a_short_list() -> None:
+    index = SeparatorIndex(Policy(0, 4), FLAGS)
+    with pytest.raises(IndexError, match="up to position 3 were asked for, but only 2"):
+        index.extend([1, 1], 3)
+
+
+def test_truncated_tokens_are_read_again() -> None:
+    index = SeparatorIndex(Policy(1, 4), FLAGS)
+    index.extend([1, 1, 0, 1], 4)
+    index.truncate(2)
+    index.extend([1, 1, 1, 0, 1], 5)
+    assert index.positions(0, 9).tolist() == [1, 2, 4]
+
+
+@given(
+    st.integers(1, 9), st.lists(st.integers(0, 60), max_size=12), st.integers(0, 5), st.booleans()
+)
+def test_an_interval_reads_positions_alone(
+    interval: int, stops: list[int], initial: int, is_cut: bool
+) -> None:
+    index = SeparatorIndex(Policy(initial, 4), FLAGS, interval)
+    for stop in sorted(stops):
+        index.extend([1] * 60, stop)
+    if is_cut:
+        index.truncate(17)
+    index.extend([0] * 60, 60)
+    want = [i for i in range(initial, 60) if i % interval == 0]
+    assert index.positions(0, 99).tolist() == want

@@ -1,0 +1,255 @@
+"""A batch of requests without tensors: caches of positions, driven by plan and plan_batch.
+
+Prefill chunks, single tokens and drafts that turn out right or wrong share a batch. After every
+step a cache holds the rule's visible set, and nothing that is still read was overwritten.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.index import SeparatorIndex
+from vllm_sepllm.policy.step import staging
+from vllm_sepllm.policy.step.batch import BatchStep, Moves, Saves, plan_batch
+from vllm_sepllm.policy.step.plan import PlannedSnapshot, StepPlanBuilder
+from vllm_sepllm.policy.step.staging import Staged, propose
+from vllm_sepllm.policy.visibility import Policy, visible_mask
+
+FLAGS = np.array([False, True])  # token id 1 is the separator
+MAX_DRAFTS = 2
+MAX_PROPOSED = 1 + MAX_DRAFTS
+BLOCK_SIZE = 4
+
+policies = st.builds(
+    Policy,
+    initial_tokens=st.integers(0, 5),
+    window=st.integers(2 * MAX_PROPOSED, 13),
+    max_separators=st.none() | st.integers(0, 5),
+)
+
+
+@dataclass
+class Request:
+    """One request: its tokens, and which position each compact entry holds."""
+
+    name: str
+    policy: Policy
+    token_ids: list[int]
+    num_tokens: int = 0
+    entries: dict[int, object] = field(default_factory=dict)
+    last: Staged | None = None
+
+    def __post_init__(self) -> None:
+        self.index = SeparatorIndex(self.policy, FLAGS)
+        self.mask = visible_mask(self.policy, np.array(self.token_ids, dtype=bool))
+
+    def check_settled(self) -> None:
+        """The cache is the state after ``num_tokens`` tokens; proposals may wait behind it."""
+        if self.num_tokens == 0:
+            return
+        spilled = self.index.count_below(layout.num_left_window(self.policy, self.num_tokens))
+        length = layout.compact_length(self.policy, self.num_tokens, spilled)
+        held = sorted(self.entries[i] for i in range(length))  # type: ignore[type-var]
+        assert held == np.flatnonzero(self.mask[self.num_tokens - 1]).tolist()
+
+
+def move(requests: list[Request], moves: Moves) -> None:
+    read = [
+        requests[row].entries[source]
+        for row, source in zip(moves.rows.tolist(), moves.source.tolist(), strict=True)
+    ]
+    for row, target, value in zip(moves.rows.tolist(), moves.target.tolist(), read, strict=True):
+        requests[row].entries[target] = value
+
+
+def save(requests: list[Request], saves: Saves, slots: dict[int, object]) -> None:
+    for row, source, slot in zip(
+        saves.rows.tolist(), saves.source.tolist(), saves.slots.tolist(), strict=True
+    ):
+        assert slot not in slots
+        slots[slot] = requests[row].entries[source]
+
+
+@dataclass
+class Action:
+    """What a request does in a step: so many certain tokens, or drafts of which some are right."""
+
+    num_new: int
+    num_drafts: int = 0
+    num_right: int = 0
+
+
+def run(
+    requests: list[Request], actions: list[Action], snapshots: dict[str, PlannedSnapshot]
+) -> dict[int, object]:
+    """One step; returns what the checkpoints' slots hold."""
+    engine = requests[0].policy
+    plan = StepPlanBuilder(engine)
+    for request, action in zip(requests, actions, strict=True):
+        start, known = request.num_tokens, request.token_ids[: request.num_tokens + 1]
+        request.index.extend(request.token_ids, layout.num_left_window(request.policy, start))
+        if action.num_drafts or action.num_new == 1:
+            commit, staged = propose(
+                request.index, request.last, start, action.num_drafts, MAX_PROPOSED
+            )
+            request.last = staged
+            if request.name in snapshots:
+                assert commit is None
+                plan.add(request.name, request.index, known, start, 1, (snapshots[request.name],))
+            else:
+                plan.add_proposing(request.name, request.index, known, start, commit, staged)
+        else:
+            assert request.last is None, "a prefill follows no drafts"
+            chosen = (snapshots[request.name],) if request.name in snapshots else ()
+            end = start + action.num_new
+            plan.add(request.name, request.index, request.token_ids, start, end - start, chosen)
+    sizes = [action.num_drafts + action.num_new for action in actions]
+    first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    rows = plan.build().of(np.arange(len(requests)), 0)
+    padding = 3
+    assert (rows.window is None) == all(r.policy == engine for r in requests)
+    step = plan_batch(rows.policy(engine), rows, first, int(first[-1]) + padding, BLOCK_SIZE)
+    slots = play(requests, step, first)
+    assert (step.target[first[-1] :] == -1).all()
+    for request, action in zip(requests, actions, strict=True):
+        request.num_tokens += action.num_new + action.num_right
+    return slots
+
+
+def play(requests: list[Request], step: BatchStep, first: np.ndarray) -> dict[int, object]:
+    slots: dict[int, object] = {}
+    move(requests, step.commit_spills)
+    move(requests, step.commits)
+    for request in requests:
+        request.check_settled()
+    save(requests, step.saves_before, slots)
+    move(requests, step.spills)
+    move(requests, step.moves_after)
+
+    def position(token: int) -> int:
+        row = int(np.searchsorted(first, token, side="right")) - 1
+        return requests[row].num_tokens + token - int(first[row])
+
+    for token, slot in zip(step.saved_tokens.tolist(), step.saved_slots.tolist(), strict=True):
+        assert slot not in slots
+        slots[slot] = position(token)
+    for token in range(int(first[-1])):
+        if step.target[token] >= 0:
+            requests[step.rows[token]].entries[int(step.target[token])] = position(token)
+    for row in range(step.num_library):
+        # what the library reads: the visible set of the row's last token, and nothing twice
+        last = requests[row].num_tokens + int(first[row + 1] - first[row]) - 1
+        if requests[row].last is None and last < len(requests[row].token_ids):
+            read = sorted(requests[row].entries[i] for i in range(step.lengths[row]))
+            assert read == np.flatnonzero(requests[row].mask[last]).tolist()
+    save(requests, step.saves_after, slots)
+    return slots
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[Policy], list[list[int]], list[list[Action]]]:
+    """Requests with the engine's policy or with windows of their own, the longest never full."""
+    policy = draw(policies)
+    tokens = draw(
+        st.lists(st.lists(st.integers(0, 1), min_size=8, max_size=60), min_size=1, max_size=3)
+    )
+    windows = st.sampled_from([policy.window, 2 * MAX_PROPOSED, 9, 17, 100])
+    own = [replace(policy, window=draw(windows)) for _ in tokens]
+    steps = []
+    for _ in range(draw(st.integers(1, 12))):
+        row = []
+        for _ in tokens:
+            drafts = draw(st.integers(0, MAX_DRAFTS))
+            row.append(Action(1, drafts, draw(st.integers(0, drafts))))
+        steps.append(row)
+    return own, tokens, steps
+
+
+@settings(max_examples=300, deadline=None)
+@given(batches(), st.lists(st.integers(1, 20), min_size=3, max_size=3))
+def test_drafts_never_overwrite_what_is_read(
+    batch: tuple[list[Policy], list[list[int]], list[list[Action]]], prompts: list[int]
+) -> None:
+    """Prompts first, then steps in which rows with drafts and single tokens are mixed."""
+    own, tokens, steps = batch
+    requests = [Request(str(i), own[i], ids) for i, ids in enumerate(tokens)]
+    starts = [min(p, len(r.token_ids) - 1) for p, r in zip(prompts, requests, strict=False)]
+    order = sorted(range(len(requests)), key=lambda i: starts[i])
+    requests = [requests[i] for i in order]
+    run(requests, [Action(starts[i]) for i in order], {})
+    for step in steps:
+        if any(r.num_tokens + MAX_PROPOSED > len(r.token_ids) for r in requests):
+            break
+        pairs = sorted(zip(step, requests, strict=False), key=lambda p: -p[0].num_drafts)
+        run([r for _, r in pairs], [a for a, _ in pairs], {})
+    if all(r.num_tokens < len(r.token_ids) for r in requests):  # commit what the last proposed
+        run(requests, [Action(1) for _ in requests], {})
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    policies,
+    st.lists(st.integers(0, 1), min_size=45, max_size=60),
+    st.integers(0, 25),
+    st.sampled_from([1, 2, 9, 20]),
+    st.integers(1, 20),
+)
+def test_checkpoints_hold_the_state_at_their_position(
+    policy: Policy, token_ids: list[int], start: int, num_new: int, offset: int
+) -> None:
+    """All blocks are the checkpoint's own, so its slots must hold the whole visible set."""
+    request = Request("only", policy, token_ids)
+    if start:
+        run([request], [Action(start)], {})
+    position = start + min(offset, num_new)
+    request.index.extend(token_ids, position)
+    spilled = request.index.count_below(layout.num_left_window(policy, position))
+    length = layout.compact_length(policy, position, spilled)
+    blocks = {i: 10 + 3 * i for i in range(-(-length // BLOCK_SIZE))}
+    slots = run([request], [Action(num_new)], {"only": PlannedSnapshot(position, {0: blocks})})
+    held = [slots[blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE] for i in range(length)]
+    assert sorted(held) == np.flatnonzero(request.mask[position - 1]).tolist()  # type: ignore[type-var]
+
+
+def test_staging_lies_behind_what_the_next_commit_may_fill() -> None:
+    """Literal numbers: 3 initial tokens, window 8, two drafts."""
+    policy = Policy(3, 8)
+    index = SeparatorIndex(policy, FLAGS)
+    index.extend([0] * 4 + [1] + [0] * 20, 20)
+    commit, staged = propose(index, None, 20, 2, 3)
+    assert commit is None
+    assert staged == Staged(20, 3 + 8 + 1 + 3)
+    commit, staged = propose(index, staged, 22, 0, 3)
+    assert staged is None
+    assert commit is not None
+    moves = staging.commit_moves(policy, commit)
+    assert moves.source.tolist() == [15, 16]
+    assert moves.target.tolist() == [3 + (20 - 3) % 8, 3 + (21 - 3) % 8]
+    assert moves.spill_source.tolist() == []
+    assert staging.num_entries(3) == 6
+
+
+def test_a_prompt_of_one_token_may_come_behind_a_chunk() -> None:
+    """Model Runner V1 does not sort new prompts among each other."""
+    policy = Policy(2, 6)
+    requests = [Request("long", policy, [0, 1] * 20), Request("short", policy, [1] * 9)]
+    run(requests[:1], [Action(20)], {})
+    run(requests, [Action(7), Action(1)], {})
+    requests[0].index.extend(requests[0].token_ids, 27)
+    for request in requests:
+        request.check_settled()
+
+
+def test_blocks_of_a_checkpoint_are_the_schedulers() -> None:
+    """Slots are the same numbers whatever smaller blocks the kernels see."""
+    policy = Policy(2, 6)
+    request = Request("only", policy, [0] * 20)
+    plan = StepPlanBuilder(policy)
+    snapshot = PlannedSnapshot(10, {0: {0: 10}})
+    plan.add("only", request.index, request.token_ids, 0, 12, (snapshot,))
+    rows = plan.build().of(np.arange(1), 0)
+    step = plan_batch(policy, rows, np.array([0, 12]), 12, 8)
+    assert sorted(step.saved_slots.tolist()) == list(range(80, 88))

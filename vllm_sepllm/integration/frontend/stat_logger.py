@@ -1,0 +1,148 @@
+"""Metrics of sepllm beside vLLM's own: on /metrics, in ``LLM.get_metrics()`` and in the log.
+
+vLLM's entry point for stat loggers would load ours into every server on which this package is
+installed, would switch statistics on where ``--disable-log-stats`` switched them off, and does not
+reach ``vllm.LLM``. So ``StatLoggerManager`` is wrapped, once sepllm was selected in the process.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import (
+    AggregateStatLoggerBase,
+    LoggingStatLogger,
+    PerEngineStatLoggerAdapter,
+    PrometheusStatLogger,
+    StatLoggerManager,
+)
+from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.integration.startup.resolve import has_our_scheduler
+from vllm_sepllm.integration.wire.report import PolicyUsage, Report, take_report
+from vllm_sepllm.policy.usage import label
+
+logger = init_logger("vllm.plugins.sepllm")
+
+# vLLM takes metrics of this prefix out of the registry when an engine follows another in one
+# process, and shows them in LLM.get_metrics()
+_PREFIX = "vllm:sepllm_"
+GAUGES = {
+    "logical_tokens": "Computed tokens of the requests that hold KV blocks: what full attention "
+    "would hold.",
+    "kept_tokens": "Tokens of those that the KV cache holds.",
+    "blocks_saved": "KV blocks that full attention would fill beyond those that the kept tokens "
+    "fill.",
+    "checkpoint_blocks": "KV blocks that hold checkpoints of the prefix cache; most can be reused "
+    "at any time.",
+}
+COUNTERS = {
+    "spilled_separators": "Separators that left the window of their request.",
+}
+
+
+def install() -> None:
+    """Wrap ``StatLoggerManager.__init__`` once per process."""
+    original = StatLoggerManager.__init__
+    if getattr(original, "is_sepllm", False):
+        return
+
+    @functools.wraps(original)
+    def init(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        original(self, vllm_config, *args, **kwargs)
+        if has_our_scheduler(vllm_config):
+            # first: what it takes out of the statistics is for nobody else
+            self.stat_loggers.insert(0, SepLLMStatLogger(vllm_config, self.stat_loggers))
+
+    setattr(init, "is_sepllm", True)  # noqa: B010  # a function has no such field
+    StatLoggerManager.__init__ = init  # type: ignore[method-assign]
+
+
+def _is_logging(other: AggregateStatLoggerBase) -> bool:
+    loggers: list[Any] = [other]
+    if isinstance(other, PerEngineStatLoggerAdapter):
+        loggers = list(other.per_engine_stat_loggers.values())
+    return any(isinstance(one, LoggingStatLogger) for one in loggers)
+
+
+class SepLLMStatLogger(AggregateStatLoggerBase):
+    """Records the schedulers' reports, of all engines."""
+
+    def __init__(self, vllm_config: VllmConfig, others: list[AggregateStatLoggerBase]) -> None:
+        """``others`` are vLLM's: ours has their labels, and logs if they do."""
+        prometheus = next(o for o in others if isinstance(o, PrometheusStatLogger))
+        self._engine_labels = prometheus.per_engine_labelvalues
+        self._metrics = _make_metrics(prometheus)
+        self._is_logging = any(_is_logging(other) for other in others)
+        self._last: dict[int, Report] = {}
+        policy = SepLLMConfig.from_additional_config(vllm_config.additional_config).policy
+        name = label(policy, vllm_config.model_config.max_model_len)
+        for engine_idx in self._engine_labels:
+            self._set(engine_idx, {name: PolicyUsage()})
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: MultiModalCacheStats | None = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Show the scheduler's report if one has come."""
+        report = None if scheduler_stats is None else take_report(scheduler_stats)
+        if report is not None:
+            self._set(engine_idx, report)
+
+    def _set(self, engine_idx: int, report: Report) -> None:
+        self._last[engine_idx] = report
+        for window, numbers in report.items():
+            labels = (*self._engine_labels[engine_idx], window)
+            for name in GAUGES:
+                self._metrics[name].labels(*labels).set(getattr(numbers, name))
+            for name in COUNTERS:
+                self._metrics[name].labels(*labels).inc(getattr(numbers, name))
+
+    def log(self) -> None:
+        """A line beside vLLM's, as often."""
+        line = summary([n for report in self._last.values() for n in report.values()])
+        if self._is_logging and line is not None:
+            logger.info(line)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing: what sepllm is set to was logged when it was selected."""
+
+
+def summary(numbers: list[PolicyUsage]) -> str | None:
+    """The log's line; None while no request holds anything."""
+    logical = sum(n.logical_tokens for n in numbers)
+    kept = sum(n.kept_tokens for n in numbers)
+    saved = sum(n.blocks_saved for n in numbers)
+    if not logical:
+        return None
+    return (
+        f"SepLLM: kept {_short(kept)} of {_short(logical)} tokens ({kept / logical:.0%}), "
+        f"{saved} blocks saved"
+    )
+
+
+def _short(number: int) -> str:
+    for size, unit in ((1_000_000, "M"), (1_000, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)
+
+
+def _make_metrics(prometheus: PrometheusStatLogger) -> dict[str, Any]:
+    """Name -> metric, of the kind that vLLM's logger uses (Ray has its own)."""
+    labels = ["model_name", "engine", "window"]
+    make_gauge: Callable[..., Any] = functools.partial(
+        prometheus._gauge_cls, multiprocess_mode="mostrecent", labelnames=labels
+    )
+    make_counter: Callable[..., Any] = functools.partial(prometheus._counter_cls, labelnames=labels)
+    return {
+        name: make(name=_PREFIX + name, documentation=documentation)
+        for make, metrics in ((make_gauge, GAUGES), (make_counter, COUNTERS))
+        for name, documentation in metrics.items()
+    }

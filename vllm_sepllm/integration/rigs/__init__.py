@@ -1,0 +1,1 @@
+"""Parts of an engine without the engine, for benchmarks alone."""

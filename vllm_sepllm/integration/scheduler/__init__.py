@@ -1,0 +1,1 @@
+"""In the engine core: which blocks a request holds, and the plan of each step."""

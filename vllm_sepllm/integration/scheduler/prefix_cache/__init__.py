@@ -1,0 +1,1 @@
+"""Cached prefixes: dense ones up to a + n tokens, checkpoints beyond."""

@@ -1,0 +1,154 @@
+"""Which prefixes have a checkpoint in vLLM's block pool, and which were seen before."""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    BlockHashWithGroupId,
+    KVCacheBlock,
+    make_block_hash_with_group_id,
+)
+
+from vllm_sepllm.integration.scheduler.live_requests import salt_of
+from vllm_sepllm.integration.scheduler.prefix_cache.block_count import NamedBlocks
+
+# 64 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
+_MAX_SEEN = 1 << 17
+
+# one new checkpoint for so many blocks of the pool, and those that lost a block are forgotten:
+# of a long text each takes kilobytes of host memory
+_BLOCKS_PER_SWEEP = 8
+
+State = Mapping[int, Sequence[KVCacheBlock]]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The compact state of a request after some of its tokens.
+
+    Attributes:
+        position: how many tokens.
+        rest: token ids after the last whole hash block.
+        blocks: KV cache group -> its blocks in compact order, each with the key it had; a block
+            that lost its key was reused by the pool.
+    """
+
+    position: int
+    rest: tuple[int, ...]
+    blocks: dict[int, tuple[tuple[KVCacheBlock, BlockHashWithGroupId], ...]]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the pool still has every block: vLLM's own LRU decides."""
+        return all(b.block_hash == key for group in self.blocks.values() for b, key in group)
+
+    def group(self, group_id: int) -> list[KVCacheBlock]:
+        """The blocks of one KV cache group."""
+        return [block for block, _ in self.blocks[group_id]]
+
+
+class CheckpointRegistry:
+    """Checkpoints by the hash of their last whole hash block.
+
+    vLLM's hashes chain over all tokens before and are salted with LoRA, multimodal content and
+    cache_salt; the caller adds the policy (RequestSeparators.salted).
+    """
+
+    def __init__(self, block_pool: BlockPool) -> None:
+        self._pool = block_pool
+        self._hash_size = block_pool.hash_block_size
+        self._by_hash: dict[BlockHash, list[Checkpoint]] = {}
+        self._num_added = 0
+        self._numbers = count()
+        self.named_blocks = NamedBlocks()
+        self._seen: OrderedDict[BlockHash, None] = OrderedDict()
+
+    def find(
+        self,
+        hashes: Sequence[BlockHash],
+        token_ids: Sequence[int],
+        max_length: int,
+        alignment: int = 1,
+    ) -> Checkpoint | None:
+        """The longest whole checkpoint of a request's first ``max_length`` tokens.
+
+        Its position is a multiple of ``alignment``.
+        """
+        for number in range(min(max_length // self._hash_size, len(hashes)), 0, -1):
+            if hashes[number - 1] not in self._by_hash:  # of a long prompt nearly all
+                continue
+            first = number * self._hash_size
+            found = [
+                c
+                for c in self._whole(hashes[number - 1])
+                if c.position <= max_length
+                and c.position % alignment == 0
+                and c.rest == tuple(token_ids[first : c.position])
+            ]
+            if found:
+                return max(found, key=lambda c: c.position)
+        return None
+
+    def has(self, block_hash: BlockHash, rest: tuple[int, ...]) -> bool:
+        """Whether a whole checkpoint ends exactly there."""
+        return any(c.rest == rest for c in self._whole(block_hash))
+
+    def _whole(self, block_hash: BlockHash) -> list[Checkpoint]:
+        """The checkpoints of a hash; those that lost a block are forgotten."""
+        known = self._by_hash.get(block_hash, [])
+        whole = [c for c in known if c.is_whole]
+        if whole:
+            self._by_hash[block_hash] = whole
+        elif known:
+            del self._by_hash[block_hash]
+        return whole
+
+    def add(
+        self, block_hash: BlockHash, position: int, rest: tuple[int, ...], state: State
+    ) -> None:
+        """Remember a checkpoint; its blocks get keys and may be freed afterwards."""
+        keyed = {
+            group_id: tuple(
+                (block, self._key(block, group_id, position, block_hash)) for block in blocks
+            )
+            for group_id, blocks in state.items()
+        }
+        self._by_hash.setdefault(block_hash, []).append(Checkpoint(position, rest, keyed))
+        self._num_added += 1
+        if self._num_added > self._pool.num_gpu_blocks // _BLOCKS_PER_SWEEP:
+            self._num_added = 0
+            for known in list(self._by_hash):
+                self._whole(known)
+
+    def _key(
+        self, block: KVCacheBlock, group_id: int, position: int, block_hash: BlockHash
+    ) -> BlockHashWithGroupId:
+        """The block's key in vLLM's map of cached blocks, given now if it has none."""
+        if block.block_hash is None:
+            # content is found through checkpoints, so a number that never repeats will do
+            name = BlockHash(b"sepllm" + next(self._numbers).to_bytes(26, "big"))
+            key = make_block_hash_with_group_id(name, group_id)
+            self._pool._insert_block_hash(key, block, num_tokens=position)
+            self.named_blocks.add(block, salt_of(block_hash))
+        assert block.block_hash is not None
+        return block.block_hash
+
+    def common_prefix(self, hashes: Sequence[BlockHash]) -> int:
+        """Tokens of the longest prefix, in whole hash blocks, that an earlier request had too.
+
+        The request itself counts as seen from then on.
+        """
+        num_common = 0
+        for number, block_hash in enumerate(hashes, start=1):
+            if block_hash in self._seen:
+                num_common = number
+                self._seen.move_to_end(block_hash)
+            else:
+                self._seen[block_hash] = None
+        while len(self._seen) > _MAX_SEEN:
+            self._seen.popitem(last=False)
+        return num_common * self._hash_size

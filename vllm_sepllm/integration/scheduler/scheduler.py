@@ -1,0 +1,212 @@
+"""vLLM's schedulers, counting compact entries and sending each step's plan along.
+
+Nothing flows back from the workers: what is kept depends on token ids and positions alone.
+"""
+
+import time
+from functools import partial
+from typing import Any
+
+from vllm.compilation.cuda_graph import CUDAGraphStat
+from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.perf import PerfStats
+from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import Request, StreamingUpdate
+from vllm.v1.spec_decode.metrics import SpecDecodingStats
+
+from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.integration.frontend import request_choices
+from vllm_sepllm.integration.scheduler.coordinator import bind_managers, most_blocks
+from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
+from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.integration.wire.spec import max_proposed
+from vllm_sepllm.integration.worker.current_step import attach_plan
+from vllm_sepllm.policy.separators.rules import flags
+from vllm_sepllm.policy.step import staging
+from vllm_sepllm.policy.step.plan import StepPlan
+
+# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
+logger = init_logger("vllm.plugins.sepllm")
+
+
+class _SepLLMMixin(Scheduler):
+    """What the two schedulers share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        separator_ids = [int(i) for i in config.separators]
+        self._limits = request_choices.request_limits(self.vllm_config)
+        # requests that wait for their end: what they ask for cannot be served
+        self._refused: set[str] = set()
+        self._separators = RequestSeparators(
+            config.policy,
+            flags(separator_ids, vocab_size),
+            self.requests,
+            config.interval,
+            partial(request_choices.policy_of, self._limits),
+        )
+        most_proposed = max_proposed(self.vllm_config)
+        self._tails = SharedTails(self._separators, max(1, most_proposed))
+        assert config.checkpoint_interval is not None, "resolved at start-up"
+        self._prefix_cache = bind_managers(
+            self.kv_cache_manager.coordinator,
+            self._separators,
+            config.checkpoint_interval,
+            staging.num_entries(most_proposed),
+            self._tails,
+        )
+        self._planner = StepPlanner(
+            self._separators,
+            self._prefix_cache.take_snapshots,
+            self._prefix_cache.interval_of,
+            most_proposed,
+        )
+        self._usage = self._prefix_cache.watch(self.max_model_len) if self.log_stats else None
+
+    def make_stats(
+        self,
+        spec_decoding_stats: SpecDecodingStats | None = None,
+        kv_connector_stats: KVConnectorStats | None = None,
+        cudagraph_stats: CUDAGraphStat | None = None,
+        perf_stats: PerfStats | None = None,
+        ec_connector_stats: ECConnectorStats | None = None,
+    ) -> SchedulerStats | None:
+        """vLLM's statistics of a step and what we report beside them; None if switched off."""
+        stats: SchedulerStats | None = super().make_stats(
+            spec_decoding_stats, kv_connector_stats, cudagraph_stats, perf_stats, ec_connector_stats
+        )
+        if stats is not None and self._usage is not None:
+            self._usage.report_to(stats)
+        return stats
+
+    def add_request(self, request: Request) -> None:
+        """See vLLM's Scheduler.add_request; a request may choose its own policy."""
+        if request.request_id not in self.requests:
+            try:
+                self._take_choice(request)
+            except ValueError as error:
+                logger.warning(
+                    "sepllm: request %s ends with an error: %s.", request.request_id, error
+                )
+                self._refused.add(request.request_id)
+        super().add_request(request)
+
+    def _take_choice(self, request: Request) -> None:
+        policy = request_choices.policy_of(self._limits, request)
+        if policy != self._limits.engine:
+            kv = self.kv_cache_manager
+            longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            needed = most_blocks(kv.coordinator, policy, request, longest)
+            request_choices.check_fits(needed, kv.block_pool.num_gpu_blocks - 1, longest)
+        salt = request_choices.salted(self._limits, policy, request.cache_salt)
+        if salt != request.cache_salt:
+            request.cache_salt = salt
+            request.block_hashes.clear()
+            request.update_block_hashes()
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """A refused request is not scheduled; vLLM ends it as one whose grammar is wrong."""
+        if request.request_id in self._refused:
+            self.grammar_compile_error_reqs.add(request.request_id)
+            return False
+        is_ready: bool = super()._handle_blocked_waiting_request(request)
+        return is_ready
+
+    def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
+        """See vLLM's Scheduler.schedule; requests whose tail becomes a ring begin anew before."""
+        if self._pause_state != PauseState.PAUSED_ALL:
+            # the last one first, so that they wait in their order
+            for request in reversed(self._tails.near_the_bound(self.running)):
+                self._begin_anew(request)
+        output: SchedulerOutput = super().schedule(throttle_prefills)
+        return output
+
+    def _begin_anew(self, request: Request) -> None:
+        """Preempt a running request as vLLM does in want of blocks; it may go on in this step."""
+        self.running.remove(request)
+        is_draining = self._pause_state == PauseState.PAUSED_NEW
+        self._preempt_request(request, time.monotonic(), drop_stale_output=is_draining)
+        # as in reset_prefix_cache: the workers must see it leave and come back
+        self.prev_step_scheduled_req_ids.discard(request.request_id)
+        if is_draining:  # whoever pauses waits for it, and of those that wait only these go on
+            self.waiting.remove_requests([request])
+            self.kv_holding_waiting.prepend_request(request)
+
+    def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
+        """Attach the plan while ``num_computed_tokens`` still is the start of the step."""
+        attach_plan(scheduler_output, self.plan_step(scheduler_output))
+        super()._update_after_schedule(scheduler_output)
+
+    def plan_step(self, scheduler_output: SchedulerOutput) -> StepPlan:
+        """What the workers must know of the step that was just scheduled."""
+        plan = self._planner.plan(scheduler_output)
+        self._prefix_cache.release_snapshots()
+        return plan
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+        with self._prefix_cache.looking_up(request):
+            hit: tuple[KVCacheBlocks, int, int, bool]
+            hit = super()._get_local_prefix_cache_hit(request)
+        blocks, num_tokens, _, _ = hit
+        kv = self.kv_cache_manager
+        if num_tokens and not self._prefix_cache.fits(kv, request, blocks, num_tokens):
+            return kv.empty_kv_cache_blocks, 0, 0, False
+        return hit
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """A streaming session drops its last sampled token and goes on with new input.
+
+        Drafts that turned out right wait for a step that goes on from them: with new input behind
+        them, the session begins anew.
+        """
+        has_staged = session.request_id in self._separators.staged
+        if has_staged:
+            self.kv_cache_manager.free(session)
+        self._separators.truncate(session.request_id, session.num_computed_tokens)
+        super()._update_request_as_session(session, update)
+        if has_staged:
+            session.num_computed_tokens = 0
+
+    def _free_request(
+        self, request: Request, delay_free_blocks: bool = False
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        freed: tuple[dict[str, Any] | None, dict[str, Any] | None]
+        freed = super()._free_request(request, delay_free_blocks)
+        self._separators.forget(request.request_id)
+        self._refused.discard(request.request_id)
+        return freed
+
+
+class SepLLMScheduler(_SepLLMMixin, Scheduler):
+    """For platforms without asynchronous scheduling."""
+
+
+class SepLLMAsyncScheduler(_SepLLMMixin, AsyncScheduler):
+    """With asynchronous scheduling: the plan reads tokens that are at least n - 1 steps old."""
+
+    def _handle_stopped_request(self, request: Request) -> bool:
+        """A turn of a streaming session has ended: give its blocks back.
+
+        The step in flight computes a token that the session drops, and that token's KV overwrites
+        an entry which the tokens that stay may still read. While ``num_computed_tokens`` counts
+        that step, the blocks are what it leaves, so they may be found as such.
+        """
+        if request.resumable:
+            self.kv_cache_manager.free(request)
+        is_finished: bool = super()._handle_stopped_request(request)
+        return is_finished
+
+    def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
+        """Begin the next turn anew, from the prefix cache as far as that reaches."""
+        super()._update_request_as_session(session, update)
+        session.num_computed_tokens = 0

@@ -1,0 +1,165 @@
+"""Plans the steps of a scheduler: decode rows all at once, others one by one."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+import numpy as np
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.request import Request
+
+from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.policy.step.plan import PlannedSnapshot, StepPlan, StepPlanBuilder, row_windows
+from vllm_sepllm.policy.visibility import IntArray, Policy
+
+# request, start and end of its step -> checkpoints that the step leaves
+TakeSnapshots = Callable[[Request, int, int], tuple[PlannedSnapshot, ...]]
+
+_NUM_COMPUTED = attrgetter("num_computed_tokens")  # a step reads it of every request
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Requests that were scheduled together, as long as none comes, goes or is truncated.
+
+    Attributes:
+        version: of the requests' separators when the rest was looked up.
+        ids: [num_rows] request ids.
+        rows: request id -> row.
+        requests: [num_rows].
+        slots: [num_rows], in the table of decodes.
+        window: [num_rows], as in StepPlan.
+    """
+
+    version: int
+    ids: list[str]
+    rows: dict[str, int]
+    requests: list[Request]
+    slots: IntArray
+    window: IntArray | None
+
+    def subset(self, chosen: list[int]) -> "_Batch":
+        """The batch of some of its rows."""
+        ids = [self.ids[row] for row in chosen]
+        return _Batch(
+            version=self.version,
+            ids=ids,
+            rows={request_id: row for row, request_id in enumerate(ids)},
+            requests=[self.requests[row] for row in chosen],
+            slots=self.slots[chosen],
+            window=None if self.window is None else self.window[chosen],
+        )
+
+
+class StepPlanner:
+    """Keeps what steps have in common; a plan depends on token ids and positions alone."""
+
+    def __init__(
+        self,
+        separators: RequestSeparators,
+        take_snapshots: TakeSnapshots,
+        interval: Callable[[Policy], int],
+        max_proposed: int = 0,
+    ) -> None:
+        """Plan the steps of one scheduler.
+
+        Args:
+            separators: of its requests.
+            take_snapshots: says which checkpoints a step leaves; asked of every step that leaves
+                the rows of ``DecodeTable``.
+            interval: of a policy: beyond a + n tokens, decode steps leave checkpoints at its
+                multiples only.
+            max_proposed: most tokens that a step of speculative decoding proposes; 0: none.
+        """
+        self._separators = separators
+        self._take_snapshots = take_snapshots
+        self._interval = interval
+        self._max_proposed = max_proposed
+        self._batch = _Batch(0, [], {}, [], np.zeros(0, dtype=np.int64), None)
+
+    def plan(self, output: SchedulerOutput) -> StepPlan:
+        """The plan of a step, while ``num_computed_tokens`` still is the start of the step."""
+        if self._max_proposed:
+            return self._plan_proposing(output)
+        num_new = output.num_scheduled_tokens
+        batch = self._batch_of(list(num_new))
+        others: list[int] = []
+        if output.total_num_scheduled_tokens > len(num_new):
+            others = [row for row, size in enumerate(num_new.values()) if size > 1]
+        start = np.fromiter(map(_NUM_COMPUTED, batch.requests), np.int64, len(batch.ids))
+        for row in self._separators.decodes.unknown(batch.slots, start).tolist():
+            if num_new[batch.ids[row]] == 1 and not self._look_up(batch, row):
+                others.append(row)
+        if not others:
+            return self._decodes(batch, start)
+        single = sorted(set(range(len(start))).difference(others))
+        builder = StepPlanBuilder(self._separators.policy)
+        for row in others:
+            self._add(builder, batch.requests[row], num_new[batch.ids[row]])
+        return builder.build_after(self._decodes(batch.subset(single), start[single]))
+
+    def _batch_of(self, ids: list[str]) -> _Batch:
+        batch, separators = self._batch, self._separators
+        if ids == batch.ids and batch.version == separators.version:
+            return batch
+        slots = np.array([separators.slot(request_id) for request_id in ids], dtype=np.int64)
+        self._batch = _Batch(
+            version=separators.version,
+            ids=ids,
+            rows={request_id: row for row, request_id in enumerate(ids)},
+            requests=[separators.request(request_id) for request_id in ids],
+            slots=slots,
+            window=row_windows(
+                [separators.policy_of(request_id).window for request_id in ids], separators.policy
+            ),
+        )
+        return self._batch
+
+    def _look_up(self, batch: _Batch, row: int) -> bool:
+        """Prepare a step of one token; False if it may leave a checkpoint: it is planned alone."""
+        request = batch.requests[row]
+        start = request.num_computed_tokens
+        index = self._separators.index(request.request_id)
+        interval = self._interval(index.policy)
+        # the step that reaches position P = start + 1 leaves the checkpoint at P
+        stop = (start + interval) // interval * interval - 1
+        is_dense = start < index.policy.num_dense
+        if is_dense or start < request.num_prompt_tokens or start == stop:
+            return False
+        self._separators.decodes.look_up(
+            int(batch.slots[row]), index, request._all_token_ids, start, stop
+        )
+        return True
+
+    def _decodes(self, batch: _Batch, start: IntArray) -> StepPlan:
+        num_spilled, spills = self._separators.decodes.step(batch.slots, start)
+        return StepPlan(
+            batch.rows, start, num_spilled, spills, separators={}, snapshots={}, window=batch.window
+        )
+
+    def _add(self, plan: StepPlanBuilder, request: Request, num_new_tokens: int) -> None:
+        start = request.num_computed_tokens
+        plan.add(
+            request.request_id,
+            self._separators.index(request.request_id),
+            request._all_token_ids,
+            start,
+            num_new_tokens,
+            self._take_snapshots(request, start, start + num_new_tokens),
+        )
+
+    def _plan_proposing(self, output: SchedulerOutput) -> StepPlan:
+        """A step of speculative decoding, in which the next step of a request starts anywhere."""
+        plan = StepPlanBuilder(self._separators.policy)
+        drafts = output.scheduled_spec_decode_tokens
+        for name, num_new_tokens in output.num_scheduled_tokens.items():
+            request = self._separators.request(name)
+            if name not in drafts and num_new_tokens > 1:
+                assert name not in self._separators.staged, "a prefill follows no drafts"
+                self._add(plan, request, num_new_tokens)
+                continue
+            start, num_drafts = request.num_computed_tokens, len(drafts.get(name, ()))
+            commit, staged = self._separators.propose(name, start, num_drafts, self._max_proposed)
+            index = self._separators.index(name)
+            plan.add_proposing(name, index, request._all_token_ids, start, commit, staged)
+        return plan.build()

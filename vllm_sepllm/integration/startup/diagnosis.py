@@ -1,0 +1,116 @@
+"""What an installed vLLM would say to sepllm, found out without starting an engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.plugins import load_general_plugins
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
+from vllm_sepllm.integration.contracts import CONTRACTS
+from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether vLLM's configuration of a model with sepllm passes. Layers are not built for it.
+
+    Attributes:
+        refusal: None if it passes; else why not, in one line.
+        is_stock: the refusal is vLLM's own and comes without sepllm too.
+        settings: if it passes, what was resolved from the arguments.
+    """
+
+    refusal: str | None
+    is_stock: bool
+    settings: dict[str, Any]
+
+
+def platform() -> str:
+    """vLLM's name for the device that it would run on."""
+    return str(current_platform.device_name)
+
+
+def is_registered() -> bool:
+    """Whether vLLM, loading its plugins as it does at every start, comes to know our name."""
+    load_general_plugins()  # type: ignore[no-untyped-call]
+    wraps_arguments = getattr(EngineArgs.create_engine_config, "is_sepllm", False)
+    return wraps_arguments and BACKEND_NAME in AttentionBackendEnum.__members__
+
+
+def num_contracts() -> int:
+    """How many of vLLM's names the seam leans on."""
+    return len(CONTRACTS)
+
+
+def broken_contracts() -> list[str]:
+    """What of them the installed vLLM does not keep, one line each."""
+    broken = []
+    for contract in CONTRACTS:
+        try:
+            message = contract.broken()
+        except (ImportError, TypeError, ValueError) as error:
+            message = f"{contract.where}: {error} ({contract.why})"
+        if message:
+            broken.append(message)
+    return broken
+
+
+def judge(model: str, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Verdict:
+    """What ``vllm serve MODEL --attention-backend sepllm`` would say before it loads weights.
+
+    Args:
+        model: folder or name in the Hugging Face cache.
+        arguments: fields of EngineArgs.
+        config: what ``additional_config["sepllm"]`` would hold.
+    """
+    selected = {"attention_backend": "sepllm", "additional_config": {ADDITIONAL_CONFIG_KEY: config}}
+    made = _configured({"model": model, **arguments, **selected})
+    if isinstance(made, str):
+        return Verdict(made, refusal({"model": model, **arguments}) is not None, {})
+    return Verdict(None, False, _settings(made))
+
+
+def refusal(arguments: Mapping[str, Any]) -> str | None:
+    """Why vLLM would start no engine with these fields of EngineArgs, in one line.
+
+    None: its configuration passes, with sepllm selected or without. Layers are not built for it.
+    """
+    made = _configured(arguments)
+    return made if isinstance(made, str) else None
+
+
+def _configured(arguments: Mapping[str, Any]) -> VllmConfig | str:
+    """vLLM's configuration, or in one line why there is none."""
+    try:
+        return EngineArgs(**arguments).create_engine_config()
+    except Exception as error:  # whatever vLLM raises is the finding
+        return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    """The message without the lines that pydantic puts around it."""
+    details = getattr(error, "errors", None)
+    if callable(details):
+        return "; ".join(str(item["msg"]) for item in details())
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _settings(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional_config = vllm_config.additional_config
+    assert isinstance(additional_config, dict), "apply_selection writes a dict"
+    resolved = additional_config[ADDITIONAL_CONFIG_KEY]
+    # what is None after resolving does not apply
+    config = {name: value for name, value in resolved.items() if value is not None}
+    num_separators = len(config.pop("separators"))
+    return {
+        **config,
+        "num_separator_ids": num_separators,
+        "max_model_len": vllm_config.model_config.max_model_len,
+        "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
+        "block_size": vllm_config.cache_config.block_size,
+    }

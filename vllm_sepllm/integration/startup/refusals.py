@@ -1,0 +1,242 @@
+"""What sepllm does not serve, refused at start-up: what, why, what to do instead.
+
+A row that is missing here is a silent wrong answer, so each states the reason it is wrong.
+"""
+
+from vllm import envs
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
+
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
+from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+from vllm_sepllm.integration.wire.spec import max_proposed
+from vllm_sepllm.integration.worker.layers import FP8_CACHE_DTYPES
+from vllm_sepllm.policy.step import staging
+
+# drafters with caches of their own, or none
+_DRAFTERS = ("ngram", "ngram_gpu", "draft_model")
+
+
+def check_not_selected(engine_args: EngineArgs) -> None:
+    """Refuse settings for sepllm without sepllm: they would be ignored without a word.
+
+    Raises:
+        ValueError: if ``additional_config`` has our key, or one kind of layer our name.
+    """
+    given = engine_args.additional_config
+    if isinstance(given, dict) and ADDITIONAL_CONFIG_KEY in given:
+        raise ValueError(
+            'additional_config["sepllm"] is set but sepllm is not selected; add '
+            "--attention-backend sepllm, or remove the setting"
+        )
+    _check_backend_per_kind(engine_args)
+
+
+def check_engine_args(engine_args: EngineArgs) -> None:
+    """Refuse what must be caught before vLLM fills in its own defaults.
+
+    Raises:
+        ValueError: naming the setting and the remedy.
+    """
+    _check_backend_per_kind(engine_args)
+    if not isinstance(engine_args.additional_config, dict):
+        raise ValueError(
+            f"sepllm reads additional_config as a dict, got "
+            f"{type(engine_args.additional_config).__name__}; pass a dict"
+        )
+    if engine_args.attention_backend is not None and engine_args.attention_config.backend:
+        raise ValueError(
+            "attention_backend and attention_config.backend are both set; set one of them"
+        )
+    if engine_args.scheduler_cls is not None:
+        raise ValueError(
+            f"sepllm needs its own scheduler, which knows the requests' separators, but "
+            f"scheduler_cls={engine_args.scheduler_cls!r} is set; remove it or do not select sepllm"
+        )
+    if engine_args.worker_cls != "auto":
+        raise ValueError(
+            f"sepllm needs its own worker, which wraps the attention layers, but "
+            f"worker_cls={engine_args.worker_cls!r} is set; remove it or do not select sepllm"
+        )
+    if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
+        raise ValueError(
+            f"sepllm runs on CUDA, ROCm and x86 CPUs, this is {current_platform.device_name}; "
+            "serve without --attention-backend sepllm"
+        )
+
+
+def _check_backend_per_kind(engine_args: EngineArgs) -> None:
+    if BACKEND_NAME in {b.name for b in engine_args.attention_config.backend_per_kind.values()}:
+        raise ValueError(
+            "sepllm cannot be a backend of one kind of layer (backend_per_kind): it needs its own "
+            "scheduler; use --attention-backend sepllm, layers of other kinds are left alone"
+        )
+
+
+def check_vllm_config(vllm_config: VllmConfig) -> None:
+    """Refuse what sepllm cannot serve exactly.
+
+    Raises:
+        ValueError: one sentence for the first reason found.
+    """
+    for is_unsupported, reason in (
+        *_model_reasons(vllm_config),
+        *_speculative_reasons(vllm_config),
+        *_parallel_reasons(vllm_config),
+        *_cache_reasons(vllm_config),
+    ):
+        if is_unsupported:
+            raise ValueError(f"sepllm does not support {reason}")
+
+
+def check_drafts(vllm_config: VllmConfig) -> None:
+    """Refuse more draft tokens than can be staged; the policy is resolved.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    if vllm_config.speculative_config is None:
+        return
+    window = SepLLMConfig.from_additional_config(vllm_config.additional_config).window
+    if staging.num_entries(max_proposed(vllm_config)) > window:
+        raise ValueError(
+            f"sepllm does not support {vllm_config.num_speculative_tokens} draft tokens with a "
+            f"window of {window}: set num_speculative_tokens to {window // 2 - 1} or less, or a "
+            "larger window"
+        )
+
+
+def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    model = vllm_config.model_config
+    multimodal = model.multimodal_config
+    elsewhere = "serve this model without --attention-backend sepllm"
+    return [
+        (
+            model.runner_type != "generate",
+            f"{model.runner_type} models, which read all tokens of a request once: {elsewhere}",
+        ),
+        (
+            model.is_encoder_decoder,
+            f"encoder-decoder models, whose cross attention reads every encoder token: {elsewhere}",
+        ),
+        (
+            model.use_mla,
+            f"MLA models, whose KV cache holds latents instead of keys: {elsewhere}",
+        ),
+        (
+            model.is_hybrid or model.is_attention_free,
+            f"models with recurrent state (Mamba and its like): {elsewhere}",
+        ),
+        (
+            model.is_mm_prefix_lm,
+            f"models that attend in both directions inside an image: {elsewhere}",
+        ),
+        (
+            multimodal is not None and not multimodal.language_model_only,
+            "images, audio and video, whose placeholders are no separators, so that the model "
+            "would forget them as the window passes: add --language-model-only, which serves text",
+        ),
+        (
+            model.rswa_window is not None,
+            f"models with reference sliding window attention: {elsewhere}",
+        ),
+        (
+            vllm_config.diffusion_config is not None,
+            f"diffusion language models, which rewrite tokens already in the cache: {elsewhere}",
+        ),
+        (
+            model.enable_prompt_embeds,
+            "prompt embeddings, which have no token ids to find separators in: remove "
+            "--enable-prompt-embeds",
+        ),
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            "batch invariance: where the scheduler cuts a prompt, which other requests decide, "
+            "moves the last bits of its attention: unset VLLM_BATCH_INVARIANT",
+        ),
+    ]
+
+
+def _speculative_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return []
+    return [
+        (
+            not vllm_config.use_v2_model_runner,
+            "speculative decoding under Model Runner V1, whose drafters go by token positions in "
+            "the cache: remove --speculative-config"
+            + ("" if current_platform.is_cpu() else ", or unset VLLM_USE_V2_MODEL_RUNNER"),
+        ),
+        (
+            speculative.method not in _DRAFTERS,
+            f"speculative decoding with {speculative.method!r}, which shares layers or states with "
+            f"the model: use one of {list(_DRAFTERS)}, or remove --speculative-config",
+        ),
+    ]
+
+
+def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    parallel = vllm_config.parallel_config
+    return [
+        (
+            parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+            "context parallelism, which spreads the tokens of a request by position: set "
+            "--decode-context-parallel-size and --prefill-context-parallel-size to 1 and use "
+            "--tensor-parallel-size",
+        ),
+        (
+            parallel.use_ubatching,
+            "splitting a batch into micro-batches: remove --enable-dbo and --ubatch-size",
+        ),
+        (
+            current_platform.is_cpu() and vllm_config.use_v2_model_runner,
+            "vLLM's Model Runner V2 on CPU yet: unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+    ]
+
+
+def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    events = vllm_config.kv_events_config
+    return [
+        (
+            events is not None and events.enable_kv_cache_events,
+            "KV cache events, which name blocks by the tokens at their position: remove "
+            "--kv-events-config",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors and KV offloading, which move blocks by token position: remove "
+            "--kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            vllm_config.aux_output_config.enabled,
+            "returned routed experts, which vLLM keeps by blocks of token positions: remove "
+            "--enable-return-routed-experts",
+        ),
+        (
+            cache.kv_sharing_fast_prefill,
+            "fast prefill with KV sharing: remove --kv-sharing-fast-prefill",
+        ),
+        (
+            is_quantized_kv_cache(cache.cache_dtype)
+            and (current_platform.is_cpu() or cache.cache_dtype not in FP8_CACHE_DTYPES),
+            f"a KV cache in {cache.cache_dtype}: remove --kv-cache-dtype"
+            + ("" if current_platform.is_cpu() else ", or set it to fp8"),
+        ),
+        (
+            current_platform.is_cpu()
+            and kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
+            f"a KV cache in {cache.cache_dtype} for a model in {model.dtype}, which vLLM's CPU "
+            "kernels misread: remove --kv-cache-dtype",
+        ),
+        (
+            current_platform.is_cpu() and cache.block_size % 32 != 0,
+            f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
+            "tokens: set --block-size 32, or leave it out",
+        ),
+    ]

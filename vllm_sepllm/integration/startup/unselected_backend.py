@@ -1,0 +1,74 @@
+"""What the name ``SEPLLM`` resolves to if vLLM looks the backend class up by itself."""
+
+from typing import NoReturn
+
+from vllm.platforms import current_platform
+from vllm.platforms.interface import Platform
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.selector import AttentionSelectorConfig
+
+from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+
+
+class SepLLMBackend(AttentionBackend):
+    """Never attends: our worker replaces the platform's own backend layer by layer instead.
+
+    vLLM gets here only if a VllmConfig was put together without EngineArgs, so nobody chose our
+    scheduler and worker.
+    """
+
+    @staticmethod
+    def get_name() -> str:
+        """The name in ``AttentionBackendEnum``."""
+        return "SEPLLM"
+
+    @staticmethod
+    def get_impl_cls() -> NoReturn:
+        """Refuse.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "the attention backend sepllm needs its own scheduler and worker, which are chosen by "
+            "EngineArgs.create_engine_config(); create the VllmConfig with it, or use vllm.LLM or "
+            "vllm serve"
+        )
+
+    @staticmethod
+    def get_builder_cls() -> NoReturn:
+        """Refuse, as :meth:`get_impl_cls`."""
+        SepLLMBackend.get_impl_cls()
+
+
+def install() -> None:
+    """Let vLLM's CPU platform look our name up, once per process.
+
+    It answers with its own backend whatever is asked for (vLLM 0.32), so an engine that was not
+    set up by EngineArgs would serve with full attention without a word.
+    """
+    if not current_platform.is_cpu():
+        return
+    # not at the top: this module also loads where that platform is not the current one
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
+    if getattr(original, "is_sepllm", False):
+        return
+
+    def get_attn_backend_cls(
+        cls: type[Platform],
+        selected_backend: AttentionBackendEnum,
+        attn_selector_config: AttentionSelectorConfig,
+        num_heads: int | None = None,
+    ) -> str:
+        if selected_backend and selected_backend.name == BACKEND_NAME:
+            return selected_backend.get_path()
+        path: str = original(cls, selected_backend, attn_selector_config, num_heads)
+        return path
+
+    setattr(get_attn_backend_cls, "is_sepllm", True)  # noqa: B010  # a function has no such field
+    CpuPlatform.get_attn_backend_cls = classmethod(  # type: ignore[method-assign, assignment]
+        get_attn_backend_cls
+    )

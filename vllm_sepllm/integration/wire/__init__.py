@@ -1,0 +1,1 @@
+"""What crosses a process border: configuration, plan, a request's choices, metrics."""

@@ -1,0 +1,64 @@
+"""The KV cache of a SepLLM layer, as vLLM's block accounting sees it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Self
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
+
+from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.policy.layout import max_compact_length
+from vllm_sepllm.policy.step import staging
+from vllm_sepllm.policy.visibility import Policy
+
+# vLLM 0.32 registers its own specs on first use, and only while its table is empty: a plugin that
+# comes first would leave every built-in spec without a manager.
+KVCacheSpecRegistry.check_kv_cache_spec_registry({})
+
+
+# Not a FullAttentionSpec: FullAttentionSpec.merge accepts subclasses and drops their fields, so a
+# model with full_layers would silently become one full-attention group.
+@register_kv_cache_spec(manager_class=SepLLMManager)
+@dataclass(frozen=True, kw_only=True)
+class SepLLMSpec(AttentionSpec):
+    """A layer that holds the compact entries of each request (policy/layout.py).
+
+    Attributes:
+        policy: a, n and s; s is a number here, so that the cache of a request is bounded.
+    """
+
+    policy: Policy
+
+    @classmethod
+    def from_full_attention(cls, spec: FullAttentionSpec, policy: Policy) -> Self:
+        """The same layer under the SepLLM rule."""
+        kept = {
+            field.name: getattr(spec, field.name) for field in dataclasses.fields(AttentionSpec)
+        }
+        return cls(**kept, policy=policy)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        """Bytes of this layer that the longest request needs if every token is a separator."""
+        longest = max_compact_length(self.policy, vllm_config.model_config.max_model_len)
+        longest += staging.num_entries(max_proposed(vllm_config))
+        return cdiv(longest, self.block_size) * self.page_size_bytes
+
+    def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
+        """Width of the block table: staging of a short request can pass its own length."""
+        longest = max_len + staging.num_entries(max_proposed(vllm_config))
+        return super().max_num_blocks_per_req(vllm_config, longest)
+
+    @property
+    def uses_slot_mapping(self) -> bool:
+        """No: vLLM's goes by token position, past the end of a compact row."""
+        return False
+
+
+def max_proposed(vllm_config: VllmConfig) -> int:
+    """Most tokens that a step of speculative decoding proposes, the certain one included; or 0."""
+    if vllm_config.speculative_config is None:
+        return 0
+    return 1 + vllm_config.num_speculative_tokens

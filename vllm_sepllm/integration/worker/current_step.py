@@ -1,0 +1,122 @@
+"""The plan's way from the scheduler's output to the metadata builders of one worker."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from vllm_sepllm.policy.step.plan import BatchRows, StepPlan
+from vllm_sepllm.policy.visibility import IntArray
+
+# vLLM's SchedulerOutput has no field for plugins; it is a plain dataclass, so an attribute of our
+# own travels with it through every executor's pickling.
+_PLAN_ATTRIBUTE = "sepllm_plan"
+
+
+def attach_plan(scheduler_output: SchedulerOutput, plan: StepPlan) -> None:
+    """Send ``plan`` to the workers with this step."""
+    setattr(scheduler_output, _PLAN_ATTRIBUTE, plan)
+
+
+class CurrentStep:
+    """What the builders of one worker may ask about the step that is being executed."""
+
+    def __init__(self) -> None:
+        self._plan: StepPlan | None = None
+        self._afterwards: list[Callable[[], None]] = []
+        self._is_warm_up = False
+        # the last batch: most steps have the same requests in the same order
+        self._ids: Sequence[str] = ()
+        self._rows: dict[str, int] = {}
+        self._order = np.zeros(0, dtype=np.int64)
+
+    @contextmanager
+    def warm_up(self) -> Iterator[None]:
+        """Accept steps that the worker makes up itself: they have requests, but no scheduler."""
+        self._is_warm_up = True
+        try:
+            yield
+        finally:
+            self._is_warm_up = False
+
+    @contextmanager
+    def of(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
+        """Make the plan of ``scheduler_output`` current.
+
+        Raises:
+            RuntimeError: if tokens are scheduled without a plan: another scheduler is at work.
+        """
+        plan = getattr(scheduler_output, _PLAN_ATTRIBUTE, None)
+        is_run = scheduler_output.total_num_scheduled_tokens > 0
+        if plan is None and is_run and self._is_warm_up:
+            plan = _warm_up_plan(scheduler_output)
+        if plan is None and is_run:
+            raise RuntimeError(
+                "sepllm's worker got a step without a plan: the engine does not run "
+                "SepLLMScheduler; select sepllm through EngineArgs, vllm.LLM or vllm serve"
+            )
+        self._plan = plan
+        try:
+            yield
+            for work in self._afterwards:
+                work()
+        finally:
+            self._plan = None
+            self._afterwards = []
+
+    def plan_runs_of(self, runner: Any) -> None:
+        """Make the plan current whenever the model runner executes a step of the scheduler's.
+
+        Not when the worker does: vLLM's Ray executor with compiled graphs calls the runner itself.
+        """
+        execute_model = runner.execute_model
+
+        def execute_model_with_plan(
+            scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
+        ) -> Any:
+            if dummy_run:  # Model Runner V2 makes up a step to warm up with
+                return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+            with self.of(scheduler_output):
+                return execute_model(scheduler_output, *args, **kwargs)
+
+        runner.execute_model = execute_model_with_plan
+
+    def afterwards(self, work: Callable[[], None]) -> None:
+        """Do ``work`` once the step's forward has been launched."""
+        self._afterwards.append(work)
+
+    @property
+    def is_dummy(self) -> bool:
+        """Whether vLLM runs the model without requests: profiling, warm-up, graph capture."""
+        return self._plan is None
+
+    def rows(self, request_ids: Sequence[str], group_id: int) -> BatchRows:
+        """The plan of these requests, in the order of the batch, for a KV cache group."""
+        assert self._plan is not None, "there is no plan outside a step"
+        return self._plan.of(self._order_of(list(request_ids), self._plan.rows), group_id)
+
+    def _order_of(self, ids: list[str], rows: dict[str, int]) -> IntArray:
+        """The plan's row of each request, [num_requests]."""
+        if ids != self._ids or (rows is not self._rows and rows != self._rows):
+            self._ids, self._rows = ids, rows
+            self._order = np.array([rows[request_id] for request_id in ids], dtype=np.int64)
+        return self._order
+
+
+def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:
+    """The plan of requests without a separator (vLLM: v1/worker/gpu/warmup.py makes such steps)."""
+    cached = scheduler_output.scheduled_cached_reqs
+    start = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    start |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
+    names = list(scheduler_output.num_scheduled_tokens)
+    nothing = np.zeros(0, dtype=np.int64)
+    return StepPlan(
+        rows={name: row for row, name in enumerate(names)},
+        start=np.array([start[name] for name in names], dtype=np.int64),
+        num_spilled=np.zeros(len(names), dtype=np.int64),
+        spills=np.zeros(len(names), dtype=np.bool_),
+        separators=dict.fromkeys(range(len(names)), nothing),
+        snapshots={},
+    )

@@ -1,0 +1,199 @@
+"""Torch oracles: slow, readable, on any device. Nothing here is fast on purpose."""
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_sepllm.policy.keys.tiles import NEVER, rank_bound
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy
+
+
+def spill(caches: Sequence[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) -> None:
+    """Oracle of :func:`vllm_sepllm.ops.spill`; ``caches`` are [blocks, heads, block_size, row]."""
+    for cache in caches:
+        block_size = cache.shape[2]
+        for source, target in zip(src.tolist(), dst.tolist(), strict=True):
+            if target < 0:
+                continue
+            row = cache[source // block_size, :, source % block_size].clone()
+            cache[target // block_size, :, target % block_size] = row
+
+
+def entry_slots(
+    entries: torch.Tensor, block_table: torch.Tensor, block_size: int, out: torch.Tensor
+) -> None:
+    """Oracle of :func:`vllm_sepllm.ops.entry_slots`."""
+    for index, (row, compact) in enumerate(zip(*entries.tolist(), strict=True)):
+        if compact < 0:
+            out[index] = -1
+        else:
+            block_id = int(block_table[row, compact // block_size])
+            out[index] = block_id * block_size + compact % block_size
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    requests: torch.Tensor,
+    separators: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    policy: BatchPolicy,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Oracle of :func:`vllm_sepllm.ops.prefill`: M1 over the keys a request holds, row by row.
+
+    Reads the requests' table and the separators, never the tiles. Computes in float32, or in
+    float64 if the queries are.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    factors = (1.0, 1.0) if scales is None else (float(scales[0]), float(scales[1]))
+    for table_row, start, end, first, num_spilled, offset, count, _, window in requests[
+        :, :9
+    ].tolist():
+        own = Policy(policy.initial_tokens, window, policy.max_separators)
+        listed = separators[offset : offset + count].tolist()
+        keys = _keys_of_request(own, start, end, num_spilled, listed)
+        compact = torch.tensor([index for _, _, index in keys if index >= 0], dtype=torch.int64)
+        rows, blocks = slice(first, first + end - start), block_table[table_row]
+        k = _gather(key_cache, blocks, compact).to(dtype) * factors[0]
+        v = _gather(value_cache, blocks, compact).to(dtype) * factors[1]
+        k, v = torch.cat([k, key[rows].to(dtype)]), torch.cat([v, value[rows].to(dtype)])
+        visible = _visible(own, start, end, num_spilled, listed, keys).to(query.device)
+        result = attend(query[rows].to(dtype), k, v, visible, scale, soft_cap, sinks)
+        out[rows] = result.to(out.dtype)
+
+
+def list_keys(
+    requests: torch.Tensor,
+    separators: torch.Tensor,
+    until: torch.Tensor,
+    block_table: torch.Tensor,
+    block_size: int,
+    out: torch.Tensor,
+    *,
+    policy: BatchPolicy,
+) -> None:
+    """Oracle of :func:`vllm_sepllm.ops.list_keys`, key by key."""
+    for row in requests.tolist():
+        table_row, start, end, _, num_spilled, offset, count, until_offset, n, column = row[:10]
+        if start == end:
+            continue
+        a, bound = policy.initial_tokens, max(1, rank_bound(policy))
+        listed = separators[offset : offset + count].tolist()
+
+        def slot(compact: int, blocks: torch.Tensor = block_table[table_row]) -> int:
+            return int(blocks[compact // block_size]) * block_size + compact % block_size
+
+        def leaves(p: int, end: int = end - n, first: int = until_offset) -> int:
+            return int(until[first + p]) if p < end else NEVER
+
+        found = [(slot(p), NEVER) for p in range(min(a, start))]
+        ranked = []
+        for rank in range(row[10], row[12]):
+            index, later = rank - num_spilled, rank - num_spilled + bound
+            last = listed[later] + n if later < count else NEVER
+            if rank >= row[11]:
+                ranked.append((listed[index] - start, last))
+            elif index < 0:
+                found.append((slot(a + n + rank % bound), last))
+            else:
+                found.append((slot(a + (listed[index] - a) % n), last))
+        ring = range(max(0, start - n + 1), start)
+        found += [(slot(p if p < a else a + (p - a) % n), leaves(p)) for p in ring]
+        found += ranked + [(p - start, leaves(p)) for p in range(start, end)]
+        out[:, column : column + len(found)] = torch.tensor(found, dtype=out.dtype).T
+
+
+def _keys_of_request(
+    policy: Policy, start: int, end: int, num_spilled: int, separators: list[int]
+) -> list[tuple[int, int, int]]:
+    """(position, rank, compact index) of each key: cached ones, then the chunk's.
+
+    Position is -1 in the tail, rank -1 where the key is no separator or an initial token, compact
+    index -1 for the chunk's own keys.
+    """
+    a, n = policy.initial_tokens, policy.window
+    rank = {position: num_spilled + i for i, position in enumerate(separators)}
+    initial = [(p, -1, p) for p in range(min(a, start))]
+    size = num_spilled if policy.max_separators is None else policy.max_separators
+    tail = [(-1, r, a + n + r % size) for r in range(max(0, num_spilled - size), num_spilled)]
+    ring = [(p, rank.get(p, -1), a + (p - a) % n) for p in range(max(a, start - n), start)]
+    # start - n is there for its spill; unless a separator, no query of the chunk may read it
+    ring = [entry for entry in ring if entry[0] > start - n or entry[1] >= 0]
+    chunk = [(p, rank.get(p, -1), -1) for p in range(start, end)]
+    return initial + tail + ring + chunk
+
+
+def _visible(
+    policy: Policy,
+    start: int,
+    end: int,
+    num_spilled: int,
+    separators: list[int],
+    keys: list[tuple[int, int, int]],
+) -> torch.Tensor:
+    """[num_queries, num_keys] of the rule, bounded extension included."""
+    a, n, s = policy.initial_tokens, policy.window, policy.max_separators
+    mask = torch.zeros(end - start, len(keys), dtype=torch.bool)
+    for row, i in enumerate(range(start, end)):
+        num_far = num_spilled + sum(p <= i - n for p in separators)
+        for col, (p, rank, _) in enumerate(keys):
+            in_tail = p < 0
+            is_near = not in_tail and (p < a or i - p < n)
+            is_far_separator = rank >= 0 and (s is None or rank >= num_far - s)
+            mask[row, col] = p <= i and (is_near or is_far_separator)
+    return mask
+
+
+def _gather(cache: torch.Tensor, blocks: torch.Tensor, compact: torch.Tensor) -> torch.Tensor:
+    """Rows [num_keys, num_kv_heads, head_size] of a paged cache at compact indices."""
+    block_size = cache.shape[2]
+    # fp8 has no indexing kernel on CPU: float32 holds every fp8 value
+    wide = cache.to(torch.float32) if cache.element_size() == 1 else cache
+    compact = compact.to(blocks.device)
+    return wide[blocks[compact // block_size].long(), :, compact % block_size]
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_visible: torch.Tensor,
+    scale: float,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dense masked attention in the dtype of its arguments.
+
+    Args:
+        query: [num_queries, num_heads, head_size].
+        key: [num_keys, num_kv_heads, head_size].
+        value: [num_keys, num_kv_heads, head_size].
+        is_visible: [num_queries, num_keys].
+        scale: factor of the logits.
+        soft_cap: c of c * tanh(logits / c); 0: none.
+        sinks: [num_heads] logits of a key without value, or None.
+
+    Returns:
+        [num_queries, num_heads, head_size].
+    """
+    group = query.shape[1] // key.shape[1]
+    k, v = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    logits = torch.einsum("qhd,khd->hqk", query, k) * scale
+    if soft_cap:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    logits = logits.masked_fill(~is_visible, float("-inf"))
+    if sinks is not None:
+        extra = sinks.to(logits.dtype)[:, None, None].expand(-1, logits.shape[1], 1)
+        weights = torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)

@@ -1,0 +1,1 @@
+"""Which tokens are separators, and where a request has them."""

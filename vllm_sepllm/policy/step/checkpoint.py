@@ -1,0 +1,100 @@
+"""The state of a compact cache at a position, kept for requests that begin with the same tokens.
+
+Ring entries are overwritten, so a cached prefix is a *checkpoint*: the entries [0, compact length)
+after its tokens. Blocks that no continuation writes are shared, the others are copied, both when
+the checkpoint is taken and when a request starts from it.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.step import prefill
+from vllm_sepllm.policy.visibility import IntArray, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Where the entries of a checkpoint's own blocks come from while a step runs.
+
+    Attributes:
+        copy_source: [num_copies], compact index in the request's cache as the step begins.
+        copy_target: [num_copies], compact index in the checkpoint.
+        tokens: [num_writes], tokens of the step, counted from its first.
+        target: [num_writes], their compact indices in the checkpoint.
+    """
+
+    copy_source: IntArray
+    copy_target: IntArray
+    tokens: IntArray
+    target: IntArray
+
+
+def written_blocks(
+    policy: Policy,
+    block_size: int,
+    num_tokens: int,
+    num_spilled: int,
+    *,
+    may_wrap: bool,
+    stays_dense: bool = False,
+) -> list[int]:
+    """Blocks of a state that a request going on from it would write, ascending.
+
+    The ring, and the tail's last block if it is not full. If the request may spill more than
+    max_separators, the tail is a ring too and no block is safe. If it ends within a + n tokens, as
+    with full attention, the ring never goes round and full blocks stay as they are.
+    """
+    length = layout.compact_length(policy, num_tokens, num_spilled)
+    num_blocks = -(-length // block_size)
+    if may_wrap:
+        return list(range(num_blocks))
+    return [
+        i
+        for i in range(num_blocks)
+        if (i * block_size < policy.num_dense and not stays_dense) or (i + 1) * block_size > length
+    ]
+
+
+def overwritten_blocks(policy: Policy, block_size: int, start: int, end: int) -> list[int]:
+    """Blocks in which the step [start, end) writes over tokens of the ring, ascending."""
+    a, n = policy.initial_tokens, policy.window
+    positions = range(max(start, policy.num_dense, end - n), end)
+    return sorted({(a + (p - a) % n) // block_size for p in positions})
+
+
+def snapshot(chunk: prefill.Chunk, position: int, block_size: int, blocks: list[int]) -> Snapshot:
+    """What ``blocks`` of the state after ``position`` tokens hold, start < position <= end."""
+    until = np.searchsorted(chunk.separators, position)
+    part = replace(chunk, end=position, separators=chunk.separators[:until])
+    kept = prefill.survivors(part)
+    length = layout.compact_length(chunk.policy, position, part.num_spilled_after)
+
+    # an entry is as it was unless the step copies or writes it
+    source = np.arange(length)
+    source[kept.copy_target] = kept.copy_source
+    is_written = np.zeros(length, dtype=np.bool_)
+    is_written[kept.target] = True
+
+    is_own = np.zeros(-(-length // block_size), dtype=np.bool_)
+    is_own[blocks] = True
+    is_own_entry = np.repeat(is_own, block_size)[:length]
+    copied = np.flatnonzero(is_own_entry & ~is_written)
+    written = is_own_entry[kept.target]
+    return Snapshot(source[copied], copied, kept.tokens[written], kept.target[written])
+
+
+def checkpoint_positions(
+    start: int, end: int, *, interval: int, wanted: tuple[int, ...]
+) -> list[int]:
+    """Positions in (start, end] at which a step leaves a checkpoint, ascending.
+
+    Args:
+        start: tokens computed before the step.
+        end: tokens computed after it.
+        interval: one at every multiple of it.
+        wanted: and at these, if the step passes them.
+    """
+    regular = range((start // interval + 1) * interval, end + 1, interval)
+    return sorted({*regular, *(p for p in wanted if start < p <= end)})

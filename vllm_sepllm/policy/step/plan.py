@@ -1,0 +1,227 @@
+"""What a step needs to know of each scheduled request. Made by the scheduler, read by workers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.index import SeparatorIndex
+from vllm_sepllm.policy.step.staging import Commit, Staged
+from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray, Policy, RowPolicies
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSnapshot:
+    """A checkpoint that a step leaves (policy/step/checkpoint.py).
+
+    Attributes:
+        position: tokens of the request that it stands for; the step passes or reaches it.
+        blocks: KV cache group -> compact block index -> block id, those that the checkpoint has
+            to itself.
+    """
+
+    position: int
+    blocks: dict[int, dict[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSnapshot:
+    """A PlannedSnapshot as one KV cache group sees it: compact block index -> block id."""
+
+    position: int
+    blocks: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One row per scheduled request, in any order.
+
+    Attributes:
+        rows: request id -> row.
+        start: [num_rows], tokens computed before the step: i0.
+        num_spilled: [num_rows], separators that left the window before the step.
+        spills: [num_rows], for a row of one token: whether the token it overwrites is a separator.
+        separators: row -> positions of the separators in [max(a, i0-n), i1), for rows of several
+            tokens and rows with snapshots.
+        snapshots: row -> checkpoints that the step leaves; rows without any are absent.
+        commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
+        staged: row -> where the step leaves its proposals.
+        window: [num_rows], of requests that chose one; None: all rows have the engine's.
+    """
+
+    rows: dict[str, int]
+    start: IntArray
+    num_spilled: IntArray
+    spills: BoolArray
+    separators: dict[int, IntArray]
+    snapshots: dict[int, tuple[PlannedSnapshot, ...]]
+    commits: dict[int, Commit] = field(default_factory=dict)
+    staged: dict[int, Staged] = field(default_factory=dict)
+    window: IntArray | None = None
+
+    def of(self, order: IntArray, group_id: int) -> "BatchRows":
+        """The rows in ``order``, for a KV cache group."""
+        rows = order.tolist() if self.separators or self.snapshots else ()
+        nothing = len(order) - len(rows)  # a step of single tokens lists none of it
+        return BatchRows(
+            start=self.start[order],
+            num_spilled=self.num_spilled[order],
+            spills=self.spills[order],
+            separators=(*(self.separators.get(row) for row in rows), *[None] * nothing),
+            snapshots=(
+                *(_of_group(self.snapshots.get(row, ()), group_id) for row in rows),
+                *[()] * nothing,
+            ),
+            commits=tuple(self.commits.get(row) for row in rows) if self.commits else (),
+            staged=tuple(self.staged.get(row) for row in rows) if self.staged else (),
+            window=None if self.window is None else self.window[order],
+        )
+
+
+def _of_group(planned: Sequence[PlannedSnapshot], group_id: int) -> tuple[GroupSnapshot, ...]:
+    parts = (GroupSnapshot(p.position, p.blocks[group_id]) for p in planned)
+    return tuple(part for part in parts if part.blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRows:
+    """The plan in the order of a model runner's batch; arrays are [num_requests].
+
+    ``commits`` and ``staged`` are empty where nothing is proposed.
+    """
+
+    start: IntArray
+    num_spilled: IntArray
+    spills: BoolArray
+    separators: tuple[IntArray | None, ...]
+    snapshots: tuple[tuple[GroupSnapshot, ...], ...]
+    commits: tuple[Commit | None, ...] = ()
+    staged: tuple[Staged | None, ...] = ()
+    window: IntArray | None = None
+
+    def policy(self, engine: Policy) -> BatchPolicy:
+        """The policy of the rows, under an engine with policy ``engine``."""
+        if self.window is None:
+            return engine
+        return RowPolicies(engine.initial_tokens, self.window, engine.max_separators)
+
+
+@dataclass(slots=True)
+class StepPlanBuilder:
+    """Collects the rows of one step; ``policy`` is the engine's."""
+
+    policy: Policy
+    _rows: dict[str, int] = field(default_factory=dict)
+    _start: list[int] = field(default_factory=list)
+    _num_spilled: list[int] = field(default_factory=list)
+    _window: list[int] = field(default_factory=list)
+    _spills: list[bool] = field(default_factory=list)
+    _separators: dict[int, IntArray] = field(default_factory=dict)
+    _snapshots: dict[int, tuple[PlannedSnapshot, ...]] = field(default_factory=dict)
+    _commits: dict[int, Commit] = field(default_factory=dict)
+    _staged: dict[int, Staged] = field(default_factory=dict)
+
+    def add(
+        self,
+        request_id: str,
+        index: SeparatorIndex,
+        token_ids: Sequence[int],
+        start: int,
+        num_new_tokens: int,
+        snapshots: tuple[PlannedSnapshot, ...] = (),
+    ) -> None:
+        """Add the request that computes positions [start, start + num_new_tokens).
+
+        ``token_ids`` must be known up to start + num_new_tokens for several tokens or with
+        snapshots, and up to start + 1 - window for one: an asynchronous scheduler does not know
+        the newest yet.
+        """
+        policy = index.policy
+        row = len(self._rows)
+        self._rows[request_id] = row
+        left_before = layout.num_left_window(policy, start)
+        left_after = layout.num_left_window(policy, start + num_new_tokens)
+        needs_all = num_new_tokens > 1 or bool(snapshots)
+        last = start + num_new_tokens if needs_all else left_after
+        index.extend(token_ids, last)
+        num_spilled = index.count_below(left_before)
+        num_known = index.count_below(last)
+        self._start.append(start)
+        self._num_spilled.append(num_spilled)
+        self._window.append(policy.window)
+        leaves = num_new_tokens == 1 and index.count_below(left_after) > num_spilled
+        self._spills.append(leaves)
+        if needs_all:
+            self._separators[row] = index.positions(num_spilled, num_known)
+        if snapshots:
+            self._snapshots[row] = snapshots
+
+    def add_proposing(
+        self,
+        request_id: str,
+        index: SeparatorIndex,
+        token_ids: Sequence[int],
+        start: int,
+        commit: Commit | None,
+        staged: Staged | None,
+    ) -> None:
+        """Add a request whose step is decided by speculative decoding.
+
+        Every row lists its separators, those of one token too: rows with drafts come before them
+        in a batch, and what follows a prefill row is one. Drafts are never far from their queries,
+        so it does not matter whether they are separators: ``token_ids`` must be known up to start.
+        """
+        row = len(self._rows)
+        known = min(len(token_ids), start + 1)
+        self.add(request_id, index, token_ids, start, 1)
+        first = index.count_below(layout.num_left_window(index.policy, start))
+        index.extend(token_ids, known)
+        self._separators[row] = index.positions(first, index.count_below(known))
+        if commit is not None:
+            self._commits[row] = commit
+        if staged is not None:
+            self._staged[row] = staged
+
+    def build(self) -> StepPlan:
+        """The plan of the rows added so far."""
+        return StepPlan(
+            rows=self._rows,
+            start=np.array(self._start, dtype=np.int64),
+            num_spilled=np.array(self._num_spilled, dtype=np.int64),
+            spills=np.array(self._spills, dtype=np.bool_),
+            separators=self._separators,
+            snapshots=self._snapshots,
+            commits=self._commits,
+            staged=self._staged,
+            window=row_windows(self._window, self.policy),
+        )
+
+    def build_after(self, decodes: StepPlan) -> StepPlan:
+        """The rows of ``decodes``, which have neither separators nor snapshots, then these."""
+        own, offset = self.build(), len(decodes.rows)
+        return StepPlan(
+            rows=decodes.rows | {name: offset + row for name, row in own.rows.items()},
+            start=np.concatenate([decodes.start, own.start]),
+            num_spilled=np.concatenate([decodes.num_spilled, own.num_spilled]),
+            spills=np.concatenate([decodes.spills, own.spills]),
+            separators={offset + row: found for row, found in own.separators.items()},
+            snapshots={offset + row: made for row, made in own.snapshots.items()},
+            window=self._joined_window(decodes, own),
+        )
+
+    def _joined_window(self, *parts: StepPlan) -> IntArray | None:
+        if all(part.window is None for part in parts):
+            return None
+        window: list[IntArray] = [
+            np.full(len(p.rows), self.policy.window) if p.window is None else p.window
+            for p in parts
+        ]
+        return np.concatenate(window)
+
+
+def row_windows(windows: Sequence[int], engine: Policy) -> IntArray | None:
+    """The windows of a plan's rows; None if all are the engine's, which is the fast path."""
+    if all(window == engine.window for window in windows):
+        return None
+    return np.array(windows, dtype=np.int64)

@@ -1,0 +1,124 @@
+"""Tokens that a step only proposes: their KV waits beside the cache until the next step.
+
+Speculative decoding computes a certain token and drafts behind it. Writing drafts to the ring
+would overwrite entries that are still read if the drafts are wrong, so all of them go to staging
+entries behind the request's last entry. The next step knows how many were right: it *commits*
+those, before anything else. The entries of a request are then
+
+    [0, L)          as in policy/layout.py, L its compact length when the step begins
+    [L, L + m)      left free, into which the commit may grow
+    [L + m, L + 2m) staging, m = 1 + the most drafts a step
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.index import SeparatorIndex
+from vllm_sepllm.policy.visibility import IntArray, Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What the last step of a request proposed.
+
+    Attributes:
+        position: of its first token.
+        entry: compact index where that token's KV waits; the others follow.
+    """
+
+    position: int
+    entry: int
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Proposed tokens that turned out right.
+
+    Attributes:
+        staged: where they wait.
+        end: position after the last of them.
+        num_spilled: separators that left the window before ``staged.position``.
+        separators: [num_leaving], positions of those that leave it now, ascending.
+    """
+
+    staged: Staged
+    end: int
+    num_spilled: int
+    separators: IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class CommitMoves:
+    """The copies of a commit; spills come first, all sources of a kind before its targets.
+
+    Attributes:
+        spill_source: [num_spills], compact index in the ring.
+        spill_target: [num_spills], compact index in the tail.
+        source: [num_tokens], compact index in staging.
+        target: [num_tokens], compact index among the initial tokens or in the ring.
+    """
+
+    spill_source: IntArray
+    spill_target: IntArray
+    source: IntArray
+    target: IntArray
+
+
+def num_entries(max_tokens: int) -> int:
+    """Entries that a request needs beyond its compact length.
+
+    Args:
+        max_tokens: most tokens that a step proposes, the certain one included; 0: none.
+    """
+    return 2 * max_tokens
+
+
+def propose(
+    index: SeparatorIndex,
+    last: Staged | None,
+    start: int,
+    num_drafts: int,
+    max_tokens: int,
+) -> tuple[Commit | None, Staged | None]:
+    """Follow the proposals of a request through a step.
+
+    Args:
+        index: of the request, with its tokens up to start - window taken in.
+        last: what the step before proposed.
+        start: tokens computed before the step: the proposals before it were right.
+        num_drafts: that the step proposes behind its certain token.
+        max_tokens: most tokens that a step may propose.
+
+    Returns:
+        What the step commits first, and where it leaves its own proposals. Without drafts its
+        token is certain, and before the window is full no entry is overwritten: both go to the
+        cache directly, as in stock vLLM.
+    """
+    policy = index.policy
+    num_spilled = index.count_below(layout.num_left_window(policy, start))
+    commit = staged = None
+    if last is not None:
+        before = index.count_below(layout.num_left_window(policy, last.position))
+        commit = Commit(last, start, before, index.positions(before, num_spilled))
+    if num_drafts and start + 1 + num_drafts > policy.num_dense:
+        entry = layout.compact_length(policy, start, num_spilled) + max_tokens
+        staged = Staged(start, entry)
+    return commit, staged
+
+
+def commit_moves(policy: Policy, commit: Commit) -> CommitMoves:
+    """What a commit copies. The window must be longer than the commit."""
+    separators = commit.separators
+    rank = commit.num_spilled + np.arange(len(separators))
+    if policy.max_separators is not None:
+        still = rank >= commit.num_spilled + len(separators) - policy.max_separators
+        separators, rank = separators[still], rank[still]
+    position = np.arange(commit.staged.position, commit.end)
+    return CommitMoves(
+        spill_source=layout.ring_index(policy, separators),
+        spill_target=layout.tail_index(policy, rank) if len(rank) else rank,
+        source=commit.staged.entry + position - commit.staged.position,
+        target=layout.ring_index(policy, position),
+    )
