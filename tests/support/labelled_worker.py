@@ -14,7 +14,7 @@ from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.step import checkpoint, decode, prefill
-from vllm_sepllm.policy.step.plan import PlannedSnapshot, StepPlan
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 BLOCK = 4
@@ -29,7 +29,7 @@ class Scheduled:
     request: Request
     start: int
     size: int
-    snapshots: tuple[PlannedSnapshot, ...] = ()
+    checkpoints: tuple[PlannedCheckpoint, ...] = ()
 
     @property
     def name(self) -> str:
@@ -71,7 +71,7 @@ class LabelledWorker:
             if group_id not in self.ours:
                 self.other_layers(group_id, own, labels)
                 continue
-            for planned in part.snapshots:
+            for planned in part.checkpoints:
                 blocks = planned.blocks[group_id]
                 if blocks:
                     self.fill(chunk, planned.position, blocks, own, labels)
@@ -103,7 +103,7 @@ class LabelledWorker:
         own: list[int],
         labels: list[Label],
     ) -> None:
-        part = checkpoint.snapshot(chunk, position, BLOCK, list(blocks))
+        part = checkpoint.checkpoint_parts(chunk, position, BLOCK, list(blocks))
         for source, target in zip(part.copy_source, part.copy_target, strict=True):
             self.move(self.slot(own, source), self.slot(blocks, target))
         for token, target in zip(part.tokens, part.target, strict=True):

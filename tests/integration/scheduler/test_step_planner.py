@@ -15,16 +15,16 @@ pytest.importorskip("vllm")
 from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.step.plan import PlannedSnapshot, StepPlan, StepPlanBuilder
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 FLAGS = np.array([False, True])
 INTERVAL = 16
 
 
-def snapshots_at(start: int, end: int) -> tuple[PlannedSnapshot, ...]:
+def checkpoints_at(start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
     """A stand-in for the manager: one at every multiple of the interval."""
-    return tuple(PlannedSnapshot(p, {}) for p in range(start + 1, end + 1) if p % INTERVAL == 0)
+    return tuple(PlannedCheckpoint(p, {}) for p in range(start + 1, end + 1) if p % INTERVAL == 0)
 
 
 class Machine:
@@ -38,16 +38,16 @@ class Machine:
         self.separators = RequestSeparators(
             policy, FLAGS, self.requests, choose=lambda request: self.own(request.request_id)
         )
-        self.planner = StepPlanner(self.separators, self.take_snapshots, lambda policy: INTERVAL)
+        self.planner = StepPlanner(self.separators, self.plan_checkpoints, lambda policy: INTERVAL)
 
     def own(self, name: str) -> Policy:
         """The policy of a request."""
         return replace(self.policy, window=self.windows.get(name, self.policy.window))
 
     @staticmethod
-    def take_snapshots(request: Any, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
+    def plan_checkpoints(request: Any, start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
         """None beyond the known tokens, as PrefixCache."""
-        return snapshots_at(start, end) if end <= len(request._all_token_ids) else ()
+        return checkpoints_at(start, end) if end <= len(request._all_token_ids) else ()
 
     def arrive(self, name: str, seed: int, num_prompt: int) -> None:
         gen = np.random.default_rng(seed)
@@ -84,7 +84,7 @@ class Machine:
             request = self.requests[name]
             start, known = request.num_computed_tokens, request._all_token_ids
             index = SeparatorIndex(self.own(name), np.append(FLAGS, False))
-            taken = snapshots_at(start, start + size) if start + size <= len(known) else ()
+            taken = checkpoints_at(start, start + size) if start + size <= len(known) else ()
             builder = StepPlanBuilder(self.policy)
             builder.add(name, index, known, start, size, taken)
             want, row = builder.build(), plan.rows[name]
@@ -92,7 +92,7 @@ class Machine:
             assert plan.num_spilled[row] == want.num_spilled[0]
             assert plan.spills[row] == want.spills[0]
             assert plan.window is None or plan.window[row] == windows[name]
-            assert plan.snapshots.get(row, ()) == want.snapshots.get(0, ())
+            assert plan.checkpoints.get(row, ()) == want.checkpoints.get(0, ())
             assert (row in plan.separators) == (0 in want.separators)
             if row in plan.separators:
                 assert plan.separators[row].tolist() == want.separators[0].tolist()

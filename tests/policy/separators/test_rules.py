@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from vllm_sepllm.policy.separators.rules import (
     closes_segment,
-    density,
     flags,
     is_boundary,
     paper_surfaces,
@@ -255,13 +254,6 @@ def test_flags_round_trip(ids: set[int]) -> None:
 def test_flags_refuse_ids_outside_the_vocabulary() -> None:
     with pytest.raises(ValueError, match=r"\[0, 3\), the vocabulary, got \[-1, 3\]"):
         flags([3, -1, 2], 3)
-
-
-def test_density_is_the_share_of_separators() -> None:
-    table = flags([1, 3], 5)
-    assert density([0, 1, 1, 4], table) == 0.5
-    with pytest.raises(ValueError, match="at least one token, got none"):
-        density([], table)
 
 
 def smollm2(folder: Path) -> tuple[Any, FakeTokenizer]:

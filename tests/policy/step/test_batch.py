@@ -14,7 +14,7 @@ from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.step.batch import BatchStep, Moves, Saves, plan_batch
-from vllm_sepllm.policy.step.plan import PlannedSnapshot, StepPlanBuilder
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlanBuilder
 from vllm_sepllm.policy.step.staging import Staged, propose
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
@@ -83,7 +83,7 @@ class Action:
 
 
 def run(
-    requests: list[Request], actions: list[Action], snapshots: dict[str, PlannedSnapshot]
+    requests: list[Request], actions: list[Action], checkpoints: dict[str, PlannedCheckpoint]
 ) -> dict[int, object]:
     """One step; returns what the checkpoints' slots hold."""
     engine = requests[0].policy
@@ -96,14 +96,14 @@ def run(
                 request.index, request.last, start, action.num_drafts, MAX_PROPOSED
             )
             request.last = staged
-            if request.name in snapshots:
+            if request.name in checkpoints:
                 assert commit is None
-                plan.add(request.name, request.index, known, start, 1, (snapshots[request.name],))
+                plan.add(request.name, request.index, known, start, 1, (checkpoints[request.name],))
             else:
                 plan.add_proposing(request.name, request.index, known, start, commit, staged)
         else:
             assert request.last is None, "a prefill follows no drafts"
-            chosen = (snapshots[request.name],) if request.name in snapshots else ()
+            chosen = (checkpoints[request.name],) if request.name in checkpoints else ()
             end = start + action.num_new
             plan.add(request.name, request.index, request.token_ids, start, end - start, chosen)
     sizes = [action.num_drafts + action.num_new for action in actions]
@@ -209,7 +209,7 @@ def test_checkpoints_hold_the_state_at_their_position(
     spilled = request.index.count_below(layout.num_left_window(policy, position))
     length = layout.compact_length(policy, position, spilled)
     blocks = {i: 10 + 3 * i for i in range(-(-length // BLOCK_SIZE))}
-    slots = run([request], [Action(num_new)], {"only": PlannedSnapshot(position, {0: blocks})})
+    slots = run([request], [Action(num_new)], {"only": PlannedCheckpoint(position, {0: blocks})})
     held = [slots[blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE] for i in range(length)]
     assert sorted(held) == np.flatnonzero(request.mask[position - 1]).tolist()  # type: ignore[type-var]
 
@@ -248,8 +248,8 @@ def test_blocks_of_a_checkpoint_are_the_schedulers() -> None:
     policy = Policy(2, 6)
     request = Request("only", policy, [0] * 20)
     plan = StepPlanBuilder(policy)
-    snapshot = PlannedSnapshot(10, {0: {0: 10}})
-    plan.add("only", request.index, request.token_ids, 0, 12, (snapshot,))
+    checkpoint = PlannedCheckpoint(10, {0: {0: 10}})
+    plan.add("only", request.index, request.token_ids, 0, 12, (checkpoint,))
     rows = plan.build().of(np.arange(1), 0)
     step = plan_batch(policy, rows, np.array([0, 12]), 12, 8)
     assert sorted(step.saved_slots.tolist()) == list(range(80, 88))

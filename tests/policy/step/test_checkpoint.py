@@ -28,7 +28,7 @@ def chunk_of(cache: Cache, num_new_tokens: int) -> prefill.Chunk:
     may_wrap=st.booleans(),
     data=st.data(),
 )
-def test_snapshot_and_shared_blocks_are_the_state_at_the_position(
+def test_checkpoint_and_shared_blocks_are_the_state_at_the_position(
     policy: Policy,
     token_ids: list[int],
     block_size: int,
@@ -49,12 +49,12 @@ def test_snapshot_and_shared_blocks_are_the_state_at_the_position(
     limit = policy.max_separators
     may_wrap = may_wrap or (limit is not None and chunk.num_spilled_after > limit)
     own = checkpoint.written_blocks(policy, block_size, position, spilled, may_wrap=may_wrap)
-    snap = checkpoint.snapshot(chunk, position, block_size, own)
+    parts = checkpoint.checkpoint_parts(chunk, position, block_size, own)
     got = {
         int(t): cache.entries[int(s)]
-        for s, t in zip(snap.copy_source, snap.copy_target, strict=True)
+        for s, t in zip(parts.copy_source, parts.copy_target, strict=True)
     }
-    got |= {int(t): start + int(k) for k, t in zip(snap.tokens, snap.target, strict=True)}
+    got |= {int(t): start + int(k) for k, t in zip(parts.tokens, parts.target, strict=True)}
 
     cache.step(end - start, 128)
     shared = [i for i in want.entries if i // block_size not in own]
@@ -104,6 +104,6 @@ def test_positions_are_the_multiples_and_the_wanted() -> None:
 
 def test_nothing_is_numbered_twice() -> None:
     chunk = prefill.Chunk(Policy(1, 4), 0, 20, 0, np.array([3, 9, 12]))
-    snap = checkpoint.snapshot(chunk, 15, 4, [0, 1])
-    targets = np.concatenate([snap.copy_target, snap.target])
+    parts = checkpoint.checkpoint_parts(chunk, 15, 4, [0, 1])
+    targets = np.concatenate([parts.copy_target, parts.target])
     assert len(set(targets.tolist())) == len(targets) == 7

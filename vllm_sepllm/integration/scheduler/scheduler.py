@@ -67,7 +67,7 @@ class _SepLLMMixin(Scheduler):
         )
         self._planner = StepPlanner(
             self._separators,
-            self._prefix_cache.take_snapshots,
+            self._prefix_cache.plan_checkpoints,
             self._prefix_cache.interval_of,
             most_proposed,
         )
@@ -150,7 +150,7 @@ class _SepLLMMixin(Scheduler):
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """What the workers must know of the step that was just scheduled."""
         plan = self._planner.plan(scheduler_output)
-        self._prefix_cache.release_snapshots()
+        self._prefix_cache.release_checkpoints()
         return plan
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:

@@ -9,11 +9,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
-from vllm_sepllm.policy.step.plan import PlannedSnapshot, StepPlan, StepPlanBuilder, row_windows
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder, row_windows
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
 # request, start and end of its step -> checkpoints that the step leaves
-TakeSnapshots = Callable[[Request, int, int], tuple[PlannedSnapshot, ...]]
+PlanCheckpoints = Callable[[Request, int, int], tuple[PlannedCheckpoint, ...]]
 
 _NUM_COMPUTED = attrgetter("num_computed_tokens")  # a step reads it of every request
 
@@ -57,7 +57,7 @@ class StepPlanner:
     def __init__(
         self,
         separators: RequestSeparators,
-        take_snapshots: TakeSnapshots,
+        plan_checkpoints: PlanCheckpoints,
         interval: Callable[[Policy], int],
         max_proposed: int = 0,
     ) -> None:
@@ -65,14 +65,14 @@ class StepPlanner:
 
         Args:
             separators: of its requests.
-            take_snapshots: says which checkpoints a step leaves; asked of every step that leaves
+            plan_checkpoints: says which checkpoints a step leaves; asked of every step that leaves
                 the rows of ``DecodeTable``.
             interval: of a policy: beyond a + n tokens, decode steps leave checkpoints at its
                 multiples only.
             max_proposed: most tokens that a step of speculative decoding proposes; 0: none.
         """
         self._separators = separators
-        self._take_snapshots = take_snapshots
+        self._plan_checkpoints = plan_checkpoints
         self._interval = interval
         self._max_proposed = max_proposed
         self._batch = _Batch(0, [], {}, [], np.zeros(0, dtype=np.int64), None)
@@ -134,7 +134,13 @@ class StepPlanner:
     def _decodes(self, batch: _Batch, start: IntArray) -> StepPlan:
         num_spilled, spills = self._separators.decodes.step(batch.slots, start)
         return StepPlan(
-            batch.rows, start, num_spilled, spills, separators={}, snapshots={}, window=batch.window
+            batch.rows,
+            start,
+            num_spilled,
+            spills,
+            separators={},
+            checkpoints={},
+            window=batch.window,
         )
 
     def _add(self, plan: StepPlanBuilder, request: Request, num_new_tokens: int) -> None:
@@ -145,7 +151,7 @@ class StepPlanner:
             request._all_token_ids,
             start,
             num_new_tokens,
-            self._take_snapshots(request, start, start + num_new_tokens),
+            self._plan_checkpoints(request, start, start + num_new_tokens),
         )
 
     def _plan_proposing(self, output: SchedulerOutput) -> StepPlan:

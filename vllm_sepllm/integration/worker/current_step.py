@@ -118,5 +118,5 @@ def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:
         num_spilled=np.zeros(len(names), dtype=np.int64),
         spills=np.zeros(len(names), dtype=np.bool_),
         separators=dict.fromkeys(range(len(names)), nothing),
-        snapshots={},
+        checkpoints={},
     )

@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from vllm_sepllm.policy.separators.vocabulary import Tokenizer, Vocabulary, read_vocabulary
 from vllm_sepllm.policy.visibility import BoolArray
@@ -234,15 +233,3 @@ def flags(ids: Iterable[int], vocab_size: int) -> BoolArray:
     table = np.zeros(vocab_size, dtype=np.bool_)
     table[list(_checked_ids(ids, vocab_size))] = True
     return table
-
-
-def density(token_ids: npt.ArrayLike, is_separator: BoolArray) -> float:
-    """Share of the tokens that are separators; ``is_separator`` is the table of ``flags``.
-
-    Raises:
-        ValueError: if there are no tokens: they have no share.
-    """
-    ids = np.asarray(token_ids, dtype=np.int64)
-    if ids.size == 0:
-        raise ValueError("token_ids must hold at least one token, got none; skip empty texts")
-    return float(is_separator[ids].mean())

@@ -120,7 +120,7 @@ def plan_batch(
     chunks = [_chunk(policy, rows, row, first) for row in range(num_library, num_rows)]
     moves = _write_chunks(chunks, rows, num_library, first, target)
     commit_spills, commits = _commits(policy, rows)
-    before, tokens, slots, after = _snapshots(policy, rows, first, block_size)
+    before, tokens, slots, after = _checkpoints(policy, rows, first, block_size)
     return BatchStep(
         commit_spills=commit_spills,
         commits=commits,
@@ -200,7 +200,7 @@ def _of_row(row: int, *columns: IntArray) -> IntArray:
     return np.stack([np.full(len(columns[0]), row), *columns])
 
 
-def _snapshots(
+def _checkpoints(
     policy: BatchPolicy, rows: BatchRows, first: IntArray, block_size: int
 ) -> tuple[Saves, IntArray, IntArray, Saves]:
     """Checkpoints of the step: saves before it, tokens and their slots, saves after it.
@@ -208,22 +208,22 @@ def _snapshots(
     A row of one token saves its blocks once the step is done: a CUDA graph writes each token once.
     """
     nothing = np.zeros(0, dtype=np.int64)
-    if not any(rows.snapshots):
+    if not any(rows.checkpoints):
         return Saves(nothing, nothing, nothing), nothing, nothing, Saves(nothing, nothing, nothing)
     before: list[IntArray] = []
     after: list[IntArray] = []
     tokens: list[IntArray] = []
     slots: list[IntArray] = []
-    for row, planned in enumerate(rows.snapshots):
-        for snap in planned:
+    for row, planned in enumerate(rows.checkpoints):
+        for item in planned:
             chunk = _chunk(policy, rows, row, first)
-            own = _own_slots(snap.blocks, block_size)
+            own = _own_slots(item.blocks, block_size)
             if chunk.end - chunk.start == 1:
                 length = layout.compact_length(chunk.policy, chunk.end, chunk.num_spilled_after)
                 entries = np.flatnonzero(own[:length] >= 0)
                 after.append(_of_row(row, entries, own[entries]))
                 continue
-            part = checkpoint.snapshot(chunk, snap.position, block_size, list(snap.blocks))
+            part = checkpoint.checkpoint_parts(chunk, item.position, block_size, list(item.blocks))
             before.append(_of_row(row, part.copy_source, own[part.copy_target]))
             tokens.append(part.tokens + first[row])
             slots.append(own[part.target])

@@ -15,7 +15,7 @@ from vllm_sepllm.policy.visibility import IntArray, Policy
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class CheckpointParts:
     """Where the entries of a checkpoint's own blocks come from while a step runs.
 
     Attributes:
@@ -64,7 +64,9 @@ def overwritten_blocks(policy: Policy, block_size: int, start: int, end: int) ->
     return sorted({(a + (p - a) % n) // block_size for p in positions})
 
 
-def snapshot(chunk: prefill.Chunk, position: int, block_size: int, blocks: list[int]) -> Snapshot:
+def checkpoint_parts(
+    chunk: prefill.Chunk, position: int, block_size: int, blocks: list[int]
+) -> CheckpointParts:
     """What ``blocks`` of the state after ``position`` tokens hold, start < position <= end."""
     until = np.searchsorted(chunk.separators, position)
     part = replace(chunk, end=position, separators=chunk.separators[:until])
@@ -82,7 +84,7 @@ def snapshot(chunk: prefill.Chunk, position: int, block_size: int, blocks: list[
     is_own_entry = np.repeat(is_own, block_size)[:length]
     copied = np.flatnonzero(is_own_entry & ~is_written)
     written = is_own_entry[kept.target]
-    return Snapshot(source[copied], copied, kept.tokens[written], kept.target[written])
+    return CheckpointParts(source[copied], copied, kept.tokens[written], kept.target[written])
 
 
 def checkpoint_positions(

@@ -12,7 +12,7 @@ from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray, Poli
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedSnapshot:
+class PlannedCheckpoint:
     """A checkpoint that a step leaves (policy/step/checkpoint.py).
 
     Attributes:
@@ -26,8 +26,8 @@ class PlannedSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupSnapshot:
-    """A PlannedSnapshot as one KV cache group sees it: compact block index -> block id."""
+class GroupCheckpoint:
+    """A PlannedCheckpoint as one KV cache group sees it: compact block index -> block id."""
 
     position: int
     blocks: dict[int, int]
@@ -43,8 +43,8 @@ class StepPlan:
         num_spilled: [num_rows], separators that left the window before the step.
         spills: [num_rows], for a row of one token: whether the token it overwrites is a separator.
         separators: row -> positions of the separators in [max(a, i0-n), i1), for rows of several
-            tokens and rows with snapshots.
-        snapshots: row -> checkpoints that the step leaves; rows without any are absent.
+            tokens and rows with checkpoints.
+        checkpoints: row -> checkpoints that the step leaves; rows without any are absent.
         commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
         staged: row -> where the step leaves its proposals.
         window: [num_rows], of requests that chose one; None: all rows have the engine's.
@@ -55,22 +55,22 @@ class StepPlan:
     num_spilled: IntArray
     spills: BoolArray
     separators: dict[int, IntArray]
-    snapshots: dict[int, tuple[PlannedSnapshot, ...]]
+    checkpoints: dict[int, tuple[PlannedCheckpoint, ...]]
     commits: dict[int, Commit] = field(default_factory=dict)
     staged: dict[int, Staged] = field(default_factory=dict)
     window: IntArray | None = None
 
     def of(self, order: IntArray, group_id: int) -> "BatchRows":
         """The rows in ``order``, for a KV cache group."""
-        rows = order.tolist() if self.separators or self.snapshots else ()
+        rows = order.tolist() if self.separators or self.checkpoints else ()
         nothing = len(order) - len(rows)  # a step of single tokens lists none of it
         return BatchRows(
             start=self.start[order],
             num_spilled=self.num_spilled[order],
             spills=self.spills[order],
             separators=(*(self.separators.get(row) for row in rows), *[None] * nothing),
-            snapshots=(
-                *(_of_group(self.snapshots.get(row, ()), group_id) for row in rows),
+            checkpoints=(
+                *(_of_group(self.checkpoints.get(row, ()), group_id) for row in rows),
                 *[()] * nothing,
             ),
             commits=tuple(self.commits.get(row) for row in rows) if self.commits else (),
@@ -79,8 +79,8 @@ class StepPlan:
         )
 
 
-def _of_group(planned: Sequence[PlannedSnapshot], group_id: int) -> tuple[GroupSnapshot, ...]:
-    parts = (GroupSnapshot(p.position, p.blocks[group_id]) for p in planned)
+def _of_group(planned: Sequence[PlannedCheckpoint], group_id: int) -> tuple[GroupCheckpoint, ...]:
+    parts = (GroupCheckpoint(p.position, p.blocks[group_id]) for p in planned)
     return tuple(part for part in parts if part.blocks)
 
 
@@ -95,7 +95,7 @@ class BatchRows:
     num_spilled: IntArray
     spills: BoolArray
     separators: tuple[IntArray | None, ...]
-    snapshots: tuple[tuple[GroupSnapshot, ...], ...]
+    checkpoints: tuple[tuple[GroupCheckpoint, ...], ...]
     commits: tuple[Commit | None, ...] = ()
     staged: tuple[Staged | None, ...] = ()
     window: IntArray | None = None
@@ -118,7 +118,7 @@ class StepPlanBuilder:
     _window: list[int] = field(default_factory=list)
     _spills: list[bool] = field(default_factory=list)
     _separators: dict[int, IntArray] = field(default_factory=dict)
-    _snapshots: dict[int, tuple[PlannedSnapshot, ...]] = field(default_factory=dict)
+    _checkpoints: dict[int, tuple[PlannedCheckpoint, ...]] = field(default_factory=dict)
     _commits: dict[int, Commit] = field(default_factory=dict)
     _staged: dict[int, Staged] = field(default_factory=dict)
 
@@ -129,12 +129,12 @@ class StepPlanBuilder:
         token_ids: Sequence[int],
         start: int,
         num_new_tokens: int,
-        snapshots: tuple[PlannedSnapshot, ...] = (),
+        checkpoints: tuple[PlannedCheckpoint, ...] = (),
     ) -> None:
         """Add the request that computes positions [start, start + num_new_tokens).
 
         ``token_ids`` must be known up to start + num_new_tokens for several tokens or with
-        snapshots, and up to start + 1 - window for one: an asynchronous scheduler does not know
+        checkpoints, and up to start + 1 - window for one: an asynchronous scheduler does not know
         the newest yet.
         """
         policy = index.policy
@@ -142,7 +142,7 @@ class StepPlanBuilder:
         self._rows[request_id] = row
         left_before = layout.num_left_window(policy, start)
         left_after = layout.num_left_window(policy, start + num_new_tokens)
-        needs_all = num_new_tokens > 1 or bool(snapshots)
+        needs_all = num_new_tokens > 1 or bool(checkpoints)
         last = start + num_new_tokens if needs_all else left_after
         index.extend(token_ids, last)
         num_spilled = index.count_below(left_before)
@@ -154,8 +154,8 @@ class StepPlanBuilder:
         self._spills.append(leaves)
         if needs_all:
             self._separators[row] = index.positions(num_spilled, num_known)
-        if snapshots:
-            self._snapshots[row] = snapshots
+        if checkpoints:
+            self._checkpoints[row] = checkpoints
 
     def add_proposing(
         self,
@@ -191,14 +191,14 @@ class StepPlanBuilder:
             num_spilled=np.array(self._num_spilled, dtype=np.int64),
             spills=np.array(self._spills, dtype=np.bool_),
             separators=self._separators,
-            snapshots=self._snapshots,
+            checkpoints=self._checkpoints,
             commits=self._commits,
             staged=self._staged,
             window=row_windows(self._window, self.policy),
         )
 
     def build_after(self, decodes: StepPlan) -> StepPlan:
-        """The rows of ``decodes``, which have neither separators nor snapshots, then these."""
+        """The rows of ``decodes``, which have neither separators nor checkpoints, then these."""
         own, offset = self.build(), len(decodes.rows)
         return StepPlan(
             rows=decodes.rows | {name: offset + row for name, row in own.rows.items()},
@@ -206,7 +206,7 @@ class StepPlanBuilder:
             num_spilled=np.concatenate([decodes.num_spilled, own.num_spilled]),
             spills=np.concatenate([decodes.spills, own.spills]),
             separators={offset + row: found for row, found in own.separators.items()},
-            snapshots={offset + row: made for row, made in own.snapshots.items()},
+            checkpoints={offset + row: made for row, made in own.checkpoints.items()},
             window=self._joined_window(decodes, own),
         )
 

@@ -187,19 +187,19 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         builder = StepPlanBuilder(self.policy)
         for part in scheduled:
             end = part.start + part.size
-            part.snapshots = self.cache.take_snapshots(part.request, part.start, end)
+            part.checkpoints = self.cache.plan_checkpoints(part.request, part.start, end)
             tokens = list(part.request.all_token_ids)
             index = self.separators.index(part.name)
-            builder.add(part.name, index, tokens, part.start, part.size, part.snapshots)
+            builder.add(part.name, index, tokens, part.start, part.size, part.checkpoints)
         taken = [
             block_id
             for part in scheduled
-            for planned in part.snapshots
+            for planned in part.checkpoints
             for blocks in planned.blocks.values()
             for block_id in blocks.values()
         ]
         assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
-        self.cache.release_snapshots()
+        self.cache.release_checkpoints()
         plan = builder.build()
         assert len({c.dst_block_id for c in copies}) == len(copies)
         sources = {c.src_block_id for c in copies}

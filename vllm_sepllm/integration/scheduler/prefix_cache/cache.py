@@ -22,7 +22,7 @@ from vllm_sepllm.integration.scheduler.prefix_cache.decode_checkpoints import (
 from vllm_sepllm.integration.scheduler.prefix_cache.dense_prefixes import DensePrefixes
 from vllm_sepllm.integration.scheduler.usage import KvUsage
 from vllm_sepllm.policy.step import checkpoint
-from vllm_sepllm.policy.step.plan import PlannedSnapshot
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint
 from vllm_sepllm.policy.visibility import Policy
 
 if TYPE_CHECKING:
@@ -159,7 +159,9 @@ class PrefixCache:
         if self._standing is not None:
             self._standing.renew(self._separators)
 
-    def take_snapshots(self, request: Request, start: int, end: int) -> tuple[PlannedSnapshot, ...]:
+    def plan_checkpoints(
+        self, request: Request, start: int, end: int
+    ) -> tuple[PlannedCheckpoint, ...]:
         """Blocks for the checkpoints that the step [start, end) passes; the step fills them."""
         if not self._is_enabled:
             return ()
@@ -177,10 +179,10 @@ class PrefixCache:
         if not positions:
             return ()
         hashes = self._separators.salted(request)
-        planned = [self._snapshot(request, hashes, p) for p in positions]
+        planned = [self._plan_checkpoint(request, hashes, p) for p in positions]
         return tuple(p for p in planned if p is not None)
 
-    def release_snapshots(self) -> None:
+    def release_checkpoints(self) -> None:
         """The step is planned: its checkpoints belong to nobody, so no admission waits for them."""
         self._pool.free_blocks(self._fresh)
         self._fresh = []
@@ -202,9 +204,9 @@ class PrefixCache:
             for number in range(start // manager.block_size, end // manager.block_size):
                 self._dense.add(manager, hashes, number, blocks[number])
 
-    def _snapshot(
+    def _plan_checkpoint(
         self, request: Request, hashes: Sequence[BlockHash], position: int
-    ) -> PlannedSnapshot | None:
+    ) -> PlannedCheckpoint | None:
         num_hashes = position // self._pool.hash_block_size
         if not 0 < num_hashes <= len(hashes):
             return None
@@ -234,7 +236,7 @@ class PrefixCache:
                 for m, blocks in zip(self._managers, fresh, strict=True)
             }
             self._registry.add(block_hash, position, (), state)
-        return PlannedSnapshot(
+        return PlannedCheckpoint(
             position,
             {
                 m.kv_cache_group_id: {i: block.block_id for i, block in blocks.items()}

@@ -14,12 +14,12 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata, CPUAttenti
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.cpu.kv_layout import probe_layout
 from vllm_sepllm.integration.worker.cpu.metadata import (
+    CheckpointWrites,
     ChunkRows,
     LibraryRows,
     PrefillRows,
     SepLLMCPUMetadata,
     SlotCopies,
-    SnapshotWrites,
     TileTensors,
 )
 from vllm_sepllm.integration.worker.cpu.sequences import SequenceKernel
@@ -92,7 +92,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         block_table = common.block_table_tensor.numpy()
         if common.max_query_len == 1:
             return SepLLMCPUMetadata(
-                snapshots=self._snapshot_writes(rows, first, block_table),
+                checkpoints=self._checkpoint_writes(rows, first, block_table),
                 library=self._decode_rows(common, rows, block_table),
                 prefill=None,
             )
@@ -100,7 +100,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         num_dense = rows.policy(self._policy).num_dense
         is_library = (num_new == 1) | (rows.start + num_new <= num_dense)
         return SepLLMCPUMetadata(
-            snapshots=self._snapshot_writes(rows, first, block_table),
+            checkpoints=self._checkpoint_writes(rows, first, block_table),
             library=self._library_rows(common, rows, first, block_table, is_library),
             prefill=self._prefill_rows(rows, first, block_table, np.flatnonzero(~is_library)),
         )
@@ -110,22 +110,22 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
         slots = block_ids.astype(np.int64) * self.block_size + compact % self.block_size
         return torch.from_numpy(slots)
 
-    def _snapshot_writes(
+    def _checkpoint_writes(
         self, rows: BatchRows, first: IntArray, block_table: IntArray
-    ) -> SnapshotWrites | None:
-        if not any(rows.snapshots):
+    ) -> CheckpointWrites | None:
+        if not any(rows.checkpoints):
             return None
         source: list[torch.Tensor] = []
         target: list[torch.Tensor] = []
         tokens: list[IntArray] = []
         slots: list[torch.Tensor] = []
-        for row, planned in enumerate(rows.snapshots):
-            for snap in planned:
+        for row, planned in enumerate(rows.checkpoints):
+            for item in planned:
                 chunk = self._chunk(rows, row, int(first[row + 1] - first[row]))
-                blocks = list(snap.blocks)
-                part = checkpoint.snapshot(chunk, snap.position, self.block_size, blocks)
+                blocks = list(item.blocks)
+                part = checkpoint.checkpoint_parts(chunk, item.position, self.block_size, blocks)
                 own = np.zeros(max(blocks) + 1, dtype=np.int64)
-                own[blocks] = list(snap.blocks.values())
+                own[blocks] = list(item.blocks.values())
                 held_by = block_table[row, part.copy_source // self.block_size]
                 source.append(self._slots(held_by, part.copy_source))
                 target.append(
@@ -134,7 +134,7 @@ class SepLLMCPUMetadataBuilder(CPUAttentionMetadataBuilder):
                 tokens.append(part.tokens + first[row])
                 slots.append(self._slots(own[part.target // self.block_size], part.target))
         copied = [self._layout.slot_elements(torch.cat(part)) for part in (source, target)]
-        return SnapshotWrites(
+        return CheckpointWrites(
             copies=SlotCopies(*copied) if len(copied[0]) else None,
             tokens=torch.from_numpy(np.concatenate(tokens)),
             slots=torch.cat(slots),

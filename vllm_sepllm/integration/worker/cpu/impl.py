@@ -8,11 +8,11 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm_sepllm.integration.worker.cpu.kv_layout import CPUCacheLayout, split_cache
 from vllm_sepllm.integration.worker.cpu.masked_tiles import TileAttention
 from vllm_sepllm.integration.worker.cpu.metadata import (
+    CheckpointWrites,
     ChunkRows,
     LibraryRows,
     PrefillRows,
     SepLLMCPUMetadata,
-    SnapshotWrites,
 )
 
 
@@ -49,21 +49,21 @@ class SepLLMCPUImpl(AttentionImpl[SepLLMCPUMetadata]):
             raise NotImplementedError("sepllm does not support fused output quantization on CPU")
         if attn_metadata is None:  # the model runs without requests
             return output
-        if attn_metadata.snapshots is not None:
-            self._snapshots(layer, key, value, kv_cache, attn_metadata.snapshots)
+        if attn_metadata.checkpoints is not None:
+            self._checkpoints(layer, key, value, kv_cache, attn_metadata.checkpoints)
         if attn_metadata.library is not None:
             self._library(layer, query, key, value, kv_cache, attn_metadata.library, output)
         if attn_metadata.prefill is not None:
             self._prefill(layer, query, key, value, kv_cache, attn_metadata.prefill, output)
         return output
 
-    def _snapshots(
+    def _checkpoints(
         self,
         layer: AttentionLayer,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        writes: SnapshotWrites,
+        writes: CheckpointWrites,
     ) -> None:
         if writes.copies is not None:
             writes.copies.run(kv_cache)

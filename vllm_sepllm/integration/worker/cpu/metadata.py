@@ -129,7 +129,7 @@ class PrefillRows:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotWrites:
+class CheckpointWrites:
     """Checkpoints that the step leaves, filled before the requests' own entries change.
 
     Attributes:
@@ -147,6 +147,6 @@ class SnapshotWrites:
 class SepLLMCPUMetadata(AttentionMetadata):
     """The rows of a batch, split by who attends, and checkpoints. Each part may be absent."""
 
-    snapshots: SnapshotWrites | None
+    checkpoints: CheckpointWrites | None
     library: LibraryRows | None
     prefill: PrefillRows | None

@@ -21,11 +21,11 @@ from vllm_sepllm import ops
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu.metadata import (
+    CheckpointTokens,
     LibraryRows,
     PrefillRows,
     SepLLMGPUMetadata,
     SlotMoves,
-    SnapshotTokens,
 )
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.step import batch
@@ -181,7 +181,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             slots=slots,
             library=self._library(common, step),
             prefill=self._prefill(common, step, policy),
-            snapshot=self._snapshot(step),
+            checkpoint=self._checkpoint_tokens(step),
         )
 
     def _build_wrapped(self, common: CommonAttentionMetadata) -> Any:
@@ -278,7 +278,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
             self._move_entries(step.moves_after, common),
         )
 
-    def _snapshot(self, step: batch.BatchStep) -> SnapshotTokens | None:
+    def _checkpoint_tokens(self, step: batch.BatchStep) -> CheckpointTokens | None:
         if len(step.saved_tokens) == 0:
             return None
-        return SnapshotTokens(self._upload(step.saved_tokens), self._upload(step.saved_slots))
+        return CheckpointTokens(self._upload(step.saved_tokens), self._upload(step.saved_slots))

@@ -68,8 +68,8 @@ class SepLLMGPUImpl(AttentionImpl[SepLLMGPUMetadata]):
         step = attn_metadata
         if step.prefill is not None:
             self.prefill(layer, query, key, value, kv_cache, step.prefill, output)
-        if step.snapshot is not None:
-            tokens, slots = step.snapshot.tokens, step.snapshot.slots
+        if step.checkpoint is not None:
+            tokens, slots = step.checkpoint.tokens, step.checkpoint.slots
             self.wrapped.do_kv_cache_update(layer, key[tokens], value[tokens], kv_cache, slots)
         # after the prefill rows have read their rings; the library's rows belong to others
         self.wrapped.do_kv_cache_update(layer, key, value, kv_cache, step.slots)

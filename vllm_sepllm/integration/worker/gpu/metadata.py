@@ -51,7 +51,7 @@ class PrefillRows:
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotTokens:
+class CheckpointTokens:
     """Tokens of the step that go to a checkpoint as well.
 
     Attributes:
@@ -71,10 +71,10 @@ class SepLLMGPUMetadata(AttentionMetadata):
         slots: [num_tokens] int64, where each token's KV goes, -1: nowhere; in a persistent buffer.
         library: rows of the wrapped backend.
         prefill: rows of our kernel.
-        snapshot: KV that a checkpoint keeps besides.
+        checkpoint: KV that a checkpoint keeps besides.
     """
 
     slots: torch.Tensor
     library: LibraryRows | None
     prefill: PrefillRows | None
-    snapshot: SnapshotTokens | None
+    checkpoint: CheckpointTokens | None
