@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.cli.conftest import Run
+from tests.support.command_line import Run
 from vllm_sepllm import __version__
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import SENTENCE, Run
+from tests.support.command_line import SENTENCE, Run
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm")
