@@ -33,20 +33,20 @@ def causal_mask(num_tokens: int) -> torch.Tensor:
 
 
 def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
-    """The SepLLM rule, row by row: [num_tokens, num_tokens] bool."""
-    num_tokens = len(token_ids)
-    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    separators = [j for j, t in enumerate(token_ids) if t in rule.separator_ids]
-    if rule.interval is not None:
-        separators = list(range(0, num_tokens, rule.interval))
-    for i in range(num_tokens):
-        mask[i, : min(i + 1, rule.initial_tokens)] = True
-        mask[i, max(0, i - rule.window + 1) : i + 1] = True
-        far = [j for j in separators if rule.initial_tokens <= j <= i - rule.window]
-        if rule.max_separators is not None:
-            far = far[len(far) - min(len(far), rule.max_separators) :]
-        mask[i, far] = True
-    return mask
+    """The SepLLM rule for all pairs: [num_tokens, num_tokens] bool, rows are queries."""
+    position = torch.arange(len(token_ids))
+    distance = position[:, None] - position[None, :]
+    if rule.interval is None:
+        separators = torch.tensor(sorted(rule.separator_ids))
+        is_separator = torch.isin(torch.tensor(list(token_ids)), separators)
+    else:
+        is_separator = position % rule.interval == 0
+    is_initial = position < rule.initial_tokens
+    is_kept = is_separator & ~is_initial & (distance >= rule.window)
+    if rule.max_separators is not None:
+        # of each row the latest: counted from the right, itself included
+        is_kept &= is_kept.flip(1).cumsum(1).flip(1) <= rule.max_separators
+    return (distance >= 0) & (is_initial | (distance < rule.window) | is_kept)
 
 
 @lru_cache(maxsize=2)
