@@ -11,6 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.engine import Answer, Engine
+
+# float32 on both sides; what remains is the order of sums. Design: 3e-5 over 30 layers.
+TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -25,6 +30,19 @@ class Rule:
     max_separators: int | None = None
     full_layers: frozenset[int] = frozenset()
     interval: int | None = None
+
+
+def rule_of(made: Engine) -> Rule:
+    """What the engine says it does."""
+    config = made.engine.vllm_config.additional_config["sepllm"]
+    return Rule(
+        initial_tokens=config["initial_tokens"],
+        window=config["window"],
+        separator_ids=frozenset(config["separators"]),
+        max_separators=config["max_separators"],
+        full_layers=frozenset(config["full_layers"]),
+        interval=config["interval"],
+    )
 
 
 def causal_mask(num_tokens: int) -> torch.Tensor:
@@ -88,6 +106,28 @@ def log_probabilities(
         for handle in handles:
             handle.remove()
     return logits.float().log_softmax(dim=-1)
+
+
+def greedy(path: Path, prompt: list[int], tokens: list[int], rule: Rule | None) -> list[int]:
+    """What the model would have said at the position of each of ``tokens``."""
+    every = log_probabilities(path, prompt + tokens[:-1], rule, len(prompt) - 1)
+    found: list[int] = every.argmax(-1).tolist()
+    return found
+
+
+def differences(
+    path: Path, prompts: Sequence[list[int]], answers: Sequence[Answer], rule: Rule | None
+) -> tuple[int, float]:
+    """How many tokens the oracle would have chosen otherwise; the largest log-prob. difference."""
+    num_other, largest = 0, 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = prompt + answer.token_ids
+        logprobs = log_probabilities(path, tokens[:-1], rule, len(prompt) - 1)
+        chosen = torch.tensor(answer.token_ids)
+        num_other += int((logprobs.argmax(dim=-1) != chosen).sum())
+        own = logprobs[torch.arange(len(chosen)), chosen]
+        largest = max(largest, float((own - torch.tensor(answer.logprobs)).abs().max()))
+    return num_other, largest
 
 
 def _attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
