@@ -12,7 +12,7 @@ pytest_plugins = [
     "tests.support.command_line",
     "tests.support.compatibility",
     "tests.support.model_folders",
-    "tests.support.numbers",
+    "tests.support.measured",
     "tests.support.order",
 ]
 

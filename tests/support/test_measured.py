@@ -14,7 +14,7 @@ def test_something(number):
 
 def test_numbers_of_other_processes_are_printed(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(TEST)
-    command = [sys.executable, "-m", "pytest", "-p", "tests.support.numbers", "--numbers", "-n1"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.support.measured", "--numbers", "-n1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert "test_it.py::test_something: answer: 42" in done.stdout
