@@ -14,7 +14,7 @@ from vllm.v1.engine import FinishReason
 from vllm.v1.request import Request, RequestStatus
 
 from tests.support import tiny_models
-from vllm_sepllm.integration.frontend import request_choices
+from vllm_sepllm.integration.frontend.request_choices import RequestCheck
 from vllm_sepllm.integration.rigs.scheduler_rig import Load, SchedulerRig
 from vllm_sepllm.integration.worker.current_step import _PLAN_ATTRIBUTE
 
@@ -87,8 +87,8 @@ def test_front_ends_refuse_with_an_error_of_the_client(rig: SchedulerRig) -> Non
         )
         rig.config.cache_config.num_gpu_blocks = 12
         with pytest.raises(VLLMClientError, match=sentence) as refused:
-            request_choices._check(rig.config, asked)
+            RequestCheck(rig.config).check(asked)
         assert isinstance(refused.value, ValueError)
         rig.config.cache_config.num_gpu_blocks = blocks
         asked.sampling_params = SamplingParams(max_tokens=16, extra_args={"seed": 3})
-        request_choices._check(rig.config, asked)
+        RequestCheck(rig.config).check(asked)

@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +20,7 @@ from vllm_sepllm.integration.scheduler import coordinator
 from vllm_sepllm.integration.scheduler.coordinator import bind_managers
 from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 16
@@ -61,7 +61,7 @@ def make_manager(
     )
     separators = RequestSeparators(
         policy,
-        np.array([False, True]),
+        TokenSeparators((1,)),
         requests,
         choose=lambda request: (policies or {}).get(request.request_id, policy),
     )
@@ -194,7 +194,7 @@ def test_an_interval_that_is_rounded_up_is_said(
         hash_block_size=BLOCK,
         enable_caching=True,
     )
-    separators = RequestSeparators(policy, np.array([False, True]), {})
+    separators = RequestSeparators(policy, TokenSeparators((1,)), {})
     cache = bind_managers(manager.coordinator, separators, interval)
     assert cache.interval_of(separators.policy) == taken
     said = [line for line in lines if f"every {taken} tokens, not every {interval}" in line]

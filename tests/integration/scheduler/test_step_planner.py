@@ -14,11 +14,12 @@ pytest.importorskip("vllm")
 
 from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 INTERVAL = 16
 
 
@@ -36,7 +37,7 @@ class Machine:
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
         self.separators = RequestSeparators(
-            policy, FLAGS, self.requests, choose=lambda request: self.own(request.request_id)
+            policy, SEPARATORS, self.requests, choose=lambda request: self.own(request.request_id)
         )
         self.planner = StepPlanner(self.separators, self.plan_checkpoints, lambda policy: INTERVAL)
 
@@ -83,7 +84,7 @@ class Machine:
         for name, size in sizes.items():
             request = self.requests[name]
             start, known = request.num_computed_tokens, request._all_token_ids
-            index = SeparatorIndex(self.own(name), np.append(FLAGS, False))
+            index = SeparatorIndex(self.own(name), SEPARATORS)
             taken = checkpoints_at(start, start + size) if start + size <= len(known) else ()
             builder = StepPlanBuilder(self.policy)
             builder.add(name, index, known, start, size, taken)

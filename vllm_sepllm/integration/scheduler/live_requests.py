@@ -3,15 +3,15 @@
 from collections.abc import Callable, Mapping
 from hashlib import sha256
 
-import numpy as np
 from vllm.v1.core.kv_cache_utils import BlockHash
 from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.definition import Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.decode_table import DecodeTable
 from vllm_sepllm.policy.step.staging import Commit, Staged, propose
-from vllm_sepllm.policy.visibility import BoolArray, Policy
+from vllm_sepllm.policy.visibility import Policy
 
 
 def salt_of(salted: BlockHash) -> bytes:
@@ -25,25 +25,21 @@ class RequestSeparators:
     def __init__(
         self,
         policy: Policy,
-        flags: BoolArray,
+        separators: Separators,
         requests: Mapping[str, Request],
-        interval: int | None = None,
         choose: Callable[[Request], Policy] | None = None,
     ) -> None:
         """Nothing is known of any request yet.
 
         Args:
             policy: the engine's.
-            flags: [vocab_size], whether each token id is a separator.
+            separators: which tokens are separators.
             requests: the scheduler's table, not a copy.
-            interval: see SepLLMConfig.
             choose: the policy of a request, always the same; None: all have the engine's.
         """
         self.policy = policy
         self._choose = choose or (lambda request: policy)
-        self._interval = interval
-        # token ids past the vocabulary (added tokens) read the last entry, which is False
-        self._flags = np.append(flags, False)
+        self._separators = separators
         self._requests = requests
         self._indices: dict[str, SeparatorIndex] = {}
         self._salts: dict[Policy, bytes] = {}
@@ -67,7 +63,7 @@ class RequestSeparators:
         policy = self.policy_of(request_id)
         salt = self._salts.get(policy)
         if salt is None:
-            salt = sha256(repr(policy).encode() + self._flags.tobytes()).digest()
+            salt = sha256(repr((policy, self._separators)).encode()).digest()
             self._salts[policy] = salt
         return salt
 
@@ -85,7 +81,7 @@ class RequestSeparators:
         index = self._indices.get(request_id)
         if index is None:
             policy = self._choose(self._requests[request_id])
-            index = SeparatorIndex(policy, self._flags, self._interval)
+            index = SeparatorIndex(policy, self._separators)
             self._indices[request_id] = index
             self._slots[request_id] = self.decodes.add()
             self.version += 1

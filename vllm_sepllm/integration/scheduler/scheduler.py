@@ -10,7 +10,6 @@ from typing import Any
 from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -21,20 +20,17 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, StreamingUpdate
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.frontend import request_choices
+from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.scheduler.coordinator import bind_managers, most_blocks
 from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
 from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.integration.wire import choices
+from vllm_sepllm.integration.wire import config as wired
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.integration.worker.current_step import attach_plan
-from vllm_sepllm.policy.separators.rules import flags
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.step.plan import StepPlan
-
-# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
-logger = init_logger("vllm.plugins.sepllm")
 
 
 class _SepLLMMixin(Scheduler):
@@ -42,22 +38,18 @@ class _SepLLMMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
-        separator_ids = [int(i) for i in config.separators]
-        self._limits = request_choices.request_limits(self.vllm_config)
+        config = wired.read(self.vllm_config)
+        self._limits = choices.request_limits(self.vllm_config, config)
         # requests that wait for their end: what they ask for cannot be served
         self._refused: set[str] = set()
         self._separators = RequestSeparators(
             config.policy,
-            flags(separator_ids, vocab_size),
+            config.separators,
             self.requests,
-            config.interval,
-            partial(request_choices.policy_of, self._limits),
+            partial(choices.policy_of, self._limits),
         )
         most_proposed = max_proposed(self.vllm_config)
         self._tails = SharedTails(self._separators, max(1, most_proposed))
-        assert config.checkpoint_interval is not None, "resolved at start-up"
         self._prefix_cache = bind_managers(
             self.kv_cache_manager.coordinator,
             self._separators,
@@ -102,13 +94,13 @@ class _SepLLMMixin(Scheduler):
         super().add_request(request)
 
     def _take_choice(self, request: Request) -> None:
-        policy = request_choices.policy_of(self._limits, request)
+        policy = choices.policy_of(self._limits, request)
         if policy != self._limits.engine:
             kv = self.kv_cache_manager
             longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
             needed = most_blocks(kv.coordinator, policy, request, longest)
-            request_choices.check_fits(needed, kv.block_pool.num_gpu_blocks - 1, longest)
-        salt = request_choices.salted(self._limits, policy, request.cache_salt)
+            choices.check_fits(needed, kv.block_pool.num_gpu_blocks - 1, longest)
+        salt = choices.salted(self._limits, policy, request.cache_salt)
         if salt != request.cache_salt:
             request.cache_salt = salt
             request.block_hashes.clear()
