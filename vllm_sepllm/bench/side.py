@@ -47,12 +47,12 @@ class Side:
     def compact_length(self, prompt: list[int]) -> int:
         """Entries that the cache of ``prompt`` holds; its length if this side is stock vLLM."""
         # not at the top: vLLM takes seconds to import
-        from vllm_sepllm.integration.wire import config as wired
+        from vllm_sepllm.integration.wire.config import is_selected, read_config
 
         vllm_config = self.llm.llm_engine.vllm_config
-        if not wired.is_selected(vllm_config):
+        if not is_selected(vllm_config):
             return len(prompt)
-        config = wired.read(vllm_config)
+        config = read_config(vllm_config)
         index = SeparatorIndex(config.policy, config.separators)
         left = num_left_window(config.policy, len(prompt))
         index.extend(prompt, left)

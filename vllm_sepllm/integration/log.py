@@ -2,6 +2,6 @@
 
 import logging
 
-# vLLM logs through the handlers of the logger "vllm", so that users see a child of it alone. Its
-# init_logger would add methods that we do not use, and import vLLM where the version is unknown.
+# A child of the logger "vllm", through whose handlers users see it. vLLM's init_logger would add
+# the methods *_once alone, and start-up logs here also beside a vLLM that is not supported.
 logger = logging.getLogger("vllm.plugins.sepllm")

@@ -1,4 +1,4 @@
-"""Members of vLLM's classes, wrapped once per process. Start-up and front end do so."""
+"""Methods of vLLM's classes, wrapped once per process: by start-up and by the front end."""
 
 import functools
 import inspect
@@ -9,12 +9,12 @@ _MARK = "is_wrapped_by_sepllm"
 
 
 def wrap_once(owner: type, name: str, around: Callable[..., Any]) -> None:
-    """Have ``around(original, *args, **kwargs)`` called instead of a method or class method.
+    """Replace a method or class method by a call of ``around``. May run again.
 
     Args:
         owner: the class.
-        name: of its member.
-        around: gets the original function first, then what the caller passes, self or cls included.
+        name: of the method.
+        around: takes the original function, then what vLLM passes, self or cls first.
     """
     if is_wrapped(owner, name):
         return
@@ -31,5 +31,5 @@ def wrap_once(owner: type, name: str, around: Callable[..., Any]) -> None:
 
 
 def is_wrapped(owner: type, name: str) -> bool:
-    """Whether :func:`wrap_once` was here, below the wrapper of another plugin too."""
+    """Whether :func:`wrap_once` wrapped it; functools.wraps carries the mark to outer wrappers."""
     return hasattr(getattr(owner, name), _MARK)

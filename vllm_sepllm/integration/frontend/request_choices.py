@@ -12,8 +12,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_sepllm.config import ResolvedConfig
 from vllm_sepllm.integration.patch import wrap_once
-from vllm_sepllm.integration.wire import config as wired
 from vllm_sepllm.integration.wire.choices import check_fits, policy_of, request_limits
+from vllm_sepllm.integration.wire.config import is_selected, read_config
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.choice import chosen_keys
@@ -38,7 +38,7 @@ class RequestCheck:
     """Holds requests against what their engine can serve."""
 
     def __init__(self, vllm_config: VllmConfig) -> None:
-        config = wired.read(vllm_config)
+        config = read_config(vllm_config)
         self._limits = request_limits(vllm_config, config)
         self._cache_config = vllm_config.cache_config
         self._num_staging = staging.num_entries(max_proposed(vllm_config))
@@ -80,7 +80,7 @@ def _process_inputs(
     request = original(self, *args, **kwargs)
     params = request.sampling_params
     makes_choice = params is not None and bool(chosen_keys(params.extra_args))
-    if makes_choice and wired.is_selected(self.vllm_config):
+    if makes_choice and is_selected(self.vllm_config):
         if self not in _checks:
             _checks[self] = RequestCheck(self.vllm_config)
         _checks[self].check(request)

@@ -21,7 +21,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.patch import wrap_once
-from vllm_sepllm.integration.wire import config as wired
+from vllm_sepllm.integration.wire.config import is_selected, read_config
 from vllm_sepllm.integration.wire.report import PolicyUsage, Report, take_report
 from vllm_sepllm.policy.usage import label
 
@@ -55,7 +55,7 @@ def _init(
     **kwargs: Any,
 ) -> None:
     original(self, vllm_config, *args, **kwargs)
-    if wired.is_selected(vllm_config):
+    if is_selected(vllm_config):
         # first: what it takes out of the statistics is for nobody else
         self.stat_loggers.insert(0, SepLLMStatLogger(vllm_config, self.stat_loggers))
 
@@ -77,7 +77,7 @@ class SepLLMStatLogger(AggregateStatLoggerBase):
         self._metrics = _make_metrics(prometheus)
         self._is_logging = any(_is_logging(other) for other in others)
         self._last: dict[int, Report] = {}
-        policy = wired.read(vllm_config).policy
+        policy = read_config(vllm_config).policy
         name = label(policy, vllm_config.model_config.max_model_len)
         for engine_idx in self._engine_labels:
             self._set(engine_idx, {name: PolicyUsage()})

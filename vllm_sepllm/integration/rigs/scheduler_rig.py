@@ -32,7 +32,7 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_sepllm.integration.scheduler.scheduler import SepLLMScheduler
-from vllm_sepllm.integration.wire import config as wired
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.cpu.builder import SepLLMCPUMetadataBuilder
 from vllm_sepllm.integration.worker.current_step import CurrentStep
@@ -119,7 +119,7 @@ class SchedulerRig:
         )
         if not is_sepllm:
             return full
-        return SepLLMSpec.from_full_attention(full, wired.read(self.config).policy)
+        return SepLLMSpec.from_full_attention(full, read_config(self.config).policy)
 
     def _tokens(self, num_tokens: int) -> list[int]:
         is_separator = (self._random.random() < self.load.density for _ in range(num_tokens))

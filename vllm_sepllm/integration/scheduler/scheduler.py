@@ -26,7 +26,7 @@ from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
 from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
 from vllm_sepllm.integration.wire import choices
-from vllm_sepllm.integration.wire import config as wired
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.integration.worker.current_step import attach_plan
 from vllm_sepllm.policy.step import staging
@@ -38,7 +38,7 @@ class _SepLLMMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = wired.read(self.vllm_config)
+        config = read_config(self.vllm_config)
         self._limits = choices.request_limits(self.vllm_config, config)
         # requests that wait for their end: what they ask for cannot be served
         self._refused: set[str] = set()

@@ -13,8 +13,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
 from vllm_sepllm.integration.contracts import CONTRACTS
 from vllm_sepllm.integration.patch import is_wrapped
-from vllm_sepllm.integration.wire import config as wired
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+from vllm_sepllm.integration.wire.config import read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _settings(vllm_config: VllmConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    resolved = wired.read(vllm_config).to_json()
+    resolved = read_config(vllm_config).to_json()
     # what start-up alone needed: decode_backend, and a preset that stands for other settings
     others = {name: value for name, value in given.items() if name not in resolved}
     config = resolved | {name: value for name, value in others.items() if value is not None}

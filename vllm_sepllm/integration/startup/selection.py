@@ -7,23 +7,23 @@ Ray Serve all pass, so that is what we wrap. To be dropped when a backend can na
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from vllm.config import AttentionConfig, VllmConfig
+from vllm.config import AttentionConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, ResolvedConfig, SepLLMConfig
 from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.patch import wrap_once
 from vllm_sepllm.integration.startup import refusals
-from vllm_sepllm.integration.startup.trained_policy import with_trained_policy
-from vllm_sepllm.integration.wire import config as wired
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register_backend_name
-from vllm_sepllm.integration.wire.trained_config import check_served_as_trained
+from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
+from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
+from vllm_sepllm.policy import trained
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
 from vllm_sepllm.policy.separators.rules import separator_ids
 
@@ -52,7 +52,7 @@ def _create_engine_config(
     with _selection_hidden(engine_args, _decode_backend(given)):
         vllm_config = original(engine_args, *args, **kwargs)
     refusals.check_vllm_config(vllm_config)
-    given = with_trained_policy(given, vllm_config.model_config)
+    given = _with_trained_policy(given, vllm_config.model_config)
     config = _resolve(given, vllm_config)
     refusals.check_drafts(vllm_config, config.window)
     _complete(vllm_config, config)
@@ -114,6 +114,34 @@ def _selection_hidden(
             setattr(engine_args, name, value)
 
 
+def _with_trained_policy(given: SepLLMConfig, model_config: ModelConfig) -> SepLLMConfig:
+    """``given``, completed by what a checkpoint was trained with; what the user wrote wins.
+
+    Raises:
+        ValueError: if the checkpoint's policy cannot be served exactly.
+    """
+    if not is_trained(model_config):
+        return given
+    policy = trained.trained_policy(
+        model_config.hf_config.to_dict(),
+        num_layers=model_config.get_total_num_hidden_layers(),
+        max_model_len=model_config.max_model_len,
+    )
+    fields: dict[str, Any] = asdict(policy)
+    logger.info("The checkpoint was trained with SepLLM; its policy is %s.", fields)
+    for name in sorted(given.model_fields_set):
+        value = getattr(given, name)
+        if name in fields and value != fields[name]:
+            logger.warning(
+                "sepllm: %s is set to %s, but the checkpoint was trained with %s.",
+                name,
+                value,
+                fields[name],
+            )
+        fields[name] = value
+    return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: fields})
+
+
 def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
     model_config = vllm_config.model_config
     # None with skip_tokenizer_init, which does for a list of token ids
@@ -128,14 +156,14 @@ def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
 
 def _complete(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
     """Write what every process needs into ``vllm_config``; nothing is derived again later."""
-    wired.write(vllm_config, config)
+    write_config(vllm_config, config)
     scheduler_config = vllm_config.scheduler_config
     if scheduler_config.disable_hybrid_kv_cache_manager:
         # without it vLLM gives all layers one kind of cache, and ours has a kind of its own
         scheduler_config.disable_hybrid_kv_cache_manager = False
         logger.warning("sepllm needs the hybrid KV cache manager: it stays on.")
     scheduler_config.scheduler_cls = (
-        wired.ASYNC_SCHEDULER if scheduler_config.async_scheduling else wired.SCHEDULER
+        ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
     )
     vllm_config.parallel_config.worker_cls = (
         _CPU_WORKER if current_platform.is_cpu() else _GPU_WORKER

@@ -16,15 +16,15 @@ def is_selected(vllm_config: VllmConfig) -> bool:
     return vllm_config.scheduler_config.scheduler_cls in (SCHEDULER, ASYNC_SCHEDULER)
 
 
-def write(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
+def write_config(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
     """Put the configuration where the user's was; vLLM hashes the dictionary as JSON."""
     given = vllm_config.additional_config
     assert isinstance(given, dict), "refusals.check_engine_args lets only a dict pass"
     vllm_config.additional_config = {**given, ADDITIONAL_CONFIG_KEY: config.to_json()}
 
 
-def read(vllm_config: VllmConfig) -> ResolvedConfig:
+def read_config(vllm_config: VllmConfig) -> ResolvedConfig:
     """The configuration of an engine that runs sepllm; components read it once and pass it on."""
     written = vllm_config.additional_config
-    assert isinstance(written, dict), "write() wrote a dict"
+    assert isinstance(written, dict), "write_config() wrote a dict"
     return ResolvedConfig.from_json(written[ADDITIONAL_CONFIG_KEY])

@@ -15,10 +15,6 @@ class TokenSeparators:
 
     token_ids: tuple[int, ...]
 
-    def __post_init__(self) -> None:
-        if any(token_id < 0 for token_id in self.token_ids):
-            raise ValueError(f"token ids must be >= 0, got {min(self.token_ids)}")
-
     @cached_property
     def _table(self) -> BoolArray:
         # [highest separator + 2]: whether each token id is one; higher ids read the last entry
@@ -41,10 +37,6 @@ class IntervalSeparators:
     """Tokens at positions that ``interval`` divides are separators, whatever they are (FixLLM)."""
 
     interval: int
-
-    def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"interval must be >= 1, got {self.interval}")
 
     def includes(self, token_id: int, position: int) -> bool:
         """As :meth:`TokenSeparators.includes`."""
