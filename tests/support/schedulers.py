@@ -19,8 +19,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.support.tiny_configs import llama_config
-from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.scheduler.scheduler import SepLLMAsyncScheduler, SepLLMScheduler
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 
 BLOCK = 32
@@ -101,7 +101,7 @@ def make_scheduler(setting: Setting, *, log_stats: bool = False) -> Any:
     if setting.kind == "stock":
         specs = [FULL]
     else:
-        policy = SepLLMConfig.from_additional_config(config.additional_config).policy
+        policy = read_config(config).policy
         specs.append(SepLLMSpec.from_full_attention(FULL, policy))
     groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
     cache_config = KVCacheConfig(setting.num_blocks, [], groups)

@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,6 +20,7 @@ from vllm_sepllm.integration.scheduler import coordinator
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 16
@@ -62,7 +62,7 @@ def make_manager(
         hash_block_size=BLOCK,
         enable_caching=False,
     )
-    live = LiveRequests(np.array([False, True]))
+    live = LiveRequests(TokenSeparators((1,)))
     for name, request in requests.items():
         live.add(request, (policies or {}).get(name, policy))  # type: ignore[arg-type]
     SepLLMCoordinator(manager.coordinator, live, policy, 256)
@@ -194,7 +194,7 @@ def test_an_interval_that_is_rounded_up_is_said(
         hash_block_size=BLOCK,
         enable_caching=True,
     )
-    live = LiveRequests(np.array([False, True]))
+    live = LiveRequests(TokenSeparators((1,)))
     ours = coordinator.SepLLMCoordinator(manager.coordinator, live, policy, interval)
     assert ours.prefix_cache.interval_of(policy) == taken
     said = [line for line in lines if f"every {taken} tokens, not every {interval}" in line]

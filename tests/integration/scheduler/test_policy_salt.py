@@ -5,7 +5,7 @@ import dataclasses
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sepllm.integration.frontend.request_choices import salted
+from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.policy.choice import RequestLimits
 from vllm_sepllm.policy.visibility import Policy
 

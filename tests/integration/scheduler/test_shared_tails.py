@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
 
 from vllm_sepllm.integration.scheduler.live_requests import Holding, LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.shared_tails import _MARGIN, _STEPS, SharedTails
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy
 
 SLACK = _STEPS * _MARGIN
@@ -28,7 +28,7 @@ def make(token_ids: list[int], max_tokens: int, **fields: Any) -> tuple[SharedTa
         block_hashes=[],
     )
     vars(request).update(fields)
-    requests = LiveRequests(np.array([False, True]))
+    requests = LiveRequests(TokenSeparators((1,)))
     live = requests.add(request, Policy(0, 16, LIMIT))  # type: ignore[arg-type]
     return SharedTails(requests, LIMIT, 1), live
 

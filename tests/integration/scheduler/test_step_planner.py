@@ -14,11 +14,12 @@ pytest.importorskip("vllm")
 
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 INTERVAL = 16
 
 
@@ -35,7 +36,7 @@ class Machine:
         self.windows = windows
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
-        self.live = LiveRequests(FLAGS)
+        self.live = LiveRequests(SEPARATORS)
         self.planner = StepPlanner(
             self.live, policy, self.plan_checkpoints, lambda policy: INTERVAL
         )
@@ -85,7 +86,7 @@ class Machine:
         for name, size in sizes.items():
             request = self.requests[name]
             start, known = request.num_computed_tokens, request._all_token_ids
-            index = SeparatorIndex(self.own(name), np.append(FLAGS, False))
+            index = SeparatorIndex(self.own(name), SEPARATORS)
             taken = checkpoints_at(start, start + size) if start + size <= len(known) else ()
             builder = StepPlanBuilder(self.policy)
             builder.add(name, index, known, start, size, taken)

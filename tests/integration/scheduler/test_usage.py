@@ -28,6 +28,7 @@ from vllm_sepllm.integration.scheduler.prefix_cache.block_count import Checkpoin
 from vllm_sepllm.integration.scheduler.scheduler import SepLLMScheduler
 from vllm_sepllm.integration.wire.report import PolicyUsage, take_report
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 BLOCK = 32
@@ -209,7 +210,7 @@ def test_no_statistics_no_reports(model: Path) -> None:
 
 def test_clients_cannot_make_labels_without_end() -> None:
     manager: Any = SimpleNamespace(req_to_blocks={}, block_size=BLOCK)
-    requests = LiveRequests(np.zeros(2, dtype=np.bool_))
+    requests = LiveRequests(TokenSeparators(()))
     watch = usage.KvUsage([manager], requests, CheckpointBlockCount(), 18)
     labels = [watch._label(Policy(4, 16 + number)) for number in range(100)]
     assert labels[:3] == ["16", "17", "full"]

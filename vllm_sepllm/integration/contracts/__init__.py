@@ -183,9 +183,9 @@ CACHE = (
         ("session", "update"),
     ),
     Contract(
-        f"{_SCHEDULER}._free_request",
-        "overridden: forgets the request's separators",
-        ("request", "delay_free_blocks"),
+        f"{_SCHEDULER}._free_blocks",
+        "overridden: forgets the request",
+        ("request",),
     ),
     *fields(
         "vllm.v1.request:Request",

@@ -2,20 +2,17 @@
 
 from collections.abc import Sequence
 
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
+from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.scheduler.live_requests import Holding, LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.cache import PrefixCache
 from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
 from vllm_sepllm.integration.scheduler.usage import KvUsage
 from vllm_sepllm.policy.visibility import Policy
-
-# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
-logger = init_logger("vllm.plugins.sepllm")
 
 
 class SepLLMCoordinator:

@@ -11,10 +11,11 @@ from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCache
 from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.definition import Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.decode_table import DecodeTable
 from vllm_sepllm.policy.step.staging import Staged
-from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
+from vllm_sepllm.policy.visibility import IntArray, Policy
 
 KeyedBlock = tuple[KVCacheBlock, BlockHashWithGroupId]
 
@@ -175,16 +176,9 @@ class Batch:
 class LiveRequests:
     """Request id -> :class:`LiveRequest`, from arrival to end."""
 
-    def __init__(self, flags: BoolArray, interval: int | None = None) -> None:
-        """No request has arrived yet.
-
-        Args:
-            flags: [vocab_size], whether each token id is a separator.
-            interval: see SepLLMConfig.
-        """
-        self._interval = interval
-        # token ids past the vocabulary (added tokens) read the last entry, which is False
-        self._flags = np.append(flags, False)
+    def __init__(self, separators: Separators) -> None:
+        """No request has arrived yet; ``separators`` are the engine's."""
+        self._separators = separators
         self._by_id: dict[str, LiveRequest] = {}
         self._numbers = count()
         self.decodes = DecodeTable()
@@ -193,7 +187,7 @@ class LiveRequests:
 
     def add(self, request: Request, policy: Policy, refusal: str | None = None) -> LiveRequest:
         """Take in a request that has arrived."""
-        index = SeparatorIndex(policy, self._flags, self._interval)
+        index = SeparatorIndex(policy, self._separators)
         number, slot = next(self._numbers), self.decodes.add()
         live = LiveRequest(request, number, index, slot, refusal)
         request.block_hashes = RequestHashes(request.block_hashes, live)

@@ -9,7 +9,6 @@ from typing import Any
 from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -20,20 +19,17 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, StreamingUpdate
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.frontend import request_choices
+from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.integration.wire import choices
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.integration.worker.current_step import attach_plan
-from vllm_sepllm.policy.separators.rules import flags
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.step.plan import StepPlan
 from vllm_sepllm.policy.visibility import Policy
-
-# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
-logger = init_logger("vllm.plugins.sepllm")
 
 
 class _SepLLMMixin(Scheduler):
@@ -41,13 +37,10 @@ class _SepLLMMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
-        separator_ids = [int(i) for i in config.separators]
-        self._limits = request_choices.request_limits(self.vllm_config)
-        self._live = LiveRequests(flags(separator_ids, vocab_size), config.interval)
+        config = read_config(self.vllm_config)
+        self._limits = choices.request_limits(self.vllm_config, config)
+        self._live = LiveRequests(config.separators)
         most_proposed = max_proposed(self.vllm_config)
-        assert config.checkpoint_interval is not None, "resolved at start-up"
         self._coordinator = SepLLMCoordinator(
             self.kv_cache_manager.coordinator,
             self._live,
@@ -95,7 +88,7 @@ class _SepLLMMixin(Scheduler):
         except ValueError as error:
             refusal = str(error)
             logger.warning("sepllm: request %s ends with an error: %s.", request.request_id, error)
-        salt = request_choices.salted(self._limits, policy, request.cache_salt)
+        salt = choices.salted(self._limits, policy, request.cache_salt)
         if salt != request.cache_salt:
             request.cache_salt = salt
             request.block_hashes.clear()
@@ -108,12 +101,12 @@ class _SepLLMMixin(Scheduler):
         Raises:
             ValueError: if the engine does not serve it, or if its cache would never fit.
         """
-        policy = request_choices.policy_of(self._limits, request)
+        policy = choices.policy_of(self._limits, request)
         if policy != self._limits.engine:
             longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
             needed = self._coordinator.most_blocks(policy, request, longest)
             num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
-            request_choices.check_fits(needed, num_blocks, longest)
+            choices.check_fits(needed, num_blocks, longest)
         return policy
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:

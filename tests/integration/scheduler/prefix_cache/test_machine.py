@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,12 +27,13 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from tests.support.labelled_worker import BLOCK, LabelledWorker, Scheduled
-from vllm_sepllm.integration.frontend.request_choices import salted
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.policy.choice import RequestLimits
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
@@ -49,7 +49,7 @@ OTHERS: dict[str, list[KVCacheSpec]] = {
     "full and sliding": [FULL, SLIDING],
     "wide": [WIDE],
 }
-FLAGS = np.array([False, True, False])
+SEPARATORS = TokenSeparators((1,))
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):
@@ -92,7 +92,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             enable_caching=True,
         )
         self.pool = self.kv.block_pool
-        self.live = LiveRequests(FLAGS)
+        self.live = LiveRequests(SEPARATORS)
         coordinator = SepLLMCoordinator(self.kv.coordinator, self.live, policy, interval)
         self.cache = coordinator.prefix_cache
         every = self.kv.coordinator.single_type_managers
