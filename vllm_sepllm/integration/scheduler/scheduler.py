@@ -27,8 +27,8 @@ from vllm_sepllm.integration.scheduler.coordinator import bind_managers, most_bl
 from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
 from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import max_proposed
-from vllm_sepllm.integration.worker.current_step import attach_plan
 from vllm_sepllm.policy.separators.rules import flags
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.step.plan import StepPlan

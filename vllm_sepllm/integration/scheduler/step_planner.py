@@ -9,8 +9,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import Request
 
 from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder, row_windows
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
 # request, start and end of its step -> checkpoints that the step leaves
 PlanCheckpoints = Callable[[Request, int, int], tuple[PlannedCheckpoint, ...]]
@@ -28,7 +28,7 @@ class _Batch:
         rows: request id -> row.
         requests: [num_rows].
         slots: [num_rows], in the table of decodes.
-        window: [num_rows], as in StepPlan.
+        policy: of the rows.
     """
 
     version: int
@@ -36,7 +36,7 @@ class _Batch:
     rows: dict[str, int]
     requests: list[Request]
     slots: IntArray
-    window: IntArray | None
+    policy: BatchPolicy
 
     def subset(self, chosen: list[int]) -> "_Batch":
         """The batch of some of its rows."""
@@ -47,7 +47,7 @@ class _Batch:
             rows={request_id: row for row, request_id in enumerate(ids)},
             requests=[self.requests[row] for row in chosen],
             slots=self.slots[chosen],
-            window=None if self.window is None else self.window[chosen],
+            policy=self.policy.of_rows(chosen),
         )
 
 
@@ -75,7 +75,8 @@ class StepPlanner:
         self._plan_checkpoints = plan_checkpoints
         self._interval = interval
         self._max_proposed = max_proposed
-        self._batch = _Batch(0, [], {}, [], np.zeros(0, dtype=np.int64), None)
+        nobody = BatchPolicy.of([], separators.policy)
+        self._batch = _Batch(0, [], {}, [], np.zeros(0, dtype=np.int64), nobody)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of a step, while ``num_computed_tokens`` still is the start of the step."""
@@ -109,9 +110,7 @@ class StepPlanner:
             rows={request_id: row for row, request_id in enumerate(ids)},
             requests=[separators.request(request_id) for request_id in ids],
             slots=slots,
-            window=row_windows(
-                [separators.policy_of(request_id).window for request_id in ids], separators.policy
-            ),
+            policy=BatchPolicy.of([separators.policy_of(name) for name in ids], separators.policy),
         )
         return self._batch
 
@@ -133,15 +132,7 @@ class StepPlanner:
 
     def _decodes(self, batch: _Batch, start: IntArray) -> StepPlan:
         num_spilled, spills = self._separators.decodes.step(batch.slots, start)
-        return StepPlan(
-            batch.rows,
-            start,
-            num_spilled,
-            spills,
-            separators={},
-            checkpoints={},
-            window=batch.window,
-        )
+        return StepPlan(batch.rows, start, num_spilled, spills, batch.policy)
 
     def _add(self, plan: StepPlanBuilder, request: Request, num_new_tokens: int) -> None:
         start = request.num_computed_tokens

@@ -206,8 +206,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert sources.isdisjoint(c.dst_block_id for c in copies), "a copy of a copy"
         for copy in copies:
             self.worker.copy_block(copy.src_block_id, copy.dst_block_id)
-        for part in scheduled:
-            self.worker.forward(part, plan)
+        if scheduled:
+            self.worker.forward(scheduled, plan)
 
     @precondition(lambda self: self.requests)
     @rule(which=st.integers(0, 99))
