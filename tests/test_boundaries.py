@@ -19,6 +19,9 @@ ALLOWED = {
     f"{US}/ops": {"torch", "numpy", f"{US}.policy", f"{US}.kernels"},
     f"{US}/integration": {"torch", "numpy", "packaging", "vllm", "transformers"}
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
+    # a worker knows of the scheduler what crosses the border between their processes
+    f"{US}/integration/worker": {"torch", "numpy", "vllm", "transformers"}
+    | {f"{US}.policy", f"{US}.config", f"{US}.ops", f"{US}.integration.wire"},
     f"{US}/sample": set(),
     f"{US}/processes.py": set(),
     f"{US}/models.py": {"transformers", "tokenizers", "torch"},

@@ -25,7 +25,6 @@ from vllm_sepllm.integration.worker.metadata import (
 )
 from vllm_sepllm.policy.step.batch import BatchStep, Saves, plan_batch
 from vllm_sepllm.policy.step.decode import Moves
-from vllm_sepllm.policy.step.plan import BatchRows
 from vllm_sepllm.policy.visibility import IntArray
 
 # tokens of the rows that Model Runner V1 sorts first; V2 always sorts so (policy/step/batch.py)
@@ -70,6 +69,7 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
         self._group_id = group_id
         self._manager_block_size = manager_block_size
         self._layers = layers
+        self.take_layers(layers)
 
     def build(
         self,
@@ -98,7 +98,7 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
         return SepLLMMetadata(
             slots=slots,
             library=self.library(step, common, slots),
-            prefill=self.prefill(step, rows, common) if step.chunks else None,
+            prefill=self.prefill(step, common) if step.chunks else None,
             moves=self._moves(step.moves_after, common),
             checkpoint=self._checkpoint_tokens(step),
         )
@@ -149,6 +149,10 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
         return super().build(0, common)  # type: ignore[safe-super]  # the wrapped builder's
 
     @abstractmethod
+    def take_layers(self, layers: Sequence[Any]) -> None:
+        """Prepare for the layers of the group and their caches."""
+
+    @abstractmethod
     def without_requests(self, common: CommonAttentionMetadata) -> Any:
         """Metadata of a run that profiles, warms up or captures a graph; None: layers skip it."""
 
@@ -179,7 +183,7 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
         """Copy entries in the caches of all layers; None: there is nothing to copy."""
 
     @abstractmethod
-    def prefill(self, step: BatchStep, rows: BatchRows, common: CommonAttentionMetadata) -> Any:
+    def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> Any:
         """What the platform's prefill attention reads of the step's chunks."""
 
 

@@ -9,17 +9,15 @@ from numpy.typing import NDArray
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
-from vllm_sepllm.integration.worker.builder import BuilderMixin, RequestIds
+from vllm_sepllm.integration.worker.builder import BuilderMixin
 from vllm_sepllm.integration.worker.cpu.kv_layout import copy_elements, probe_layout
 from vllm_sepllm.integration.worker.cpu.masked_tiles import TileTensors
 from vllm_sepllm.integration.worker.cpu.metadata import ChunkRows, PrefillRows
 from vllm_sepllm.integration.worker.cpu.sequences import SequenceKernel
-from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.metadata import SlotMoves
 from vllm_sepllm.policy.keys.masked_tiles import query_tiles
 from vllm_sepllm.policy.keys.sequences import sequence_tile, tile_sequences
 from vllm_sepllm.policy.step.batch import BatchStep
-from vllm_sepllm.policy.step.plan import BatchRows
 from vllm_sepllm.policy.step.prefill import Chunk
 from vllm_sepllm.policy.visibility import IntArray
 
@@ -28,7 +26,7 @@ _TILE_SIZE = 128
 
 
 class CPUBuilderMixin(BuilderMixin, CPUAttentionMetadataBuilder):
-    """Around vLLM's CPU builder."""
+    """Goes before vLLM's CPU builder."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -39,16 +37,8 @@ class CPUBuilderMixin(BuilderMixin, CPUAttentionMetadataBuilder):
             self.num_kv_heads, self.head_dim, self._block_size, self._spec.dtype, self.isa
         )
 
-    def bind(
-        self,
-        step: CurrentStep,
-        request_ids: RequestIds,
-        group_id: int,
-        manager_block_size: int,
-        layers: Sequence[Any],
-    ) -> None:
-        """See the base class; the layers also decide what runs prefill."""
-        super().bind(step, request_ids, group_id, manager_block_size, layers)
+    def take_layers(self, layers: Sequence[Any]) -> None:
+        """See the base class."""
         self._kernel = None
         # a bounded score is never so low that an empty entry counts for nothing
         if not any(layer.impl.logits_soft_cap for layer in layers):
@@ -96,9 +86,7 @@ class CPUBuilderMixin(BuilderMixin, CPUAttentionMetadataBuilder):
             for layer in self._layers:
                 copy_elements(layer.kv_cache, moves.source, moves.target)
 
-    def prefill(
-        self, step: BatchStep, rows: BatchRows, common: CommonAttentionMetadata
-    ) -> PrefillRows:
+    def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> PrefillRows:
         """See the base class."""
         table = common.block_table_tensor.numpy()
         chunks = [

@@ -13,18 +13,16 @@ from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadat
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_sepllm import ops
-from vllm_sepllm.integration.worker.builder import BuilderMixin, RequestIds
-from vllm_sepllm.integration.worker.current_step import CurrentStep
+from vllm_sepllm.integration.worker.builder import BuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import PrefillRows
 from vllm_sepllm.integration.worker.metadata import LibraryRows, SepLLMMetadata, SlotMoves
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.step.batch import BatchStep
-from vllm_sepllm.policy.step.plan import BatchRows
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 
 class GPUBuilderMixin(BuilderMixin):
-    """Goes before the wrapped backend's builder.
+    """Goes before the builder of the backend that vLLM chose.
 
     What a CUDA graph captures stays at one address: the slots and the compact lengths. Everything
     else is used outside graphs, in copies before the forward and in prefill, which runs eagerly
@@ -46,16 +44,8 @@ class GPUBuilderMixin(BuilderMixin):
         self._lengths = torch.zeros(num_rows, dtype=torch.int32, device=self.device)
         self._is_capturing = False
 
-    def bind(
-        self,
-        step: CurrentStep,
-        request_ids: RequestIds,
-        group_id: int,
-        manager_block_size: int,
-        layers: Sequence[Any],
-    ) -> None:
+    def take_layers(self, layers: Sequence[Any]) -> None:
         """See the base class; the layers learn where their caches are."""
-        super().bind(step, request_ids, group_id, manager_block_size, layers)
         self._spills = ops.SpillTable.build([layer.kv_cache for layer in layers])
         for layer in layers:
             layer.impl.bind(layer.kv_cache)
@@ -192,13 +182,10 @@ class GPUBuilderMixin(BuilderMixin):
         finally:
             self.enable_cuda_graph = enabled
 
-    def prefill(
-        self, step: BatchStep, rows: BatchRows, common: CommonAttentionMetadata
-    ) -> PrefillRows:
+    def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> PrefillRows:
         """See the base class."""
-        requests = step.prefill_requests()
-        policy = rows.policy.of_rows(requests.table_row)
-        return self._prefill_rows(requests, policy, common.block_table_tensor)
+        policy = BatchPolicy.of([chunk.policy for chunk in step.chunks], self._spec.policy)
+        return self._prefill_rows(step.prefill_requests(), policy, common.block_table_tensor)
 
     def _prefill_rows(
         self, requests: PrefillRequests, policy: BatchPolicy, block_table: torch.Tensor
