@@ -160,6 +160,7 @@ def plan_batch(rows: BatchRows, first: IntArray, num_tokens: int, block_size: in
 def _plan_decode(rows: BatchRows, first: IntArray, owner: IntArray, target: IntArray) -> BatchStep:
     """The step of rows that list no separators: one token each, as in most steps."""
     num_rows, step = len(rows.start), (rows.num_spilled, rows.spills)
+    assert first[-1] == num_rows, "the plan of a row of several tokens lists its separators"
     entry = layout.ring_index(rows.policy, rows.start)
     owner[:num_rows], target[:num_rows] = np.arange(num_rows), entry
     return BatchStep(
