@@ -43,9 +43,9 @@ class StepPlan:
         start: [num_rows], tokens computed before the step: i0.
         num_spilled: [num_rows], separators that left the window before the step.
         spills: [num_rows], for a row of one token: whether the token it overwrites is a separator.
-        policy: of the rows.
+        policy: a, n and s of the rows.
         separators: row -> positions of the separators in [max(a, i0-n), i1), for rows of several
-            tokens and rows with checkpoints.
+            tokens and rows with checkpoints; rows of one token may be absent.
         checkpoints: row -> checkpoints that the step leaves; rows without any are absent.
         commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
         staged: row -> where the step leaves its proposals.
