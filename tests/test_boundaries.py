@@ -53,10 +53,6 @@ PROCESSES = {
 }
 # files beside the folders, which every process needs and which import no folder
 SHARED = {"log", "patch"}
-# what is being moved; the test asks for exactly these, so a line goes with its import
-KNOWN_IMPORTS = {
-    f"{US}.integration.scheduler.scheduler: {US}.integration.worker.current_step.attach_plan"
-}
 
 
 def imported_by(tree: ast.AST) -> set[str]:
@@ -154,7 +150,7 @@ def test_a_process_imports_what_the_table_lets_it() -> None:
         for name in imported_by(ast.parse(path.read_text())):
             if name.startswith(prefix) and name.removeprefix(prefix).split(".")[0] not in allowed:
                 found.add(f"{module}: {name}")
-    assert found == KNOWN_IMPORTS
+    assert not found
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:

@@ -18,7 +18,7 @@ from tests.support import tiny_models
 from vllm_sepllm.integration.frontend import request_choices
 from vllm_sepllm.integration.frontend.request_choices import RequestCheck, RequestRefused
 from vllm_sepllm.integration.rigs.scheduler_rig import Load, SchedulerRig
-from vllm_sepllm.integration.worker.current_step import _PLAN_ATTRIBUTE
+from vllm_sepllm.integration.wire.plan import attached_plan
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +50,9 @@ def test_the_scheduler_plans_windows_and_ends_what_it_cannot_serve(rig: Schedule
     output = scheduler.schedule()
     assert "small" in output.num_scheduled_tokens
     assert not {"unknown", "unfit"} & set(output.num_scheduled_tokens)
-    plan = getattr(output, _PLAN_ATTRIBUTE)
-    assert plan.window[plan.rows["small"]] == 32
-    assert sorted(np.unique(plan.window)) == [32, 252]
+    plan = attached_plan(output)
+    assert plan.policy.window[plan.rows["small"]] == 32
+    assert sorted(np.unique(plan.policy.window)) == [32, 252]
     ended = {
         made.request_id: made.finish_reason
         for part in rig_outputs(rig, output).values()
@@ -62,8 +62,8 @@ def test_the_scheduler_plans_windows_and_ends_what_it_cannot_serve(rig: Schedule
     assert ended == {"unknown": FinishReason.ERROR, "unfit": FinishReason.ERROR}
     assert "unknown" not in scheduler.requests
     scheduler.add_request(request("full", {"sepllm": False}))
-    plan = getattr(scheduler.schedule(), _PLAN_ATTRIBUTE)
-    assert plan.window[plan.rows["full"]] == rig.config.model_config.max_model_len
+    plan = attached_plan(scheduler.schedule())
+    assert plan.policy.window[plan.rows["full"]] == rig.config.model_config.max_model_len
 
 
 def rig_outputs(rig: SchedulerRig, output: Any) -> Any:

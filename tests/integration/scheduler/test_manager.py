@@ -62,10 +62,10 @@ def make_manager(
         hash_block_size=BLOCK,
         enable_caching=False,
     )
-    live = LiveRequests(TokenSeparators((1,)))
+    live = LiveRequests(TokenSeparators((1,)), policy)
     for name, request in requests.items():
         live.add(request, (policies or {}).get(name, policy))  # type: ignore[arg-type]
-    SepLLMCoordinator(manager.coordinator, live, policy, 256)
+    SepLLMCoordinator(manager.coordinator, live, 256)
     return manager
 
 
@@ -194,8 +194,8 @@ def test_an_interval_that_is_rounded_up_is_said(
         hash_block_size=BLOCK,
         enable_caching=True,
     )
-    live = LiveRequests(TokenSeparators((1,)))
-    ours = coordinator.SepLLMCoordinator(manager.coordinator, live, policy, interval)
+    live = LiveRequests(TokenSeparators((1,)), policy)
+    ours = coordinator.SepLLMCoordinator(manager.coordinator, live, interval)
     assert ours.prefix_cache.interval_of(policy) == taken
     said = [line for line in lines if f"every {taken} tokens, not every {interval}" in line]
     assert len(said) == (taken != interval) == len(lines)

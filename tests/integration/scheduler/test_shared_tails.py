@@ -28,9 +28,10 @@ def make(token_ids: list[int], max_tokens: int, **fields: Any) -> tuple[SharedTa
         block_hashes=[],
     )
     vars(request).update(fields)
-    requests = LiveRequests(TokenSeparators((1,)))
-    live = requests.add(request, Policy(0, 16, LIMIT))  # type: ignore[arg-type]
-    return SharedTails(requests, LIMIT, 1), live
+    policy = Policy(0, 16, LIMIT)
+    requests = LiveRequests(TokenSeparators((1,)), policy)
+    live = requests.add(request, policy)  # type: ignore[arg-type]
+    return SharedTails(requests, 1), live
 
 
 def grow(request: Any, token: int) -> None:

@@ -36,10 +36,8 @@ class Machine:
         self.windows = windows
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
-        self.live = LiveRequests(SEPARATORS)
-        self.planner = StepPlanner(
-            self.live, policy, self.plan_checkpoints, lambda policy: INTERVAL
-        )
+        self.live = LiveRequests(SEPARATORS, policy)
+        self.planner = StepPlanner(self.live, self.plan_checkpoints, lambda policy: INTERVAL)
 
     def own(self, name: str) -> Policy:
         """The policy of a request."""
@@ -81,8 +79,6 @@ class Machine:
 
     def compare(self, plan: StepPlan, sizes: dict[str, int]) -> None:
         assert sorted(plan.rows) == sorted(sizes)
-        windows = {name: self.own(name).window for name in sizes}
-        assert (plan.window is None) == (set(windows.values()) == {self.policy.window})
         for name, size in sizes.items():
             request = self.requests[name]
             start, known = request.num_computed_tokens, request._all_token_ids
@@ -94,7 +90,7 @@ class Machine:
             assert plan.start[row] == want.start[0]
             assert plan.num_spilled[row] == want.num_spilled[0]
             assert plan.spills[row] == want.spills[0]
-            assert plan.window is None or plan.window[row] == windows[name]
+            assert plan.policy.of_row(row) == self.own(name)
             assert plan.checkpoints.get(row, ()) == want.checkpoints.get(0, ())
             assert (row in plan.separators) == (0 in want.separators)
             if row in plan.separators:

@@ -25,7 +25,6 @@ class SepLLMCoordinator:
         self,
         coordinator: KVCacheCoordinator,
         requests: LiveRequests,
-        engine: Policy,
         checkpoint_interval: int,
         *,
         num_staging: int = 0,
@@ -36,7 +35,6 @@ class SepLLMCoordinator:
         Args:
             coordinator: vLLM's, which has the managers.
             requests: of the scheduler.
-            engine: the policy of requests that choose none.
             checkpoint_interval: tokens between regular checkpoints.
             num_staging: entries of each request beyond its compact length (policy/step/staging.py).
             most_per_step: tokens that a request can gain in a step.
@@ -48,10 +46,12 @@ class SepLLMCoordinator:
         self._coordinator = coordinator
         are_alone = len(self.managers) == len(every)
         alignment = 1 if are_alone else coordinator.scheduler_block_size
-        self.prefix_cache = PrefixCache(self.managers, engine, checkpoint_interval, alignment)
-        self.shared_tails = SharedTails(requests, engine.max_separators, most_per_step)
+        self.prefix_cache = PrefixCache(
+            self.managers, requests.engine, checkpoint_interval, alignment
+        )
+        self.shared_tails = SharedTails(requests, most_per_step)
         self._usage: KvUsage | None = None
-        interval = self.prefix_cache.interval_of(engine)
+        interval = self.prefix_cache.interval_of(requests.engine)
         if self.prefix_cache.is_enabled and interval != checkpoint_interval:
             logger.warning(
                 "sepllm leaves a checkpoint every %d tokens, not every %d: prefixes end where all "

@@ -15,7 +15,7 @@ from vllm_sepllm.policy.separators.definition import Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.decode_table import DecodeTable
 from vllm_sepllm.policy.step.staging import Staged
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
 KeyedBlock = tuple[KVCacheBlock, BlockHashWithGroupId]
 
@@ -149,7 +149,7 @@ class Batch:
         live: [num_rows].
         requests: [num_rows], vLLM's: their progress is read in every step.
         slots: [num_rows], in the table of decode steps.
-        window: [num_rows].
+        policy: of the rows.
     """
 
     ids: list[str]
@@ -157,11 +157,11 @@ class Batch:
     live: list[LiveRequest]
     requests: list[Request]
     slots: IntArray
-    window: IntArray
+    policy: BatchPolicy
 
     @classmethod
-    def of(cls, live: list[LiveRequest]) -> "Batch":
-        """The batch of these requests, in this order."""
+    def of(cls, live: list[LiveRequest], engine: Policy) -> "Batch":
+        """The batch of these requests, in this order; ``engine`` is the engine's policy."""
         ids = [one.request.request_id for one in live]
         return cls(
             ids=ids,
@@ -169,16 +169,34 @@ class Batch:
             live=live,
             requests=[one.request for one in live],
             slots=np.array([one.slot for one in live], dtype=np.int64),
-            window=np.array([one.policy.window for one in live], dtype=np.int64),
+            policy=BatchPolicy.of([one.policy for one in live], engine),
+        )
+
+    def subset(self, chosen: list[int]) -> "Batch":
+        """The batch of some of its rows."""
+        ids = [self.ids[row] for row in chosen]
+        return Batch(
+            ids=ids,
+            rows={request_id: row for row, request_id in enumerate(ids)},
+            live=[self.live[row] for row in chosen],
+            requests=[self.requests[row] for row in chosen],
+            slots=self.slots[chosen],
+            policy=self.policy.of_rows(chosen),
         )
 
 
 class LiveRequests:
     """Request id -> :class:`LiveRequest`, from arrival to end."""
 
-    def __init__(self, separators: Separators) -> None:
-        """No request has arrived yet; ``separators`` are the engine's."""
+    def __init__(self, separators: Separators, engine: Policy) -> None:
+        """No request has arrived yet.
+
+        Args:
+            separators: of the engine.
+            engine: the policy of requests that choose none.
+        """
         self._separators = separators
+        self.engine = engine
         self._by_id: dict[str, LiveRequest] = {}
         self._numbers = count()
         self.decodes = DecodeTable()
@@ -212,7 +230,7 @@ class LiveRequests:
     def batch(self, ids: list[str]) -> Batch:
         """The requests of a step."""
         if self._batch is None or self._batch.ids != ids:
-            self._batch = Batch.of([self._by_id[request_id] for request_id in ids])
+            self._batch = Batch.of([self._by_id[request_id] for request_id in ids], self.engine)
         return self._batch
 
     def __len__(self) -> int:

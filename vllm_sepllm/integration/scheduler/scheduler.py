@@ -25,8 +25,8 @@ from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
 from vllm_sepllm.integration.wire import choices
 from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import max_proposed
-from vllm_sepllm.integration.worker.current_step import attach_plan
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.step.plan import StepPlan
 from vllm_sepllm.policy.visibility import Policy
@@ -39,12 +39,11 @@ class _SepLLMMixin(Scheduler):
         super().__init__(*args, **kwargs)
         config = read_config(self.vllm_config)
         self._limits = choices.request_limits(self.vllm_config, config)
-        self._live = LiveRequests(config.separators)
+        self._live = LiveRequests(config.separators, config.policy)
         most_proposed = max_proposed(self.vllm_config)
         self._coordinator = SepLLMCoordinator(
             self.kv_cache_manager.coordinator,
             self._live,
-            config.policy,
             config.checkpoint_interval,
             num_staging=staging.num_entries(most_proposed),
             most_per_step=max(1, most_proposed),
@@ -52,7 +51,6 @@ class _SepLLMMixin(Scheduler):
         self._prefix_cache = self._coordinator.prefix_cache
         self._planner = StepPlanner(
             self._live,
-            config.policy,
             self._prefix_cache.plan_checkpoints,
             self._prefix_cache.interval_of,
             most_proposed,

@@ -22,12 +22,10 @@ _NEVER = 1 << 62
 class SharedTails:
     """Finds the running requests that must stop sharing their tail."""
 
-    def __init__(
-        self, requests: LiveRequests, max_separators: int | None, most_per_step: int
-    ) -> None:
+    def __init__(self, requests: LiveRequests, most_per_step: int) -> None:
         """``most_per_step``: tokens that a request can gain in a step."""
         self._requests = requests
-        self._limit = max_separators
+        self._limit = requests.engine.max_separators
         self._slack = _STEPS * _MARGIN * most_per_step
         self._num_steps = 0
 

@@ -7,7 +7,7 @@ import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.integration.scheduler.live_requests import Batch, LiveRequest, LiveRequests
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder, row_windows
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.step.staging import propose
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
@@ -23,7 +23,6 @@ class StepPlanner:
     def __init__(
         self,
         live: LiveRequests,
-        engine: Policy,
         plan_checkpoints: PlanCheckpoints,
         interval: Callable[[Policy], int],
         max_proposed: int = 0,
@@ -32,7 +31,6 @@ class StepPlanner:
 
         Args:
             live: its requests.
-            engine: the policy of requests that choose none.
             plan_checkpoints: says which checkpoints a step leaves; asked of every step that leaves
                 the rows of ``DecodeTable``.
             interval: of a policy: beyond a + n tokens, decode steps leave checkpoints at its
@@ -40,7 +38,6 @@ class StepPlanner:
             max_proposed: most tokens that a step of speculative decoding proposes; 0: none.
         """
         self._live = live
-        self._engine = engine
         self._plan_checkpoints = plan_checkpoints
         self._interval = interval
         self._max_proposed = max_proposed
@@ -61,12 +58,10 @@ class StepPlanner:
         if not others:
             return self._decodes(batch, start)
         single = sorted(set(range(len(start))).difference(others))
-        builder = StepPlanBuilder(self._engine)
+        builder = StepPlanBuilder(self._live.engine)
         for row in others:
             self._add(builder, batch.live[row], num_new[batch.ids[row]])
-        return builder.build_after(
-            self._decodes(Batch.of([batch.live[row] for row in single]), start[single])
-        )
+        return builder.build_after(self._decodes(batch.subset(single), start[single]))
 
     def _look_up(self, live: LiveRequest) -> bool:
         """Prepare a step of one token; False if it may leave a checkpoint: it is planned alone."""
@@ -82,15 +77,7 @@ class StepPlanner:
 
     def _decodes(self, batch: Batch, start: IntArray) -> StepPlan:
         num_spilled, spills = self._live.decodes.step(batch.slots, start)
-        return StepPlan(
-            batch.rows,
-            start,
-            num_spilled,
-            spills,
-            separators={},
-            checkpoints={},
-            window=row_windows(batch.window.tolist(), self._engine),
-        )
+        return StepPlan(batch.rows, start, num_spilled, spills, batch.policy)
 
     def _add(self, plan: StepPlanBuilder, live: LiveRequest, num_new_tokens: int) -> None:
         request = live.request
@@ -106,7 +93,7 @@ class StepPlanner:
 
     def _plan_proposing(self, output: SchedulerOutput) -> StepPlan:
         """A step of speculative decoding, in which the next step of a request starts anywhere."""
-        plan = StepPlanBuilder(self._engine)
+        plan = StepPlanBuilder(self._live.engine)
         drafts = output.scheduled_spec_decode_tokens
         for name, num_new_tokens in output.num_scheduled_tokens.items():
             live = self._live[name]

@@ -92,8 +92,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             enable_caching=True,
         )
         self.pool = self.kv.block_pool
-        self.live = LiveRequests(SEPARATORS)
-        coordinator = SepLLMCoordinator(self.kv.coordinator, self.live, policy, interval)
+        self.live = LiveRequests(SEPARATORS, policy)
+        coordinator = SepLLMCoordinator(self.kv.coordinator, self.live, interval)
         self.cache = coordinator.prefix_cache
         every = self.kv.coordinator.single_type_managers
         self.ours = [m.kv_cache_group_id for m in every if isinstance(m, SepLLMManager)]
@@ -207,8 +207,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert sources.isdisjoint(c.dst_block_id for c in copies), "a copy of a copy"
         for copy in copies:
             self.worker.copy_block(copy.src_block_id, copy.dst_block_id)
-        for part in scheduled:
-            self.worker.forward(part, plan)
+        if scheduled:
+            self.worker.forward(scheduled, plan)
 
     @precondition(lambda self: self.requests)
     @rule(which=st.integers(0, 99))

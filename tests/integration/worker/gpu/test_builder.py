@@ -21,9 +21,11 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sepllm.integration.contracts.source_tree import SourceTree
+from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
-from vllm_sepllm.integration.worker.current_step import CurrentStep, attach_plan
-from vllm_sepllm.integration.worker.gpu.backend import _wrap_builder
+from vllm_sepllm.integration.worker.backend import wrap_builder
+from vllm_sepllm.integration.worker.current_step import CurrentStep
+from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
@@ -75,12 +77,12 @@ def builder(cache: torch.Tensor) -> Any:
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=8),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
     )
-    made = _wrap_builder(LibraryBuilder)(
+    made = wrap_builder(LibraryBuilder, GPUBuilderMixin)(
         SepLLMSpec.from_full_attention(full, POLICY), ["layer"], config, torch.device("cpu")
     )
     layer = SimpleNamespace(
         num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
-        impl=SimpleNamespace(prefill=lambda *arguments: None),
+        impl=SimpleNamespace(prefill=lambda *arguments: None, bind=lambda kv_cache: None),
     )  # fmt: skip
     made.bind(
         CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, BLOCK_SIZE, [layer]
