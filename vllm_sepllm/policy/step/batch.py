@@ -176,7 +176,6 @@ def _plan_decode(rows: BatchRows, first: IntArray, owner: IntArray, target: IntA
 
 def _num_library(rows: BatchRows, num_new: IntArray) -> int:
     is_library = (num_new == 1) | (rows.start + num_new <= rows.policy.num_dense)
-    is_library[list(rows.staged)] = False
     return len(num_new) if is_library.all() else int(np.argmin(is_library))
 
 

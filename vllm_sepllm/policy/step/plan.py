@@ -48,7 +48,7 @@ class StepPlan:
             tokens and rows with checkpoints; rows of one token may be absent.
         checkpoints: row -> checkpoints that the step leaves; rows without any are absent.
         commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
-        staged: row -> where the step leaves its proposals.
+        staged: row -> where the step leaves its proposals, for rows with drafts beyond a + n.
     """
 
     rows: dict[str, int]

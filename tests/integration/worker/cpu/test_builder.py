@@ -139,7 +139,7 @@ class Engine:
         """A step; the batch's output, and the checkpoints that it leaves."""
         plan = StepPlanBuilder(self.policy)
         made: list[Checkpoint] = []
-        for part in parts:
+        for part in reversed(parts):  # a scheduler's order is not the batch's
             request, start = part.request, part.request.num_tokens
             longest = layout.max_compact_length(request.policy, start + part.size)
             request.blocks += self.take(-(-longest // BLOCK) - len(request.blocks))
