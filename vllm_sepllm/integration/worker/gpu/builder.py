@@ -103,7 +103,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         tables = plan_tiles(one, self._policy, self._tile_tokens)
         packed = self._upload(tables.packed, torch.int32)
         table = torch.zeros(1, max_blocks, dtype=torch.int32, device=self.device)
-        metadata = ops.PrefillMetadata.from_packed(tables, self._policy, packed)
+        metadata = ops.PrefillMetadata.from_packed(tables, packed)
         metadata = ops.list_keys(metadata, table, self._block_size)
         slot = self._slots[:1].fill_(-1)
         ops.entry_slots(self._upload(np.full((2, 1), -1)), table, self._block_size, slot)
@@ -271,7 +271,7 @@ class GPUBuilderMixin(AttentionMetadataBuilder[Any]):
         own = policy.of_rows(step.requests.table_row)
         tables = plan_tiles(step.requests, own, self._tile_tokens)
         packed = self._upload(tables.packed, torch.int32)
-        metadata = ops.PrefillMetadata.from_packed(tables, own, packed)
+        metadata = ops.PrefillMetadata.from_packed(tables, packed)
         return PrefillRows(
             ops.list_keys(metadata, common.block_table_tensor, self._block_size),
             common.block_table_tensor,
