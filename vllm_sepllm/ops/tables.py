@@ -69,5 +69,6 @@ class PrefillMetadata:
 
 def _part(words: torch.Tensor, table: NDArray[Any]) -> torch.Tensor:
     """The first of ``words`` in the shape of ``table``, its columns as a second dimension."""
-    shape = table.shape if table.dtype.names is None else (len(table), table.itemsize // 4)
-    return words[: table.nbytes // 4].view(shape)
+    word = words.element_size()
+    shape = table.shape if table.dtype.names is None else (len(table), table.itemsize // word)
+    return words[: table.nbytes // word].view(shape)

@@ -261,7 +261,7 @@ def _until(requests: PrefillRequests, rows: NDArray[np.void], bound: int) -> NDA
 
     separators, counts = requests.separators, rows["num_separators"]
     owner = np.repeat(np.arange(len(rows)), counts)
-    # it stays until the one so many ranks later leaves the window
+    # a separator stays until the one so many ranks later leaves the window
     later = np.arange(len(separators)) + bound
     is_known = later < requests.separators_start[1:][owner]
     leaves = np.full(len(separators), NEVER)
@@ -281,7 +281,7 @@ def _tile_rows(rows: NDArray[np.void], cuts: _Cuts, bound: int) -> NDArray[np.vo
     tiles["query_start"] = row["query_start"] + tiles["chunk_offset"]
     tiles["num_tokens"] = cuts.num_tokens
     tiles["position"] = cuts.position
-    # those in the window are near
+    # initial tokens in the window are near
     num_initial = np.minimum(row["initial_tokens"], window_start)
 
     cached, start = tiles["cached"], row["keys_start"]
@@ -300,7 +300,7 @@ def _tile_rows(rows: NDArray[np.void], cuts: _Cuts, bound: int) -> NDArray[np.vo
     chunk["first_near"] = start + row["chunk_from"] + first_near - chunk_start
     chunk["num_near"] = cuts.position + cuts.num_tokens - first_near
 
-    # if those that leave the windows of the tile's queries have room beside them, all stay
+    # all stay if those that leave the windows of the tile's queries find room beside them
     is_sure = cuts.rank_end + cuts.num_tokens <= bound
     for runs in (cached, chunk):
         runs["num_sure"] = np.where(is_sure, runs["num_initial"] + runs["num_far"], 0)
