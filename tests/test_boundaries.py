@@ -16,7 +16,8 @@ PUBLIC_VLLM = {"vllm.LLM", "vllm.SamplingParams"}
 ALLOWED = {
     f"{US}/policy": {"numpy"},
     f"{US}/config.py": {"pydantic", f"{US}.policy"},
-    "csrc_triton": {"torch", "triton", f"{US}.kernels"},
+    # the columns of the tables that policy writes and the kernels read: one source for both
+    "csrc_triton": {"torch", "triton", f"{US}.kernels", f"{US}.policy.keys.columns"},
     f"{US}/ops": {"torch", "numpy", f"{US}.policy", f"{US}.kernels"},
     f"{US}/integration": {"torch", "numpy", "packaging", "vllm", "transformers"}
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},

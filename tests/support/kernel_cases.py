@@ -31,7 +31,7 @@ class Shape:
 class Case:
     """A step on DEVICE; ``keys`` and ``values`` are whole prompts as the queries should see."""
 
-    policy: BatchPolicy
+    policy: BatchPolicy | BatchPolicy
     prompts: list[tuple[list[bool], int]]
     query: torch.Tensor
     key: torch.Tensor
@@ -143,15 +143,16 @@ def _empty_caches(num_blocks: int, shape: Shape) -> list[torch.Tensor]:
 
 
 def _metadata(
-    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
+    policy: BatchPolicy | BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
 ) -> ops.PrefillMetadata:
+    own = [policy.of_row(row) for row in range(len(prompts))]
     lowest = [
-        max(policy.initial_tokens, start - policy.of_row(row).window)
-        for row, (_, start) in enumerate(prompts)
+        max(row.initial_tokens, start - row.window)
+        for row, (_, start) in zip(own, prompts, strict=True)
     ]
     spilled = [
-        sum(flags[policy.initial_tokens : low])
-        for (flags, _), low in zip(prompts, lowest, strict=True)
+        sum(flags[row.initial_tokens : low])
+        for row, (flags, _), low in zip(own, prompts, lowest, strict=True)
     ]
     listed = [
         np.flatnonzero(flags[low:]) + low for (flags, _), low in zip(prompts, lowest, strict=True)
@@ -167,7 +168,7 @@ def _metadata(
         separators=np.concatenate(listed),
         separators_start=np.cumsum([0, *map(len, listed)]),
     )
-    return ops.PrefillMetadata.on(DEVICE, plan_tiles(requests, policy, tile_tokens), policy)
+    return ops.PrefillMetadata.on(DEVICE, plan_tiles(requests, policy, tile_tokens))
 
 
 def random_prompt(rng: np.random.Generator, length: int, start: int, density: float):

@@ -26,6 +26,7 @@ from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.backend import wrap_builder
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
+from vllm_sepllm.policy.keys.columns import REQUEST
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
@@ -164,6 +165,12 @@ def test_spills_run_before_the_forward(builder: Any, cache: torch.Tensor) -> Non
     assert torch.equal(cache, before)
 
 
+def read(made: Any, *columns: str) -> list[tuple[int, ...]]:
+    """Columns of the requests' table, row by row."""
+    rows = made.prefill.metadata.requests.numpy()
+    return [tuple(row[name].item() for name in columns) for row in rows.view(REQUEST)[:, 0]]
+
+
 def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
     made = step(builder, [20, 0, 30], [1, 5, 7], num_tokens=13, num_reqs=3)
     assert made.library.num_tokens == 1 + 5  # the second is inside a + n
@@ -171,7 +178,8 @@ def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
     assert (part.num_reqs, part.num_actual_tokens, part.max_query_len) == (2, 6, 5)
     assert part.query_start_loc.tolist() == [0, 1, 6]
     assert part.seq_lens.tolist() == [11, 5]
-    assert made.prefill.metadata.requests[:, :4].tolist() == [[2, 30, 37, 6]]
+    columns = ("table_row", "chunk_start", "chunk_end", "query_start")
+    assert read(made, *columns) == [(2, 30, 37, 6)]
     # of positions 30 .. 36 the window keeps the last six
     assert (made.slots[6:] == -1).tolist() == [True] + [False] * 6
 
@@ -205,9 +213,9 @@ def test_rows_have_windows_of_their_own(builder: Any) -> None:
     # far of the first: 4 and 9; the second is full attention; entries 2 + 10 % 3 and 12
     assert part.seq_lens.tolist() == [2 + 3 + 2, 13]
     assert made.slots[:2].tolist() == [1 * 4 + 3, (5 + 3) * 4 + 0]
-    assert made.prefill.metadata.requests[:, [0, 1, 8]].tolist() == [[2, 30, 6]]
+    assert read(made, "table_row", "chunk_start", "window") == [(2, 30, 6)]
     made = step(builder, [30], [7], num_tokens=7, num_reqs=1, windows=(4,))
-    assert made.prefill.metadata.requests[:, 8].tolist() == [4]
+    assert read(made, "window") == [(4,)]
     assert (made.slots == -1).tolist() == [True] * 3 + [False] * 4
 
 

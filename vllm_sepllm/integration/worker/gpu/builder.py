@@ -192,5 +192,5 @@ class GPUBuilderMixin(BuilderMixin):
     ) -> PrefillRows:
         tables = plan_tiles(requests, policy, self._tile_tokens)
         packed = self.upload(tables.packed, torch.int32)
-        metadata = ops.PrefillMetadata.from_packed(tables, policy, packed)
+        metadata = ops.PrefillMetadata.from_packed(tables, packed)
         return PrefillRows(ops.list_keys(metadata, block_table, self._block_size), block_table)
