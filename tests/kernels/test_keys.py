@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.kernel_cases import Shape, make_case, random_prompt
 from vllm_sepllm import ops
-from vllm_sepllm.policy.visibility import RowPolicies
+from vllm_sepllm.policy.visibility import BatchPolicy
 
 
 @settings(deadline=None, max_examples=40)
@@ -30,7 +30,7 @@ def test_lists_are_those_of_the_reference(
     rng = np.random.default_rng(seed)
     lengths = [*rng.integers(0, 40, 2), 300]
     prompts = [random_prompt(rng, n, int(rng.integers(0, n + 1)), density) for n in lengths]
-    policy = RowPolicies(initial_tokens, np.array(windows), max_separators)
+    policy = BatchPolicy(initial_tokens, np.array(windows), max_separators)
     shape = Shape(block_size=block_size, tile_tokens=tile_tokens)
     case = make_case(policy, prompts, shape, seed)
     table = case.cache.block_table
@@ -40,12 +40,12 @@ def test_lists_are_those_of_the_reference(
 
 
 def test_keys_are_listed_before_they_are_read() -> None:
-    case = make_case(RowPolicies(4, np.array([12]), None), [([True] * 20, 10)], Shape())
+    case = make_case(BatchPolicy(4, np.array([12]), None), [([True] * 20, 10)], Shape())
     with pytest.raises(ValueError, match=r"metadata.keys must be listed before the first layer"):
         replace(case, metadata=replace(case.metadata, keys=None)).run("triton")
 
 
 def test_errors_name_the_argument_and_the_value() -> None:
-    case = make_case(RowPolicies(4, np.array([12]), None), [([True] * 20, 10)], Shape())
+    case = make_case(BatchPolicy(4, np.array([12]), None), [([True] * 20, 10)], Shape())
     with pytest.raises(ValueError, match=r"block_table must be int32 \[num_rows, max_blocks\]"):
         ops.list_keys(case.metadata, case.cache.block_table.long(), 4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.kernel_cases import DEVICE, Case, Shape, make_case, random_prompt
 from vllm_sepllm import ops
-from vllm_sepllm.policy.visibility import Policy, RowPolicies
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 ATOL = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
@@ -54,7 +54,7 @@ def prompt(length: int, start: int, density: float = 0.3) -> tuple[list[bool], i
 )
 def test_matches_the_rule_on_random_layouts(policy, shape, second_window, density, seed) -> None:
     windows = np.array([policy.window, second_window])
-    policy = RowPolicies(policy.initial_tokens, windows, policy.max_separators)
+    policy = BatchPolicy(policy.initial_tokens, windows, policy.max_separators)
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 40, 2)
     prompts = [random_prompt(rng, n, int(rng.integers(0, n)), density) for n in lengths]
@@ -132,7 +132,7 @@ def test_result_does_not_depend_on_the_chunk_size() -> None:
 
 def test_requests_with_windows_of_their_own() -> None:
     """Smaller and larger than the chunk, one that has not begun to wrap, one beyond the request."""
-    policy = RowPolicies(3, np.array([5, 24, 60, 4096]), 6)
+    policy = BatchPolicy(3, np.array([5, 24, 60, 4096]), 6)
     prompts = [prompt(60, 25), prompt(70, 50), prompt(64, 62), prompt(50, 7)]
     case = make_case(policy, prompts, Shape())
     check(case)

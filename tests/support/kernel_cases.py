@@ -8,7 +8,7 @@ import torch
 from vllm_sepllm import ops
 from vllm_sepllm.ops import reference
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
-from vllm_sepllm.policy.visibility import BatchPolicy, Policy, visible_mask
+from vllm_sepllm.policy.visibility import AnyPolicy, BatchPolicy, Policy, visible_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -78,9 +78,11 @@ def compact_positions(policy: Policy, is_separator: list[bool], num_tokens: int)
 
 
 def make_case(
-    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], shape: Shape, seed: int = 0
+    policy: AnyPolicy, prompts: list[tuple[list[bool], int]], shape: Shape, seed: int = 0
 ) -> Case:
     """Prompts are (is_separator, chunk_start); unused slots and padding rows hold NaN."""
+    if isinstance(policy, Policy):
+        policy = BatchPolicy.of([policy] * len(prompts), policy)
     gen = torch.Generator().manual_seed(seed)
     heads, size = shape.num_kv_heads, shape.head_size
 

@@ -9,7 +9,7 @@ import torch
 from vllm_sepllm import ops
 from vllm_sepllm.kernels.tuning import Tuning
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 DEVICE = "cuda"
 BLOCK_SIZE = 16
@@ -125,10 +125,11 @@ def chunk(
     tile_tokens = tile_tokens or ops.prefill_tile_tokens(
         heads.num_heads, heads.num_kv_heads, heads.size, dtype
     )
-    tables = plan_tiles(requests, policy, tile_tokens)
+    own = BatchPolicy.of([policy], policy)
+    tables = plan_tiles(requests, own, tile_tokens)
     sizes: list[Any] = [(end - start, n, heads.size) for n in (heads.num_heads, heads.num_kv_heads)]
     cache = paged(heads, 1, policy.num_dense + num_spilled + 1, cache_dtype or dtype)
-    metadata = ops.PrefillMetadata.on(DEVICE, tables, policy)
+    metadata = ops.PrefillMetadata.on(DEVICE, tables, own)
     return Chunk(
         heads,
         randn(sizes[0], dtype),

@@ -12,7 +12,7 @@ from vllm_sepllm.policy.keys.tiles import (
     plan_tiles,
     rank_bound,
 )
-from vllm_sepllm.policy.visibility import BatchPolicy, Policy, RowPolicies, is_visible
+from vllm_sepllm.policy.visibility import AnyPolicy, BatchPolicy, Policy, is_visible
 
 policies = st.builds(
     Policy,
@@ -32,14 +32,16 @@ windows = st.none() | st.lists(st.integers(1, 50), min_size=3, max_size=3).map(n
 def with_windows(policy: Policy, window: np.ndarray | None) -> BatchPolicy:
     """The policies of three requests."""
     if window is None:
-        return policy
-    return RowPolicies(policy.initial_tokens, window, policy.max_separators)
+        window = np.full(3, policy.window)
+    return BatchPolicy(policy.initial_tokens, window, policy.max_separators)
 
 
 def plan(
-    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
+    policy: AnyPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
 ) -> PrefillTiles:
     """Tables for prompts (is_separator, chunk_start), their chunks one after the other."""
+    if isinstance(policy, Policy):
+        policy = with_windows(policy, None)
     policy = policy.of_rows(slice(len(prompts)))
     lowest = [
         max(policy.initial_tokens, start - policy.of_row(row).window)
@@ -172,4 +174,4 @@ def test_refuses_a_separator_that_has_left() -> None:
         one, one, np.array([10]), np.array([12]), one, np.array([5]), np.array([0, 1])
     )
     with pytest.raises(ValueError, match=r"separators\[0\] must be a position in \[6, 12\), got 5"):
-        plan_tiles(requests, Policy(initial_tokens=1, window=4), 8)
+        plan_tiles(requests, BatchPolicy(1, np.array([4])), 8)

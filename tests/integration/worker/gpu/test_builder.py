@@ -21,16 +21,19 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sepllm.integration.contracts.source_tree import SourceTree
+from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
-from vllm_sepllm.integration.worker.current_step import CurrentStep, attach_plan
-from vllm_sepllm.integration.worker.gpu.backend import _wrap_builder
+from vllm_sepllm.integration.worker.backend import wrap_builder
+from vllm_sepllm.integration.worker.current_step import CurrentStep
+from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 POLICY = Policy(2, 6, 8)
 BLOCK_SIZE, NUM_BLOCKS = 4, 20
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 
 
 @dataclass
@@ -74,12 +77,12 @@ def builder(cache: torch.Tensor) -> Any:
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=8),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
     )
-    made = _wrap_builder(LibraryBuilder)(
+    made = wrap_builder(LibraryBuilder, GPUBuilderMixin)(
         SepLLMSpec.from_full_attention(full, POLICY), ["layer"], config, torch.device("cpu")
     )
     layer = SimpleNamespace(
         num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
-        impl=SimpleNamespace(prefill=lambda *arguments: None),
+        impl=SimpleNamespace(prefill=lambda *arguments: None, bind=lambda kv_cache: None),
     )  # fmt: skip
     made.bind(
         CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, BLOCK_SIZE, [layer]
@@ -122,7 +125,7 @@ def step(
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         tokens = [int(i % 5 == 4) for i in range(start + length)]
         own = replace(POLICY, window=windows[row]) if row < len(windows) else POLICY
-        plan.add(str(row), SeparatorIndex(own, FLAGS), tokens, start, length)
+        plan.add(str(row), SeparatorIndex(own, SEPARATORS), tokens, start, length)
     output = SchedulerOutput.make_empty()
     output.total_num_scheduled_tokens = sum(lengths)
     attach_plan(output, plan.build())

@@ -1,4 +1,4 @@
-"""The backend of SepLLM layers on a GPU: the one that vLLM chose, wrapped."""
+"""The attention backend of SepLLM layers: the one that vLLM chose for them, wrapped."""
 
 from functools import cache
 from typing import Any
@@ -7,17 +7,19 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
-from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
+from vllm_sepllm.integration.worker.builder import BuilderMixin
 from vllm_sepllm.policy.visibility import Policy
 
 
 @cache
-def wrap_backend(wrapped: type[AttentionBackend], policy: Policy) -> type[AttentionBackend]:
+def wrap_backend(
+    wrapped: type[AttentionBackend], mixin: type[BuilderMixin], policy: Policy
+) -> type[AttentionBackend]:
     """``wrapped`` with our metadata and cache spec; its name, block sizes and layouts stay.
 
     A class per policy, because vLLM passes no configuration to ``customize_spec``.
     """
-    builder = _wrap_builder(wrapped.get_builder_cls())  # type: ignore[no-untyped-call]
+    builder = wrap_builder(wrapped.get_builder_cls(), mixin)  # type: ignore[no-untyped-call]
 
     def customize_spec(cls: type[AttentionBackend], spec: AttentionSpec) -> AttentionSpec:
         """The spec that vLLM and the wrapped backend made for the layer, under our policy."""
@@ -38,5 +40,6 @@ def wrap_backend(wrapped: type[AttentionBackend], policy: Policy) -> type[Attent
 
 
 @cache
-def _wrap_builder(wrapped: Any) -> type[GPUBuilderMixin]:
-    return type(f"SepLLM{wrapped.__name__}", (GPUBuilderMixin, wrapped), {"__module__": __name__})
+def wrap_builder(wrapped: Any, mixin: type[BuilderMixin]) -> type[BuilderMixin]:
+    """The wrapped backend's metadata builder, behind the mixin of a platform."""
+    return type(f"SepLLM{wrapped.__name__}", (mixin, wrapped), {"__module__": __name__})
