@@ -11,7 +11,7 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
-from vllm_sepllm.integration.contracts import CONTRACTS
+from vllm_sepllm.integration.contracts import check
 from vllm_sepllm.integration.patch import is_wrapped
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
 from vllm_sepllm.integration.wire.config import read_config
@@ -45,21 +45,13 @@ def is_registered() -> bool:
 
 
 def num_contracts() -> int:
-    """How many of vLLM's names the seam leans on."""
-    return len(CONTRACTS)
+    """How many of vLLM's names an engine leans on."""
+    return len(check.contracts(check.installed()))
 
 
 def broken_contracts() -> list[str]:
-    """What of them the installed vLLM does not keep, one line each."""
-    broken = []
-    for contract in CONTRACTS:
-        try:
-            message = contract.broken()
-        except (ImportError, TypeError, ValueError) as error:
-            message = f"{contract.where}: {error} ({contract.why})"
-        if message:
-            broken.append(message)
-    return broken
+    """Those that the installed vLLM does not keep, one line each."""
+    return check.broken(check.installed())
 
 
 def judge(model: str, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Verdict:
