@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,13 @@ def questions(num: int, **given: Any) -> Generated:
     return Generated("gsm8k", 150, items, sampling={"max_tokens": 40, "stop": ["Q:"]}, **given)
 
 
+class Entry(NamedTuple):
+    """What vLLM says of a token of a prompt."""
+
+    logprob: float
+    rank: int
+
+
 class FakeEngine:
     """Every token has probability one half; with sepllm's window alone the numbers are found."""
 
@@ -58,7 +65,8 @@ class FakeEngine:
             if done == self.stops_after:
                 raise KeyboardInterrupt
             answer = SimpleNamespace(text=text, token_ids=[1, 2, 3])
-            yield number, SimpleNamespace(outputs=[answer])
+            entries = [None, *({i: Entry(-0.5, 1)} for i in prompts[number][1:])]
+            yield number, SimpleNamespace(outputs=[answer], prompt_logprobs=entries)
 
 
 class Start:

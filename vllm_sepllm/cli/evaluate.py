@@ -1,6 +1,7 @@
 """``vllm-sepllm eval``: a quality suite in real vLLM, every method on the same questions."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,27 +74,29 @@ def _measure(
     from vllm_sepllm.eval.run import missing, plan, run
     from vllm_sepllm.eval.store import Store
 
-    try:
-        rows = plan(tasks, suite.compared, facts)
-        described["settings"] = {row.key: row.method.settings for row in rows}
-        store = Store(output, described)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-    except OSError as error:
-        raise typer.BadParameter(f"cannot use --output {output}: {error.strerror}") from None
     model = described["model"]
     arguments = {**suite.engine, "max_model_len": facts.max_model_len}
-    _check_engines(rows, store, model, arguments)
+    with ExitStack() as until_end:
+        try:
+            rows = plan(tasks, suite.compared, facts)
+            described["settings"] = {row.key: row.method.settings for row in rows}
+            store = until_end.enter_context(closing(Store(output, described)))
+            num_missing = missing(rows, store)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        except OSError as error:
+            raise typer.BadParameter(f"cannot use --output {output}: {error.strerror}") from None
+        _check_engines(rows, store, model, arguments)
 
-    def write() -> Sequence[Any]:
-        found = report.results(rows, store, facts)
-        report.write(output, found, described)
-        return found
+        def write() -> Sequence[Any]:
+            found = report.results(rows, store, facts)
+            report.write(output, found, described)
+            return found
 
-    total = sum(len(row.task.asked) for row in rows)
-    with Progress(total, total - missing(rows, store), write) as progress:
-        run(rows, store, model, arguments, progress)
-    found = write()
+        total = sum(len(row.task.asked) for row in rows)
+        with Progress(total, total - num_missing, write) as progress:
+            run(rows, store, model, arguments, progress)
+        found = write()
     console = make_console()
     console.print(report.markdown(found), markup=False, soft_wrap=True)
     _draw(output, found)

@@ -71,7 +71,7 @@ def make_task(
         raise ValueError(
             f"task {name}: output_type must be {_GENERATED} or {_SCORED}, got {kind!r}"
         )
-    if kind == _GENERATED and [m.get("metric") for m in config["metric_list"]] != [_METRIC]:
+    if kind == _GENERATED and [m.get("metric") for m in config.get("metric_list", ())] != [_METRIC]:
         raise ValueError(f"task {name}: the only metric of generated answers is {_METRIC}")
     given = {
         **{key: value for key, value in config.items() if key not in ("dataset_name", "tag")},

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, MIN_WINDOW, SepLLMConfig
 from vllm_sepllm.eval.methods import DEFAULTS, FIXED, FULL, Method
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MEAN_KV_OF = "mean_kv_of"
 # fields of EngineArgs that would change what is measured without a word
 _CHOSEN = {
@@ -168,7 +168,9 @@ class Suite(BaseModel):
         names = [task.name for task in self.tasks]
         for name in [*names, *self.methods]:
             if not _NAME.fullmatch(name):
-                raise ValueError(f"a name is of letters, digits, dots and hyphens, got {name!r}")
+                raise ValueError(
+                    f"a name is of letters, digits, and . _ - behind the first, got {name!r}"
+                )
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tasks need names of their own, got {twice} twice")
