@@ -1,12 +1,15 @@
 """A wrong setting is one clear sentence; a right one round-trips through JSON."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
+from vllm_sepllm.policy.separators.definition import IntervalSeparators, TokenSeparators
+from vllm_sepllm.policy.visibility import Policy
 
 
 def read(given: object) -> SepLLMConfig:
@@ -67,12 +70,18 @@ def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
     resolved = config.resolve(
         separator_ids=(7, 9), num_layers=30, max_model_len=8192, block_size=32
     )
-    assert resolved.separators == (7, 9)
-    assert resolved.full_layers == (0, 29)
-    assert resolved.max_separators == 2048
-    assert resolved.window == 60
-    assert resolved.checkpoint_interval == 512
-    again = resolved.resolve(separator_ids=(7, 9), num_layers=30, max_model_len=4096, block_size=32)
+    assert resolved == ResolvedConfig(
+        initial_tokens=4,
+        window=60,
+        max_separators=2048,
+        separators=TokenSeparators((7, 9)),
+        full_layers=(0, 29),
+        checkpoint_interval=512,
+    )
+    assert resolved.policy == Policy(4, 60, 2048)
+    again = read(resolved.to_json()).resolve(
+        separator_ids=(7, 9), num_layers=30, max_model_len=4096, block_size=32
+    )
     assert again == resolved
 
 
@@ -87,14 +96,17 @@ def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
     ],
 )
 def test_presets_have_no_separators_and_room_for_what_they_keep(
-    given: dict[str, object], max_separators: int
+    given: dict[str, Any], max_separators: int
 ) -> None:
     config = read(given)
     assert config.separators == ()
     resolved = config.resolve(separator_ids=(), num_layers=2, max_model_len=1000, block_size=32)
     assert resolved.max_separators == max_separators
+    interval = given.get("interval")
+    nothing = TokenSeparators(())
+    assert resolved.separators == (IntervalSeparators(interval) if interval else nothing)
     # what the workers read back
-    assert read(json.loads(resolved.model_dump_json())) == resolved
+    assert ResolvedConfig.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.policy.separators.rules import flags, separator_ids
+from vllm_sepllm.policy.separators.definition import TokenSeparators
+from vllm_sepllm.policy.separators.rules import separator_ids
 from vllm_sepllm.policy.visibility import BoolArray, Policy, visible_mask
 
 # ids of the authors' masks, then those that their cache adds
@@ -69,9 +70,9 @@ def compare(name: str, tokenizer: Any, token_ids: Sequence[int]) -> Line:
     derived = separator_ids("paper", tokenizer)
     ids = PUBLISHED.get(name, derived)
     size = len(tokenizer)
-    # as the engine reads them: a table over the vocabulary
-    table = flags(separator_ids(list(ids), None, size), size)
-    ours, theirs = table[np.asarray(token_ids)], np.isin(token_ids, ids)
+    # as the engine reads them
+    separators = TokenSeparators(separator_ids(list(ids), None, size))
+    ours, theirs = separators.mask(token_ids), np.isin(token_ids, ids)
     num_different = sum(
         int((visible_mask(policy, ours) != formula(policy, theirs)).any(axis=1).sum())
         for policy in POLICIES

@@ -82,10 +82,10 @@ def rule_of(made: Any) -> Rule:
     return Rule(
         initial_tokens=config["initial_tokens"],
         window=config["window"],
-        separator_ids=frozenset(config["separators"]),
+        separator_ids=frozenset(config.get("separators", ())),
         max_separators=config["max_separators"],
         full_layers=frozenset(config["full_layers"]),
-        interval=config["interval"],
+        interval=config.get("interval"),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, MIN_WINDOW, SepLLMConfig
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, MIN_WINDOW, ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.kept import kept_lengths
 
 FULL, SEPLLM, STREAMING, FIXED = "full", "sepllm", "streaming-llm", "fixed-interval"
@@ -74,15 +74,11 @@ def mean_kept(
         means = [np.arange(span.first, len(span.token_ids)) + 1.0 for span in spans]
         return float(np.concatenate(means).mean())
     config = _resolved(settings, facts)
-    separators = np.array(config.separators, dtype=np.int64)
     share = len(config.full_layers) / facts.num_layers
     means = []
     for span in spans:
         position = np.arange(len(span.token_ids))
-        is_separator = np.isin(span.token_ids, separators)
-        if config.interval is not None:
-            is_separator = position % config.interval == 0
-        kept = kept_lengths(config.policy, is_separator)
+        kept = kept_lengths(config.policy, config.separators.mask(span.token_ids))
         means.append((share * (position + 1) + (1 - share) * kept)[span.first :])
     return float(np.concatenate(means).mean())
 
@@ -143,7 +139,7 @@ def _config(settings: Mapping[str, Any]) -> SepLLMConfig:
     return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(settings)})
 
 
-def _resolved(settings: Mapping[str, Any], facts: ModelFacts) -> SepLLMConfig:
+def _resolved(settings: Mapping[str, Any], facts: ModelFacts) -> ResolvedConfig:
     """As an engine of the run resolves them."""
     config = _config(settings)
     return config.resolve(

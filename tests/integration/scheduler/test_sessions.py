@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 
@@ -47,7 +47,8 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(is_waited_for: 
     scheduler.kv_cache_manager.free = lambda request: freed.append(
         (request.num_computed_tokens, list(request._all_token_ids))
     )
-    scheduler._separators = Mock(staged={})
+    live = Mock(**{"holding.staged": None})
+    scheduler._live = MagicMock(**{"__getitem__.return_value": live})
     scheduler._enqueue_waiting_request = lambda request: None
     scheduler.hash_block_size, scheduler.log_stats = 32, False
     scheduler.num_waiting_for_streaming_input = 0
@@ -58,4 +59,4 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(is_waited_for: 
         scheduler._update_request_as_session(session, update)
     assert session._all_token_ids == [1, 2, 3, 4, 5, 7]
     assert session.num_computed_tokens == 0
-    scheduler._separators.truncate.assert_called_once_with("session", 5)
+    scheduler._live.truncate.assert_called_once_with(live, 5)

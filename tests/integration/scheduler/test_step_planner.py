@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 INTERVAL = 16
 
 
@@ -35,19 +36,19 @@ class Machine:
         self.windows = windows
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
-        self.separators = RequestSeparators(
-            policy, FLAGS, self.requests, choose=lambda request: self.own(request.request_id)
+        self.live = LiveRequests(SEPARATORS)
+        self.planner = StepPlanner(
+            self.live, policy, self.plan_checkpoints, lambda policy: INTERVAL
         )
-        self.planner = StepPlanner(self.separators, self.plan_checkpoints, lambda policy: INTERVAL)
 
     def own(self, name: str) -> Policy:
         """The policy of a request."""
         return replace(self.policy, window=self.windows.get(name, self.policy.window))
 
     @staticmethod
-    def plan_checkpoints(request: Any, start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
+    def plan_checkpoints(live: LiveRequest, start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
         """None beyond the known tokens, as PrefixCache."""
-        return checkpoints_at(start, end) if end <= len(request._all_token_ids) else ()
+        return checkpoints_at(start, end) if end <= len(live.request._all_token_ids) else ()
 
     def arrive(self, name: str, seed: int, num_prompt: int) -> None:
         gen = np.random.default_rng(seed)
@@ -57,11 +58,13 @@ class Machine:
             num_computed_tokens=0,
             num_prompt_tokens=num_prompt,
             _all_token_ids=self.texts[name][:num_prompt],
+            block_hashes=[],
         )
+        self.live.add(self.requests[name], self.own(name))
 
     def finish(self, name: str) -> None:
         del self.requests[name], self.texts[name]
-        self.separators.forget(name)
+        self.live.forget(name)
 
     def step(self, sizes: dict[str, int]) -> None:
         for name, size in sizes.items():
@@ -83,7 +86,7 @@ class Machine:
         for name, size in sizes.items():
             request = self.requests[name]
             start, known = request.num_computed_tokens, request._all_token_ids
-            index = SeparatorIndex(self.own(name), np.append(FLAGS, False))
+            index = SeparatorIndex(self.own(name), SEPARATORS)
             taken = checkpoints_at(start, start + size) if start + size <= len(known) else ()
             builder = StepPlanBuilder(self.policy)
             builder.add(name, index, known, start, size, taken)

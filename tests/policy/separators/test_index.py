@@ -1,14 +1,14 @@
 """Growing the list of separators in any portions gives the same list."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_sepllm.policy.separators.definition import IntervalSeparators, TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.visibility import Policy
 
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 
 
 @given(
@@ -17,7 +17,7 @@ FLAGS = np.array([False, True])
     st.integers(0, 5),
 )
 def test_portions_do_not_matter(token_ids: list[int], stops: list[int], initial: int) -> None:
-    index = SeparatorIndex(Policy(initial, 4), FLAGS)
+    index = SeparatorIndex(Policy(initial, 4), SEPARATORS)
     for stop in [*stops, len(token_ids)]:
         index.extend(token_ids, min(stop, len(token_ids)))
     want = [i for i, t in enumerate(token_ids) if t and i >= initial]
@@ -28,13 +28,13 @@ def test_portions_do_not_matter(token_ids: list[int], stops: list[int], initial:
 
 
 def test_unknown_tokens_are_an_error_not_a_short_list() -> None:
-    index = SeparatorIndex(Policy(0, 4), FLAGS)
+    index = SeparatorIndex(Policy(0, 4), SEPARATORS)
     with pytest.raises(IndexError, match="up to position 3 were asked for, but only 2"):
         index.extend([1, 1], 3)
 
 
 def test_truncated_tokens_are_read_again() -> None:
-    index = SeparatorIndex(Policy(1, 4), FLAGS)
+    index = SeparatorIndex(Policy(1, 4), SEPARATORS)
     index.extend([1, 1, 0, 1], 4)
     index.truncate(2)
     index.extend([1, 1, 1, 0, 1], 5)
@@ -47,7 +47,7 @@ def test_truncated_tokens_are_read_again() -> None:
 def test_an_interval_reads_positions_alone(
     interval: int, stops: list[int], initial: int, is_cut: bool
 ) -> None:
-    index = SeparatorIndex(Policy(initial, 4), FLAGS, interval)
+    index = SeparatorIndex(Policy(initial, 4), IntervalSeparators(interval))
     for stop in sorted(stops):
         index.extend([1] * 60, stop)
     if is_cut:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from vllm_sepllm.policy.separators.rules import (
     closes_segment,
-    flags,
     is_boundary,
     paper_surfaces,
     separator_ids,
@@ -241,19 +240,6 @@ def test_paper_is_a_part_of_extended_and_both_are_ascending(texts: list[str]) ->
     for ids in (paper, extended):
         assert list(ids) == sorted(set(ids))
         assert set(ids) <= set(read_vocabulary(tokenizer).text)
-
-
-@given(st.sets(st.integers(0, 99)))
-def test_flags_round_trip(ids: set[int]) -> None:
-    table = flags(ids, 100)
-    assert table.dtype == np.bool_
-    assert table.shape == (100,)
-    assert set(np.flatnonzero(table).tolist()) == ids
-
-
-def test_flags_refuse_ids_outside_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match=r"\[0, 3\), the vocabulary, got \[-1, 3\]"):
-        flags([3, -1, 2], 3)
 
 
 def smollm2(folder: Path) -> tuple[Any, FakeTokenizer]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.step.batch import BatchStep, Moves, Saves, plan_batch
@@ -18,7 +19,7 @@ from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlanBuilder
 from vllm_sepllm.policy.step.staging import Staged, propose
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
-FLAGS = np.array([False, True])  # token id 1 is the separator
+SEPARATORS = TokenSeparators((1,))  # token id 1 is the separator
 MAX_DRAFTS = 2
 MAX_PROPOSED = 1 + MAX_DRAFTS
 BLOCK_SIZE = 4
@@ -43,7 +44,7 @@ class Request:
     last: Staged | None = None
 
     def __post_init__(self) -> None:
-        self.index = SeparatorIndex(self.policy, FLAGS)
+        self.index = SeparatorIndex(self.policy, SEPARATORS)
         self.mask = visible_mask(self.policy, np.array(self.token_ids, dtype=bool))
 
     def check_settled(self) -> None:
@@ -217,7 +218,7 @@ def test_checkpoints_hold_the_state_at_their_position(
 def test_staging_lies_behind_what_the_next_commit_may_fill() -> None:
     """Literal numbers: 3 initial tokens, window 8, two drafts."""
     policy = Policy(3, 8)
-    index = SeparatorIndex(policy, FLAGS)
+    index = SeparatorIndex(policy, SEPARATORS)
     index.extend([0] * 4 + [1] + [0] * 20, 20)
     commit, staged = propose(index, None, 20, 2, 3)
     assert commit is None

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step import decode, prefill
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
-FLAGS = np.array([False, True])  # token id 1 is the separator
+SEPARATORS = TokenSeparators((1,))  # token id 1 is the separator
 
 policies = st.builds(
     Policy,
@@ -30,7 +31,7 @@ class Cache:
     def __init__(self, policy: Policy, token_ids: list[int]) -> None:
         self.policy = policy
         self.token_ids = token_ids
-        self.index = SeparatorIndex(policy, FLAGS)
+        self.index = SeparatorIndex(policy, SEPARATORS)
         self.mask = visible_mask(policy, np.array(token_ids, dtype=bool))
         self.entries: dict[int, int] = {}
         self.num_tokens = 0
@@ -119,7 +120,7 @@ def test_below_a_plus_n_the_layout_is_that_of_vllm(policy: Policy, token_ids: li
 def test_longest_cache_is_a_bound_that_all_separators_reach(
     policy: Policy, num_tokens: int
 ) -> None:
-    index = SeparatorIndex(policy, FLAGS)
+    index = SeparatorIndex(policy, SEPARATORS)
     left = layout.num_left_window(policy, num_tokens)
     index.extend([1] * num_tokens, min(left, num_tokens))
     spilled = index.count_below(left)

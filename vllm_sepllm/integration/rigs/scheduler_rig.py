@@ -31,8 +31,8 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.scheduler.scheduler import SepLLMScheduler
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.cpu.builder import SepLLMCPUMetadataBuilder
 from vllm_sepllm.integration.worker.current_step import CurrentStep
@@ -119,8 +119,7 @@ class SchedulerRig:
         )
         if not is_sepllm:
             return full
-        policy = SepLLMConfig.from_additional_config(self.config.additional_config).policy
-        return SepLLMSpec.from_full_attention(full, policy)
+        return SepLLMSpec.from_full_attention(full, read_config(self.config).policy)
 
     def _tokens(self, num_tokens: int) -> list[int]:
         is_separator = (self._random.random() < self.load.density for _ in range(num_tokens))

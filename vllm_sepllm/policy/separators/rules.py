@@ -21,7 +21,6 @@ from typing import Literal
 import numpy as np
 
 from vllm_sepllm.policy.separators.vocabulary import Tokenizer, Vocabulary, read_vocabulary
-from vllm_sepllm.policy.visibility import BoolArray
 
 SeparatorRule = Literal["paper", "extended"]
 SeparatorSpec = SeparatorRule | Sequence[str] | Sequence[int]
@@ -222,14 +221,3 @@ def _string_ids(strings: Sequence[str], vocabulary: Vocabulary) -> list[int]:
             "' ' and a newline as '\\n', leave out longer strings, or give token ids"
         )
     return [token_id for token_id, surface in surfaces.items() if surface in wanted]
-
-
-def flags(ids: Iterable[int], vocab_size: int) -> BoolArray:
-    """Lookup table of separators: [vocab_size], whether each token id is one.
-
-    Raises:
-        ValueError: if an id is outside [0, vocab_size).
-    """
-    table = np.zeros(vocab_size, dtype=np.bool_)
-    table[list(_checked_ids(ids, vocab_size))] = True
-    return table

@@ -24,13 +24,14 @@ from vllm_sepllm.integration.contracts.source_tree import SourceTree
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.current_step import CurrentStep, attach_plan
 from vllm_sepllm.integration.worker.gpu.backend import _wrap_builder
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 POLICY = Policy(2, 6, 8)
 BLOCK_SIZE, NUM_BLOCKS = 4, 20
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 
 
 @dataclass
@@ -122,7 +123,7 @@ def step(
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         tokens = [int(i % 5 == 4) for i in range(start + length)]
         own = replace(POLICY, window=windows[row]) if row < len(windows) else POLICY
-        plan.add(str(row), SeparatorIndex(own, FLAGS), tokens, start, length)
+        plan.add(str(row), SeparatorIndex(own, SEPARATORS), tokens, start, length)
     output = SchedulerOutput.make_empty()
     output.total_num_scheduled_tokens = sum(lengths)
     attach_plan(output, plan.build())

@@ -13,14 +13,14 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 
-from vllm_sepllm.integration.scheduler.live_requests import salt_of
-from vllm_sepllm.integration.scheduler.prefix_cache.block_count import NamedBlocks
+from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
+from vllm_sepllm.policy.visibility import Policy
 
 # 64 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
 _MAX_SEEN = 1 << 17
 
-# one new checkpoint for so many blocks of the pool, and those that lost a block are forgotten:
-# of a long text each takes kilobytes of host memory
+# blocks of the pool per new checkpoint between two sweeps that forget checkpoints without all of
+# their blocks: the checkpoint of a long text takes kilobytes of host memory
 _BLOCKS_PER_SWEEP = 8
 
 State = Mapping[int, Sequence[KVCacheBlock]]
@@ -55,7 +55,7 @@ class CheckpointRegistry:
     """Checkpoints by the hash of their last whole hash block.
 
     vLLM's hashes chain over all tokens before and are salted with LoRA, multimodal content and
-    cache_salt; the caller adds the policy (RequestSeparators.salted).
+    cache_salt, which has a request's own policy in it (wire/choices.py).
     """
 
     def __init__(self, block_pool: BlockPool) -> None:
@@ -64,7 +64,7 @@ class CheckpointRegistry:
         self._by_hash: dict[BlockHash, list[Checkpoint]] = {}
         self._num_added = 0
         self._numbers = count()
-        self.named_blocks = NamedBlocks()
+        self.block_count = CheckpointBlockCount()
         self._seen: OrderedDict[BlockHash, None] = OrderedDict()
 
     def find(
@@ -108,12 +108,17 @@ class CheckpointRegistry:
         return whole
 
     def add(
-        self, block_hash: BlockHash, position: int, rest: tuple[int, ...], state: State
+        self,
+        policy: Policy,
+        block_hash: BlockHash,
+        position: int,
+        rest: tuple[int, ...],
+        state: State,
     ) -> None:
         """Remember a checkpoint; its blocks get keys and may be freed afterwards."""
         keyed = {
             group_id: tuple(
-                (block, self._key(block, group_id, position, block_hash)) for block in blocks
+                (block, self._key(block, group_id, position, policy)) for block in blocks
             )
             for group_id, blocks in state.items()
         }
@@ -125,7 +130,7 @@ class CheckpointRegistry:
                 self._whole(known)
 
     def _key(
-        self, block: KVCacheBlock, group_id: int, position: int, block_hash: BlockHash
+        self, block: KVCacheBlock, group_id: int, position: int, policy: Policy
     ) -> BlockHashWithGroupId:
         """The block's key in vLLM's map of cached blocks, given now if it has none."""
         if block.block_hash is None:
@@ -133,7 +138,7 @@ class CheckpointRegistry:
             name = BlockHash(b"sepllm" + next(self._numbers).to_bytes(26, "big"))
             key = make_block_hash_with_group_id(name, group_id)
             self._pool._insert_block_hash(key, block, num_tokens=position)
-            self.named_blocks.add(block, salt_of(block_hash))
+            self.block_count.add(block, policy)
         assert block.block_hash is not None
         return block.block_hash
 

@@ -6,7 +6,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.worker.cpu.backend import SepLLMCPUBackend
 from vllm_sepllm.integration.worker.cpu.builder import SepLLMCPUMetadataBuilder
 from vllm_sepllm.integration.worker.cpu.impl import SepLLMCPUImpl
@@ -23,7 +23,7 @@ class SepLLMCPUWorker(CPUWorker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, then put ours around the implementation of each chosen layer."""
         super().load_model(load_dummy_weights=load_dummy_weights)
-        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
+        config = read_config(self.vllm_config)
         backend = SepLLMCPUBackend.with_policy(config.policy)
         for layer in sepllm_layers(self.vllm_config, config):
             layer.attn_backend = backend

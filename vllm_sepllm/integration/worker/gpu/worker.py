@@ -12,8 +12,8 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu.backend import wrap_backend
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
@@ -37,7 +37,7 @@ class GPUWorkerMixin(Worker):
                 that our kernels do not read.
         """
         super().load_model(load_dummy_weights=load_dummy_weights)
-        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
+        config = read_config(self.vllm_config)
         runner: Any = self.model_runner  # vLLM types it as Model Runner V1's
         drafting: Collection[str] = ()
         if self.use_v2_model_runner and isinstance(runner.speculator, DraftModelSpeculator):
