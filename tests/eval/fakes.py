@@ -12,8 +12,11 @@ from vllm_sepllm.eval.methods import ModelFacts
 from vllm_sepllm.eval.needle import Needle, Needles
 from vllm_sepllm.eval.questions import Generated, Question
 from vllm_sepllm.eval.text import Excerpt, Texts
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 
-FACTS = ModelFacts(lambda spec: () if spec == () else (0,), num_layers=4, max_model_len=200)
+FACTS = ModelFacts(
+    lambda spec: TokenSeparators(() if spec == () else (0,)), num_layers=4, max_model_len=200
+)
 SEPLLM = {"window": 20}
 BOOKS = Texts(
     "text-200",

@@ -14,11 +14,14 @@ from vllm_sepllm.eval.methods import (
     resolve,
     rival,
 )
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 SEPARATORS = (3, 5)
 FACTS = ModelFacts(
-    lambda spec: tuple(spec) if spec == () else SEPARATORS, num_layers=10, max_model_len=4000
+    lambda spec: TokenSeparators(() if spec == () else SEPARATORS),
+    num_layers=10,
+    max_model_len=4000,
 )
 
 
@@ -42,7 +45,9 @@ def test_mean_kept_is_the_mean_of_the_masks_rows() -> None:
 
 def test_separators_are_bounded_as_in_the_engine() -> None:
     """Three of four tokens are separators, a quarter of max_model_len stays."""
-    facts = ModelFacts(lambda _spec: tuple(range(15)), num_layers=10, max_model_len=401)
+    facts = ModelFacts(
+        lambda _spec: TokenSeparators(tuple(range(15))), num_layers=10, max_model_len=401
+    )
     part = span(400, 200)
     is_separator = np.isin(part.token_ids, range(15))
     assert is_separator.mean() > 0.5

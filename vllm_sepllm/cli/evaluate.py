@@ -14,7 +14,7 @@ from vllm_sepllm.cli.doctor import installed_version
 from vllm_sepllm.cli.eval_progress import Progress
 from vllm_sepllm.cli.kv_sizes import load_shape
 from vllm_sepllm.cli.tokens import load_tokenizer
-from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 
 if TYPE_CHECKING:  # they import torch
     from vllm_sepllm.eval.run import Row
@@ -51,7 +51,7 @@ def evaluate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     longest = max(task.length for task, _ in built)
-    facts = ModelFacts(lambda spec: separator_ids(spec, tokenizer), num_layers, longest)
+    facts = ModelFacts(lambda spec: token_separators(spec, tokenizer), num_layers, longest)
     described = {
         "model": model,
         "engine": wanted.engine,

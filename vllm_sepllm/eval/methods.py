@@ -8,6 +8,7 @@ import numpy as np
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, MIN_WINDOW, ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.kept import kept_lengths
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 FULL, SEPLLM, STREAMING, FIXED = "full", "sepllm", "streaming-llm", "fixed-interval"
 # requests on which windows are chosen: more of them move a window by less than one token
@@ -52,12 +53,12 @@ class ModelFacts:
     """What of a model decides how much is kept.
 
     Attributes:
-        separator_ids: what ``separators`` of a configuration means for its tokenizer.
+        separators: what ``separators`` of a configuration means for its tokenizer.
         num_layers: of the model, all with ordinary attention.
         max_model_len: of every engine of the run; bounds the separators where the settings do not.
     """
 
-    separator_ids: Callable[[Any], tuple[int, ...]]
+    separators: Callable[[Any], TokenSeparators]
     num_layers: int
     max_model_len: int
 
@@ -143,7 +144,7 @@ def _resolved(settings: Mapping[str, Any], facts: ModelFacts) -> ResolvedConfig:
     """As an engine of the run resolves them."""
     config = _config(settings)
     return config.resolve(
-        separator_ids=facts.separator_ids(config.separators),
+        separators=facts.separators(config.separators),
         num_layers=facts.num_layers,
         max_model_len=facts.max_model_len,
         # the engine's own is unknown here; nothing that is kept depends on it, and 1 never refuses
