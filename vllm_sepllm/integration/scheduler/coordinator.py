@@ -111,6 +111,7 @@ class SepLLMCoordinator:
         """See RequestEvents."""
         if self.prefix_cache.is_enabled:
             self.prefix_cache.plan_copies()
+            self.prefix_cache.joint_prefills.end_step()
 
     def leaves(self, live: LiveRequest) -> None:
         """See RequestEvents; nothing of what the request held is known afterwards."""

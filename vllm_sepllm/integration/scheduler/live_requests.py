@@ -3,6 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
@@ -40,6 +42,18 @@ class GroupState:
     num_blocks: int = 0
 
 
+class Awaited(NamedTuple):
+    """A checkpoint that a running prefill is about to leave.
+
+    Attributes:
+        number: of the running request.
+        position: tokens of the checkpoint.
+    """
+
+    number: int
+    position: int
+
+
 @dataclass(slots=True)
 class Holding:
     """What is known of a request until it loses its blocks: by its end, or by preemption.
@@ -47,7 +61,8 @@ class Holding:
     Attributes:
         groups: KV cache group -> what it holds there.
         staged: what its last step proposed, until its next step (policy/step/staging.py).
-        wanted: positions at which its prefill leaves a checkpoint; None: it was not looked up yet.
+        is_seen: whether its prompt was compared with others (BranchPoints).
+        awaited: the checkpoint that it waits for, to start from it (JointPrefills).
         keyed_until: tokens up to which its full blocks have their keys; None: none has.
         next_look: number of tokens from which on its tail may nearly be a ring (SharedTails); None:
             it did not take part in a step yet.
@@ -58,7 +73,8 @@ class Holding:
 
     groups: defaultdict[int, GroupState] = field(default_factory=lambda: defaultdict(GroupState))
     staged: Staged | None = None
-    wanted: tuple[int, ...] | None = None
+    is_seen: bool = False
+    awaited: Awaited | None = None
     keyed_until: int | None = None
     next_look: int | None = None
     last_copies: list[KeyedBlock] = field(default_factory=list)
@@ -71,6 +87,7 @@ class LiveRequest:
 
     Attributes:
         request: vLLM's.
+        number: of its own among all that ever arrived.
         index: its separators, and its policy.
         slot: its row in the table of decode steps.
         refusal: why it ends with an error instead of being scheduled; None: it is served.
@@ -78,6 +95,7 @@ class LiveRequest:
     """
 
     request: Request
+    number: int
     index: SeparatorIndex
     slot: int
     refusal: str | None = None
@@ -162,6 +180,7 @@ class LiveRequests:
         """No request has arrived yet; ``separators`` are the engine's."""
         self._separators = separators
         self._by_id: dict[str, LiveRequest] = {}
+        self._numbers = count()
         self.decodes = DecodeTable()
         # of the last step; most steps have the same requests in the same order
         self._batch: Batch | None = None
@@ -169,7 +188,8 @@ class LiveRequests:
     def add(self, request: Request, policy: Policy, refusal: str | None = None) -> LiveRequest:
         """Take in a request that has arrived."""
         index = SeparatorIndex(policy, self._separators)
-        live = LiveRequest(request, index, self.decodes.add(), refusal)
+        number, slot = next(self._numbers), self.decodes.add()
+        live = LiveRequest(request, number, index, slot, refusal)
         request.block_hashes = RequestHashes(request.block_hashes, live)
         self._by_id[request.request_id] = live
         self._batch = None

@@ -110,12 +110,18 @@ class _SepLLMMixin(Scheduler):
         return policy
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        """A refused request is not scheduled; vLLM ends it as one whose grammar is wrong."""
-        if self._live[request.request_id].refusal is not None:
+        """Whether vLLM may schedule the request now.
+
+        A refused one never; vLLM ends it as one whose grammar is wrong. One that begins like a
+        running prefill waits for what that leaves in the prefix cache.
+        """
+        live = self._live[request.request_id]
+        if live.refusal is not None:
             self.grammar_compile_error_reqs.add(request.request_id)
             return False
         is_ready: bool = super()._handle_blocked_waiting_request(request)
-        return is_ready
+        is_cached = self._prefix_cache.is_enabled
+        return is_ready and not (is_cached and self._prefix_cache.must_wait(live))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See vLLM's Scheduler.schedule; requests whose tail becomes a ring begin anew before."""
@@ -150,8 +156,6 @@ class _SepLLMMixin(Scheduler):
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
         kv, cache = self.kv_cache_manager, self._prefix_cache
-        if cache.is_enabled:
-            cache.looks_up(self._live[request.request_id])
         hit: tuple[KVCacheBlocks, int, int, bool]
         hit = super()._get_local_prefix_cache_hit(request)
         blocks, num_tokens, _, _ = hit

@@ -159,7 +159,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         hit = 0
         blocks = None
         if request.num_computed_tokens == 0:
-            self.cache.looks_up(self.live[request.request_id])
+            if self.cache.must_wait(self.live[request.request_id]):
+                return None
             blocks, hit, _ = self.kv.get_computed_blocks(request)
             if hit and not self.cache.fits(self.kv, request, blocks, hit):
                 blocks, hit = self.kv.empty_kv_cache_blocks, 0

@@ -13,9 +13,11 @@ from vllm.v1.request import Request
 
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.integration.scheduler.prefix_cache.branch_points import BranchPoints
 from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import CheckpointRegistry
 from vllm_sepllm.integration.scheduler.prefix_cache.decode_checkpoints import DecodeCheckpoints
 from vllm_sepllm.integration.scheduler.prefix_cache.dense_prefixes import DensePrefixes
+from vllm_sepllm.integration.scheduler.prefix_cache.joint_prefills import JointPrefills
 from vllm_sepllm.policy.step import checkpoint
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint
 from vllm_sepllm.policy.visibility import Policy
@@ -49,6 +51,10 @@ class PrefixCache:
         self._interval = checkpoint_interval
         self.registry = CheckpointRegistry(self._pool)
         self._dense = DensePrefixes(managers, alignment)
+        self._branches = BranchPoints()
+        self.joint_prefills = JointPrefills(
+            self._pool.hash_block_size, self._positions_ahead, self._num_found
+        )
         # a request that ends does so between two of the positions that other layers can hit
         self._decoding = (
             DecodeCheckpoints(managers, self.registry, self._unit) if alignment > 1 else None
@@ -68,16 +74,17 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ a new request
 
-    def looks_up(self, live: LiveRequest) -> None:
-        """The request is about to look for a prefix: note where its prefill leaves checkpoints.
+    def must_wait(self, live: LiveRequest) -> bool:
+        """Whether a waiting request should start in a later step, from what a prefill leaves."""
+        if not live.holding.is_seen:
+            self._branches.see(live.request.block_hashes)
+            live.holding.is_seen = True
+        return not live.request.skip_reading_prefix_cache and self.joint_prefills.must_wait(live)
 
-        Where requests like it begin alike, and at the last block of its prompt. A request that has
-        to wait is looked up again and again, but compared with others once.
-        """
-        if live.holding.wanted is None:
-            hashes, num_prompt = live.request.block_hashes, live.request.num_prompt_tokens
-            positions = self.registry.common_prefix(hashes), num_prompt - 1
-            live.holding.wanted = tuple(p // self._unit * self._unit for p in positions)
+    def _num_found(self, live: LiveRequest) -> int:
+        """Tokens that the request would find now; layers of other kinds may have fewer."""
+        _, num_tokens = self.find(live, live.request.num_tokens - 1, ())
+        return num_tokens
 
     def find(
         self, live: LiveRequest, max_length: int, group_ids: Sequence[int]
@@ -115,6 +122,7 @@ class PrefixCache:
 
     def takes_part(self, live: LiveRequest) -> None:
         """The request takes part in the step that is being scheduled."""
+        self.joint_prefills.takes_part(live)
         # proposals that turned out right reach the cache in this step only
         if self._decoding is not None and live.holding.staged is None:
             self._decoding.note(live)
@@ -141,11 +149,37 @@ class PrefixCache:
             return ()
         if end > known:  # an asynchronous step beyond the known tokens
             return ()
-        positions = checkpoint.checkpoint_positions(
-            start, end, interval=self.interval_of(live.policy), wanted=live.holding.wanted or ()
-        )
+        positions = self._positions(live, start, end)
         planned = [self._plan_checkpoint(live, p) for p in positions]
         return tuple(p for p in planned if p is not None)
+
+    def _positions(self, live: LiveRequest, start: int, end: int) -> list[int]:
+        """Positions in (start, end] at which the request's step leaves a checkpoint.
+
+        Regularly, at the last block of the prompt, and where prompts part. Beyond a + n tokens
+        that is once in a + n tokens at most, as each checkpoint holds a copy of the ring; up to
+        there once, as every block boundary before can be hit, too.
+        """
+        size, num_dense = self._pool.hash_block_size, live.policy.num_dense
+        first = start // num_dense * num_dense
+        numbers = self._branches.between(live.request.block_hashes, first // size, end // size)
+        branches = [self._aligned(number * size) for number in numbers]
+        wanted = [
+            *[p for p in branches if p <= num_dense][-1:],
+            *checkpoint.first_of_each((p for p in branches if p > num_dense), num_dense),
+            self._aligned(live.request.num_prompt_tokens - 1),
+        ]
+        interval = self.interval_of(live.policy)
+        return checkpoint.checkpoint_positions(start, end, interval=interval, wanted=wanted)
+
+    def _positions_ahead(self, live: LiveRequest, start: int, end: int) -> list[int]:
+        """Positions in (start, end] at which a prefill leaves something that others can hit."""
+        dense = self._aligned(min(end, live.policy.num_dense))
+        return [p for p in (dense, *self._positions(live, start, end)) if p > start]
+
+    def _aligned(self, position: int) -> int:
+        """The last position up to there at which a checkpoint may end."""
+        return position // self._unit * self._unit
 
     def release_checkpoints(self) -> None:
         """The step is planned: its checkpoints belong to nobody, so no admission waits for them."""

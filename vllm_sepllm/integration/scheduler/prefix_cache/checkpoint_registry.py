@@ -1,6 +1,5 @@
-"""Which prefixes have a checkpoint in vLLM's block pool, and which were seen before."""
+"""Which prefixes have a checkpoint in vLLM's block pool."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -15,9 +14,6 @@ from vllm.v1.core.kv_cache_utils import (
 
 from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
 from vllm_sepllm.policy.visibility import Policy
-
-# 64 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
-_MAX_SEEN = 1 << 17
 
 # blocks of the pool per new checkpoint between two sweeps that forget checkpoints without all of
 # their blocks: the checkpoint of a long text takes kilobytes of host memory
@@ -65,7 +61,6 @@ class CheckpointRegistry:
         self._num_added = 0
         self._numbers = count()
         self.block_count = CheckpointBlockCount()
-        self._seen: OrderedDict[BlockHash, None] = OrderedDict()
 
     def find(
         self,
@@ -141,19 +136,3 @@ class CheckpointRegistry:
             self.block_count.add(block, policy)
         assert block.block_hash is not None
         return block.block_hash
-
-    def common_prefix(self, hashes: Sequence[BlockHash]) -> int:
-        """Tokens of the longest prefix, in whole hash blocks, that an earlier request had too.
-
-        The request itself counts as seen from then on.
-        """
-        num_common = 0
-        for number, block_hash in enumerate(hashes, start=1):
-            if block_hash in self._seen:
-                num_common = number
-                self._seen.move_to_end(block_hash)
-            else:
-                self._seen[block_hash] = None
-        while len(self._seen) > _MAX_SEEN:
-            self._seen.popitem(last=False)
-        return num_common * self._hash_size
