@@ -27,6 +27,11 @@ def test_unknown_key_is_refused_with_the_valid_ones() -> None:
         read({"windows": 64})
 
 
+NO_SEPARATORS = (
+    "separators must be one of 'paper', 'extended', 'unwrapped', 'sentences', a list of strings or"
+)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
