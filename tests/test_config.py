@@ -41,18 +41,9 @@ NO_SEPARATORS = (
         ({"window": True}, "window: Input should be a valid integer, got True"),
         ({"initial_tokens": -1}, "initial_tokens: Input should be greater than or equal to 0"),
         ({"max_separators": 1.5}, "max_separators: Input should be a valid integer, got 1.5"),
-        (
-            {"separators": "all"},
-            "separators must be one of 'paper', .*'sentences', a list of strings or",
-        ),
-        (
-            {"separators": [1, "."]},
-            "separators must be one of 'paper', .*'sentences', a list of strings",
-        ),
-        (
-            {"separators": [""]},
-            "separators must be one of 'paper', .*'sentences', a list of strings or",
-        ),
+        ({"separators": "all"}, NO_SEPARATORS),
+        ({"separators": [1, "."]}, NO_SEPARATORS),
+        ({"separators": [""]}, NO_SEPARATORS),
         ({"full_layers": [0.5]}, "full_layers: Input should be a valid integer"),
         (
             {"preset": "h2o"},
