@@ -168,9 +168,7 @@ class Suite(BaseModel):
         names = [task.name for task in self.tasks]
         for name in [*names, *self.methods]:
             if not _NAME.fullmatch(name):
-                raise ValueError(
-                    f"a name is of letters, digits, and . _ - behind the first, got {name!r}"
-                )
+                raise ValueError(f"a name is of letters, digits, dots, hyphens and _, got {name!r}")
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"tasks need names of their own, got {twice} twice")
