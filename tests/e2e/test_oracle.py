@@ -59,6 +59,12 @@ CASES = [
         prompt_lengths=(57, 700),
     ),
     Case(
+        "rule of two tokens, cut anywhere",
+        {"window": 64, "separators": "unwrapped"},
+        67,
+        prompt_lengths=(500, 57, 900),
+    ),
+    Case(
         "compiled",
         {"window": 64},
         512,
@@ -79,10 +85,15 @@ CASES = [
 def rule_of(made: Any) -> Rule:
     """What the engine says it does, for the oracle."""
     config = made.engine.vllm_config.additional_config["sepllm"]
+    separators = config.get("separators", ())
+    if not isinstance(separators, dict):
+        separators = {"token_ids": separators, "line_breaks": (), "closers": ()}
     return Rule(
         initial_tokens=config["initial_tokens"],
         window=config["window"],
-        separator_ids=frozenset(config.get("separators", ())),
+        separator_ids=frozenset(separators["token_ids"]),
+        line_breaks=frozenset(separators["line_breaks"]),
+        closers=frozenset(separators["closers"]),
         max_separators=config["max_separators"],
         full_layers=frozenset(config["full_layers"]),
         interval=config.get("interval"),

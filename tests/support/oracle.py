@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 class Rule:
     """The rule as the oracle applies it; ``full_layers`` counts from 0.
 
-    With ``interval`` the tokens at its multiples are the separators, whatever their ids.
+    With ``interval`` the tokens at its multiples are the separators, whatever their ids. A token of
+    ``line_breaks`` is one behind a token of ``closers``.
     """
 
     initial_tokens: int
@@ -25,6 +26,8 @@ class Rule:
     max_separators: int | None = None
     full_layers: frozenset[int] = frozenset()
     interval: int | None = None
+    line_breaks: frozenset[int] = frozenset()
+    closers: frozenset[int] = frozenset()
 
 
 def causal_mask(num_tokens: int) -> torch.Tensor:
@@ -36,7 +39,12 @@ def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
     """The SepLLM rule, row by row: [num_tokens, num_tokens] bool."""
     num_tokens = len(token_ids)
     mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    separators = [j for j, t in enumerate(token_ids) if t in rule.separator_ids]
+    separators = [
+        j
+        for j, t in enumerate(token_ids)
+        if t in rule.separator_ids
+        or (j > 0 and t in rule.line_breaks and token_ids[j - 1] in rule.closers)
+    ]
     if rule.interval is not None:
         separators = list(range(0, num_tokens, rule.interval))
     for i in range(num_tokens):

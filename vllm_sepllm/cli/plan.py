@@ -20,6 +20,7 @@ from vllm_sepllm.cli.kv_sizes import (
 )
 from vllm_sepllm.cli.sizes import format_bytes
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 LABEL = "arithmetic, not a measurement"
 WINDOWS = (124, 252, 508, 1020)
@@ -135,7 +136,7 @@ def _resolved_dtype(dtype: str, shape: KVShape) -> str:
 
 def _resolve(config: SepLLMConfig, shape: KVShape, deployment: Deployment) -> ResolvedConfig:
     resolved = config.resolve(
-        separator_ids=(),
+        separators=TokenSeparators(()),
         num_layers=shape.num_layers,
         max_model_len=deployment.context,
         block_size=deployment.block_size,

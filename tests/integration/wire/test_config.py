@@ -24,9 +24,11 @@ from vllm_sepllm.integration.wire.config import (
 from vllm_sepllm.policy.separators.definition import IntervalSeparators, TokenSeparators
 
 COUNTS = st.integers(0, 2**30 - 1)
+IDS = st.lists(st.integers(0, 200_000), unique=True).map(tuple)
 SEPARATORS = st.one_of(
     st.builds(IntervalSeparators, st.integers(1, 64)),
-    st.builds(TokenSeparators, st.lists(st.integers(0, 200_000), unique=True).map(tuple)),
+    st.builds(TokenSeparators, IDS),
+    st.builds(TokenSeparators, IDS, IDS.filter(bool), IDS),
 )
 CONFIGS = st.builds(
     ResolvedConfig,
@@ -63,8 +65,9 @@ def test_what_is_written_is_what_a_user_may_write(config: ResolvedConfig) -> Non
     made = vllm_config({})
     write_config(made, config)
     again = SepLLMConfig.from_additional_config(made.additional_config)
-    ids = tuple(int(token_id) for token_id in again.separators)
-    resolved = again.resolve(separator_ids=ids, num_layers=100, max_model_len=64, block_size=1)
+    own = again.separators
+    separators = own if isinstance(own, TokenSeparators) else TokenSeparators(tuple(own))
+    resolved = again.resolve(separators=separators, num_layers=100, max_model_len=64, block_size=1)
     assert resolved == config
 
 

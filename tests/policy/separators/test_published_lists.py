@@ -12,9 +12,8 @@ import pytest
 
 from tests.policy.step.test_step_simulation import Cache
 from vllm_sepllm.policy.kept import kept_lengths
-from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 from vllm_sepllm.sample import FOLDER
 
@@ -74,7 +73,7 @@ def m1(policy: Policy, is_separator: list[bool], query: int) -> list[int]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_visible_sets_are_the_formula(name: str, policy: Policy) -> None:
     token_ids, ids, size = tokenise(name)
-    separators = TokenSeparators(separator_ids(list(ids.values()), None, size))
+    separators = token_separators(list(ids.values()), None, size)
     is_separator = [token_id in set(ids.values()) for token_id in token_ids]
     assert 0.05 < np.mean(is_separator) < 0.5
     index = SeparatorIndex(policy, separators)

@@ -25,7 +25,7 @@ from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, writ
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
 from vllm_sepllm.policy import trained
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
-from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 
 _CPU_WORKER = "vllm_sepllm.integration.worker.cpu.worker.SepLLMCPUWorker"
 _GPU_WORKER = "vllm_sepllm.integration.worker.gpu.worker.SepLLMGPUWorker"
@@ -147,7 +147,7 @@ def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
     # None with skip_tokenizer_init, which does for a list of token ids
     tokenizer = cached_tokenizer_from_config(model_config)
     return given.resolve(
-        separator_ids=separator_ids(given.separators, tokenizer, model_config.get_vocab_size()),
+        separators=token_separators(given.separators, tokenizer, model_config.get_vocab_size()),
         num_layers=model_config.get_total_num_hidden_layers(),
         max_model_len=model_config.max_model_len,
         block_size=vllm_config.cache_config.block_size,

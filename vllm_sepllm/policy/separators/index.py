@@ -37,11 +37,12 @@ class SeparatorIndex:
                 f"separators up to position {num_tokens} were asked for, "
                 f"but only {len(token_ids)} token ids are known"
             )
+        previous = token_ids[first - 1] if first else None
         if num_tokens - first == 1:  # a decode step: no array for one token
-            if self._separators.includes(token_ids[first], first):
+            if self._separators.includes(token_ids[first], first, previous):
                 self._positions.append(first)
         else:
-            is_separator = self._separators.mask(token_ids[first:num_tokens], first)
+            is_separator = self._separators.mask(token_ids[first:num_tokens], first, previous)
             found = first + np.flatnonzero(is_separator)
             self._positions.frombytes(found.astype(np.intc).tobytes())
         self._num_seen = num_tokens
