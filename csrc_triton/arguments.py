@@ -82,6 +82,19 @@ class PagedCache:
 
 
 @dataclass(frozen=True, slots=True)
+class KeyLists:
+    """The keys that the chunks of a step read, request after request.
+
+    Attributes:
+        place: [num_keys] int32, slot of a cached key; of a key of the chunk its row in the chunk.
+        until: [num_keys] int32, first position that no longer sees the key.
+    """
+
+    place: torch.Tensor
+    until: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Logits:
     """What a layer does to its logits.
 

@@ -1,20 +1,45 @@
 """Prefill attention over three sources: compact cache, ring and chunk.
 
 SepLLM (arXiv 2412.12094, section 3). A key is visible to the queries at [its own position, its
-``until``). Tables as in policy/keys/tiles.py, lists of keys as in keys.py. Oracle: ops.reference.
+``until``). Tables as in policy/keys/columns.py, lists of keys as in keys.py. Oracle: ops.reference.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_sepllm.kernels.arguments import Logits, PagedCache
-from vllm_sepllm.kernels.keys import REQUEST_COLUMNS, cached_parts, chunk_parts, sure_keys
+from vllm_sepllm.kernels.arguments import KeyLists, Logits, PagedCache
+from vllm_sepllm.kernels.columns import RUNS, TILE
 from vllm_sepllm.kernels.tuning import Tuning
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # what tensor cores multiply; the interpreter multiplies float32, as it computes bfloat16 wrongly
 _DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+class _Sums(NamedTuple):
+    """What the online softmax carries from one block of keys to the next, in float32."""
+
+    top: Any  # [BLOCK_ROWS] running maximum, base 2
+    total: Any  # [BLOCK_ROWS]
+    acc: Any  # [BLOCK_ROWS, HEAD_POW2]
+
+
+class _Keys(NamedTuple):
+    """Keys and values of one KV head: the cache's, or the chunk's as blocks of one token."""
+
+    key_ptr: Any
+    value_ptr: Any
+    place_ptr: Any  # [num_keys] int32: block * BLOCK_SIZE + offset
+    until_ptr: Any  # [num_keys] int32
+    stride_key: Any  # of a block
+    stride_value: Any  # of a block
+    stride_token: Any  # in its block
+    stride_element: Any
+    BLOCK_SIZE: Any
+    chunk_offset: Any  # place of the tile's first query; None: the cache, all its keys are older
 
 
 @triton.jit
@@ -23,135 +48,99 @@ def _softmax_step(
     k,  # [BLOCK_KEYS, HEAD_POW2]
     v,  # [BLOCK_KEYS, HEAD_POW2]
     is_visible,  # [BLOCK_ROWS, BLOCK_KEYS]; None: all are
-    top,  # [BLOCK_ROWS] running maximum, base 2
-    total,  # [BLOCK_ROWS]
-    acc,  # [BLOCK_ROWS, HEAD_POW2]
+    sums,  # _Sums
     scale,
-    soft_cap,
-    USE_SOFT_CAP: tl.constexpr,
+    soft_cap,  # None: none
 ):
     """One block of keys of the online softmax, in float32."""
     # ieee: float32 operands must not be rounded to tf32
     logits = tl.dot(q, tl.trans(k), input_precision="ieee")
     factor = scale * _LOG2E
-    if USE_SOFT_CAP:
+    if soft_cap is not None:
         logits = soft_cap * (2 * tl.sigmoid(2 * scale * logits / soft_cap) - 1)
         factor = _LOG2E
     if is_visible is not None:
         logits = tl.where(is_visible, logits, float("-inf"))
     # the factor is positive: it goes into one multiply-add with the maximum
-    new_top = tl.maximum(top, tl.max(logits, 1) * factor)
-    finite_top = new_top
+    top = tl.maximum(sums.top, tl.max(logits, 1) * factor)
+    finite_top = top
     if is_visible is not None:  # a row that has seen no key yet: -inf - -inf would be NaN
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        finite_top = tl.where(top == float("-inf"), 0.0, top)
     weights = tl.exp2(logits * factor - finite_top[:, None])
-    decay = tl.exp2(top - finite_top)
-    total = total * decay + tl.sum(weights, 1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
-    return new_top, total, acc
+    decay = tl.exp2(sums.top - finite_top)
+    total = sums.total * decay + tl.sum(weights, 1)
+    acc = tl.dot(weights.to(v.dtype), v, sums.acc * decay[:, None], input_precision="ieee")
+    return _Sums(top, total, acc)
 
 
 @triton.jit
 def _load_keys(
-    key,  # [BLOCK_KEYS] entry of the list
-    key_ptr,  # of this KV head
-    value_ptr,
-    place_ptr,  # [num_keys] int32
-    stride_block,  # of a block of the cache; of a row of key
-    stride_token,  # of a token in its block; of a row of value
-    stride_row,
-    IS_CACHE: tl.constexpr,
+    place,  # [BLOCK_KEYS]
+    keys,  # _Keys
     HEAD: tl.constexpr,
     HEAD_POW2: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """Keys and values [BLOCK_KEYS, HEAD_POW2], and their places."""
-    place = tl.load(place_ptr + key)
-    # int64: block id * stride_block passes 2**31 on a cache of a few GiB
-    if IS_CACHE:
-        key_off = (place // BLOCK_SIZE).to(tl.int64) * stride_block
-        key_off += (place % BLOCK_SIZE).to(tl.int64) * stride_token
-        value_off = key_off
-    else:
-        key_off = place.to(tl.int64) * stride_block
-        value_off = place.to(tl.int64) * stride_token
+    """Keys and values, both [BLOCK_KEYS, HEAD_POW2] of DTYPE."""
+    # int64: block id * stride passes 2**31 on a cache of a few GiB
+    block = (place // keys.BLOCK_SIZE).to(tl.int64)
+    in_block = (place % keys.BLOCK_SIZE).to(tl.int64) * keys.stride_token
     col = tl.arange(0, HEAD_POW2)
-    elements = col.to(tl.int64)[None, :] * stride_row
-    k_ptrs = key_ptr + key_off[:, None] + elements
-    v_ptrs = value_ptr + value_off[:, None] + elements
+    elements = col.to(tl.int64)[None, :] * keys.stride_element
+    k_ptrs = keys.key_ptr + (block * keys.stride_key + in_block)[:, None] + elements
+    v_ptrs = keys.value_ptr + (block * keys.stride_value + in_block)[:, None] + elements
     if HEAD == HEAD_POW2:
         k, v = tl.load(k_ptrs), tl.load(v_ptrs)
     else:
         in_head = (col < HEAD)[None, :]
         k = tl.load(k_ptrs, mask=in_head, other=0.0)
         v = tl.load(v_ptrs, mask=in_head, other=0.0)
-    return k.to(DOT_DTYPE), v.to(DOT_DTYPE), place
+    return k.to(DTYPE), v.to(DTYPE)
 
 
 @triton.jit
 def _attend(
     q,  # [BLOCK_ROWS, HEAD_POW2]
-    position,  # [BLOCK_ROWS]
-    top,
-    total,
-    acc,
-    key_ptr,  # as in _load_keys, and so below
-    value_ptr,
-    place_ptr,
-    until_ptr,  # [num_keys] int32
-    first_0,  # the tile reads num_0 entries from first_0 on, then num_1, then num_2
-    num_0,
-    first_1,
-    num_1,
-    first_2,
-    num_2,
-    num_sure,  # how many of these, from the first on, every row of the tile sees
-    chunk_start,  # of no meaning for the cache
+    token,  # [BLOCK_ROWS] index in the tile
+    position,  # of the tile's first token
+    sums,  # _Sums
+    keys,  # _Keys
+    runs_ptr,  # of the tile's RUNS of these keys
     scale,
     soft_cap,
-    stride_block,
-    stride_token,
-    stride_row,
-    IS_CACHE: tl.constexpr,
     HEAD: tl.constexpr,
-    HEAD_POW2: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    USE_SOFT_CAP: tl.constexpr,
-    DOT_DTYPE: tl.constexpr,
 ):
     """The cached keys of a tile, or those of its chunk, its own included."""
+    # keys are counted through the three runs; their entries in the lists are that much further
+    num_initial = tl.load(runs_ptr + RUNS.num_initial)
+    num_before = num_initial + tl.load(runs_ptr + RUNS.num_far)
+    num_keys = num_before + tl.load(runs_ptr + RUNS.num_near)
+    to_initial = tl.load(runs_ptr + RUNS.first_initial)
+    to_far = tl.load(runs_ptr + RUNS.first_far) - num_initial
+    to_near = tl.load(runs_ptr + RUNS.first_near) - num_before
+    num_sure = tl.load(runs_ptr + RUNS.num_sure)
     masked_from = num_sure // BLOCK_KEYS * BLOCK_KEYS
     for start in range(0, masked_from, BLOCK_KEYS):
         key = start + tl.arange(0, BLOCK_KEYS)
-        key += tl.where(key < num_0, first_0, first_1 - num_0)
-        k, v, _ = _load_keys(
-            key, key_ptr, value_ptr, place_ptr, stride_block, stride_token, stride_row,
-            IS_CACHE, HEAD, HEAD_POW2, BLOCK_SIZE, DOT_DTYPE,
-        )  # fmt: skip
-        top, total, acc = _softmax_step(
-            q, k, v, None, top, total, acc, scale, soft_cap, USE_SOFT_CAP
-        )
-    num_keys = num_0 + num_1 + num_2
+        entry = key + tl.where(key < num_initial, to_initial, to_far)
+        place = tl.load(keys.place_ptr + entry)
+        k, v = _load_keys(place, keys, HEAD, q.shape[1], q.dtype)
+        sums = _softmax_step(q, k, v, None, sums, scale, soft_cap)
     for start in range(masked_from, num_keys, BLOCK_KEYS):
-        entry = start + tl.arange(0, BLOCK_KEYS)
+        key = start + tl.arange(0, BLOCK_KEYS)
         # past the end the last key again: memory that was never written may hold NaN
-        key = tl.minimum(entry, num_keys - 1)
-        after_0 = tl.where(key < num_0 + num_1, first_1 - num_0, first_2 - num_0 - num_1)
-        key += tl.where(key < num_0, first_0, after_0)
-        k, v, place = _load_keys(
-            key, key_ptr, value_ptr, place_ptr, stride_block, stride_token, stride_row,
-            IS_CACHE, HEAD, HEAD_POW2, BLOCK_SIZE, DOT_DTYPE,
-        )  # fmt: skip
-        until = tl.where(entry < num_keys, tl.load(until_ptr + key), 0)
-        seen = position[:, None] < until[None, :]
-        if not IS_CACHE:
-            seen &= (place + chunk_start)[None, :] <= position[:, None]
-        top, total, acc = _softmax_step(
-            q, k, v, seen, top, total, acc, scale, soft_cap, USE_SOFT_CAP
-        )
-    return top, total, acc
+        entry = tl.minimum(key, num_keys - 1)
+        to_entry = tl.where(entry < num_before, to_far, to_near)
+        entry += tl.where(entry < num_initial, to_initial, to_entry)
+        place = tl.load(keys.place_ptr + entry)
+        k, v = _load_keys(place, keys, HEAD, q.shape[1], q.dtype)
+        until = tl.where(key < num_keys, tl.load(keys.until_ptr + entry), 0)
+        seen = (position + token)[:, None] < until[None, :]
+        if keys.chunk_offset is not None:
+            seen &= place[None, :] <= (keys.chunk_offset + token)[:, None]
+        sums = _softmax_step(q, k, v, seen, sums, scale, soft_cap)
+    return sums
 
 
 @triton.jit
@@ -180,15 +169,14 @@ def prefill_kernel(
     key_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD]
     value_cache_ptr,  # [num_blocks, num_kv_heads, BLOCK_SIZE, HEAD]
     out_ptr,  # [num_tokens, num_heads, HEAD]
-    tiles_ptr,  # [num_tiles, 8] int32
-    requests_ptr,  # [num_requests, REQUEST_COLUMNS] int32
+    tiles_ptr,  # [num_tiles, TILE.num_columns] int32
     place_ptr,  # [num_keys] int32
     until_ptr,  # [num_keys] int32
     sinks_ptr,  # [num_heads] or None
     key_scale_ptr,  # [1] float32 or None
     value_scale_ptr,  # [1] float32 or None
     scale,
-    soft_cap,
+    soft_cap,  # None: none
     stride_query,
     stride_key,
     stride_value,
@@ -197,25 +185,21 @@ def prefill_kernel(
     stride_head,
     stride_token,
     stride_row,
-    INITIAL: tl.constexpr,
-    MAX_SEPARATORS: tl.constexpr,
     GROUP: tl.constexpr,  # query heads a KV head
     HEAD: tl.constexpr,
     HEAD_POW2: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
-    USE_SOFT_CAP: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     # later tiles of a chunk read more keys: they start first
-    tile_ptr = tiles_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)) * 8
-    num_tokens = tl.load(tile_ptr + 3)
+    tile_ptr = tiles_ptr + (tl.num_programs(0) - 1 - tl.program_id(0)) * TILE.num_columns
+    num_tokens = tl.load(tile_ptr + TILE.num_tokens)
     if num_tokens == 0:  # padding of a persistent buffer
         return
     kv_head = tl.program_id(1)
-    first_row = tl.load(tile_ptr + 1).to(tl.int64)
-    tile_start = tl.load(tile_ptr + 2)
+    first_row = tl.load(tile_ptr + TILE.query_start).to(tl.int64)
     row = tl.arange(0, BLOCK_ROWS)
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     in_tile = token < num_tokens
@@ -223,48 +207,48 @@ def prefill_kernel(
         first_row, num_tokens, kv_head, stride_query, GROUP, HEAD, HEAD_POW2, BLOCK_ROWS
     )
     q = tl.load(query_ptr + q_off, mask=q_mask, other=0.0).to(DOT_DTYPE)
-    position = tile_start + token
+    position = tl.load(tile_ptr + TILE.position)
     top = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     if sinks_ptr is not None:
         top = tl.load(sinks_ptr + head, mask=in_tile, other=0.0).to(tl.float32) * _LOG2E
         total += 1.0
-    acc = tl.zeros([BLOCK_ROWS, HEAD_POW2], tl.float32)
+    sums = _Sums(top, total, tl.zeros([BLOCK_ROWS, HEAD_POW2], tl.float32))
     key_scale = scale
     if key_scale_ptr is not None:
         key_scale = scale * tl.load(key_scale_ptr)
 
-    first_0, num_0, first_1, num_1, first_2, num_2 = cached_parts(tile_ptr, requests_ptr, INITIAL)
-    cache_head = kv_head.to(tl.int64) * stride_head
-    top, total, acc = _attend(
-        q, position, top, total, acc, key_cache_ptr + cache_head, value_cache_ptr + cache_head,
-        place_ptr, until_ptr, first_0, num_0, first_1, num_1, first_2, num_2,
-        sure_keys(tile_ptr, num_0 + num_1, MAX_SEPARATORS), 0, key_scale, soft_cap,
-        stride_block, stride_token, stride_row, True, HEAD, HEAD_POW2, BLOCK_SIZE, BLOCK_KEYS,
-        USE_SOFT_CAP, DOT_DTYPE,
+    cache_off = kv_head.to(tl.int64) * stride_head
+    cached = _Keys(
+        key_cache_ptr + cache_off, value_cache_ptr + cache_off, place_ptr, until_ptr,
+        stride_block, stride_block, stride_token, stride_row, BLOCK_SIZE, None,
+    )  # fmt: skip
+    sums = _attend(
+        q, token, position, sums, cached, tile_ptr + TILE.cached, key_scale, soft_cap,
+        HEAD, BLOCK_KEYS,
     )  # fmt: skip
     if value_scale_ptr is not None:  # nothing but the cache is in acc yet
-        acc *= tl.load(value_scale_ptr)
-    # the tables are read again where they are needed: through the loops they would take registers
-    first_0, num_0, first_1, num_1, first_2, num_2 = chunk_parts(tile_ptr, requests_ptr, INITIAL)
-    chunk_start = tl.load(requests_ptr + tl.load(tile_ptr) * REQUEST_COLUMNS + 1)
-    # the chunk's rows of key and value begin where its first token is
-    chunk_off = tl.load(tile_ptr + 1).to(tl.int64) - (tl.load(tile_ptr + 2) - chunk_start)
-    top, total, acc = _attend(
-        q, position, top, total, acc, key_ptr + chunk_off * stride_key + kv_head * HEAD,
-        value_ptr + chunk_off * stride_value + kv_head * HEAD,
-        place_ptr, until_ptr, first_0, num_0, first_1, num_1, first_2, num_2,
-        sure_keys(tile_ptr, num_0 + num_1, MAX_SEPARATORS), chunk_start, scale, soft_cap,
-        stride_key, stride_value, 1, False, HEAD, HEAD_POW2, BLOCK_SIZE, BLOCK_KEYS,
-        USE_SOFT_CAP, DOT_DTYPE,
+        sums = _Sums(sums.top, sums.total, sums.acc * tl.load(value_scale_ptr))
+    chunk_row = tl.load(tile_ptr + TILE.chunk_query_start).to(tl.int64)
+    chunk = _Keys(
+        key_ptr + chunk_row * stride_key + kv_head * HEAD,
+        value_ptr + chunk_row * stride_value + kv_head * HEAD,
+        place_ptr, until_ptr, stride_key, stride_value, 0, 1, 1,
+        tl.load(tile_ptr + TILE.chunk_offset),
     )  # fmt: skip
-    first_row, num_tokens = tl.load(tile_ptr + 1).to(tl.int64), tl.load(tile_ptr + 3)
+    sums = _attend(
+        q, token, position, sums, chunk, tile_ptr + TILE.chunk, scale, soft_cap,
+        HEAD, BLOCK_KEYS,
+    )  # fmt: skip
+    # volatile: read again, or the first ones would take registers through the loops
+    first_row = tl.load(tile_ptr + TILE.query_start, volatile=True).to(tl.int64)
+    num_tokens = tl.load(tile_ptr + TILE.num_tokens, volatile=True)
     out_off, out_mask = _query_offsets(
         first_row, num_tokens, kv_head, stride_out, GROUP, HEAD, HEAD_POW2, BLOCK_ROWS
     )
     # a row past the tile's end may have seen no key
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out_ptr + out_off, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
+    out = sums.acc / tl.where(sums.total == 0.0, 1.0, sums.total)[:, None]
+    tl.store(out_ptr + out_off, out.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
 def launch(
@@ -272,28 +256,28 @@ def launch(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: PagedCache,
-    tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    policy: tuple[int, int],
+    tiles: torch.Tensor,
+    keys: KeyLists,
     logits: Logits,
     out: torch.Tensor,
     tuning: Tuning,
 ) -> None:
     """Arguments as in :func:`vllm_sepllm.ops.prefill`, already checked.
 
-    ``tables`` are tiles, requests and lists of keys; ``policy``: initial_tokens, max_separators.
+    ``tiles`` and ``keys`` are of the step's :class:`vllm_sepllm.ops.PrefillMetadata`.
     """
-    (tiles, requests, keys), (num_kv_heads, head_size) = tables, key.shape[1:]
+    num_kv_heads, head_size = key.shape[1:]
     if tiles.shape[0] == 0:  # a grid of zero programs is an error
         return
+    key_scale, value_scale = cache.scales or (None, None)
     is_compiled = isinstance(prefill_kernel, triton.runtime.JITFunction)
     prefill_kernel[(tiles.shape[0], num_kv_heads)](
-        query, key, value, cache.key, cache.value, out, tiles, requests, keys[0], keys[1],
-        logits.sinks, *(cache.scales or (None, None)), logits.scale, logits.soft_cap,
+        query, key, value, cache.key, cache.value, out, tiles, keys.place, keys.until,
+        logits.sinks, key_scale, value_scale, logits.scale, logits.soft_cap or None,
         query.stride(0), key.stride(0), value.stride(0), out.stride(0), *cache.key.stride(),
-        INITIAL=policy[0], MAX_SEPARATORS=policy[1], GROUP=query.shape[1] // num_kv_heads,
+        GROUP=query.shape[1] // num_kv_heads,
         HEAD=head_size, HEAD_POW2=max(16, triton.next_power_of_2(head_size)),  # tl.dot needs 16
         BLOCK_SIZE=cache.key.shape[2], BLOCK_ROWS=tuning.block_rows, BLOCK_KEYS=tuning.block_keys,
-        USE_SOFT_CAP=logits.soft_cap > 0,
         DOT_DTYPE=_DOT_DTYPES[query.dtype] if is_compiled else tl.float32,
         num_warps=tuning.num_warps, num_stages=tuning.num_stages,
         enable_fp_fusion=True,  # what the scores are scaled with; Triton 3.10 has it off by default

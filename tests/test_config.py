@@ -1,12 +1,15 @@
 """A wrong setting is one clear sentence; a right one round-trips through JSON."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
+from vllm_sepllm.policy.separators.definition import IntervalSeparators, TokenSeparators
+from vllm_sepllm.policy.visibility import Policy
 
 
 def read(given: object) -> SepLLMConfig:
@@ -24,6 +27,11 @@ def test_unknown_key_is_refused_with_the_valid_ones() -> None:
         read({"windows": 64})
 
 
+NO_SEPARATORS = (
+    "separators must be one of 'paper', 'extended', 'unwrapped', 'sentences', a list of strings or"
+)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -33,9 +41,9 @@ def test_unknown_key_is_refused_with_the_valid_ones() -> None:
         ({"window": True}, "window: Input should be a valid integer, got True"),
         ({"initial_tokens": -1}, "initial_tokens: Input should be greater than or equal to 0"),
         ({"max_separators": 1.5}, "max_separators: Input should be a valid integer, got 1.5"),
-        ({"separators": "all"}, "separators must be 'paper', 'extended', a list of strings or"),
-        ({"separators": [1, "."]}, "separators must be 'paper', 'extended', a list of strings"),
-        ({"separators": [""]}, "separators must be 'paper', 'extended', a list of strings or"),
+        ({"separators": "all"}, NO_SEPARATORS),
+        ({"separators": [1, "."]}, NO_SEPARATORS),
+        ({"separators": [""]}, NO_SEPARATORS),
         ({"full_layers": [0.5]}, "full_layers: Input should be a valid integer"),
         (
             {"preset": "h2o"},
@@ -65,14 +73,20 @@ def test_two_mistakes_are_both_named() -> None:
 def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
     config = read({"window": 60, "separators": ["."], "full_layers": [-1, 0]})
     resolved = config.resolve(
-        separator_ids=(7, 9), num_layers=30, max_model_len=8192, block_size=32
+        separators=TokenSeparators((7, 9)), num_layers=30, max_model_len=8192, block_size=32
     )
-    assert resolved.separators == (7, 9)
-    assert resolved.full_layers == (0, 29)
-    assert resolved.max_separators == 2048
-    assert resolved.window == 60
-    assert resolved.checkpoint_interval == 512
-    again = resolved.resolve(separator_ids=(7, 9), num_layers=30, max_model_len=4096, block_size=32)
+    assert resolved == ResolvedConfig(
+        initial_tokens=4,
+        window=60,
+        max_separators=2048,
+        separators=TokenSeparators((7, 9)),
+        full_layers=(0, 29),
+        checkpoint_interval=512,
+    )
+    assert resolved.policy == Policy(4, 60, 2048)
+    again = read(resolved.to_json()).resolve(
+        separators=TokenSeparators((7, 9)), num_layers=30, max_model_len=4096, block_size=32
+    )
     assert again == resolved
 
 
@@ -87,24 +101,29 @@ def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
     ],
 )
 def test_presets_have_no_separators_and_room_for_what_they_keep(
-    given: dict[str, object], max_separators: int
+    given: dict[str, Any], max_separators: int
 ) -> None:
     config = read(given)
     assert config.separators == ()
-    resolved = config.resolve(separator_ids=(), num_layers=2, max_model_len=1000, block_size=32)
+    resolved = config.resolve(
+        separators=TokenSeparators(()), num_layers=2, max_model_len=1000, block_size=32
+    )
     assert resolved.max_separators == max_separators
+    interval = given.get("interval")
+    nothing = TokenSeparators(())
+    assert resolved.separators == (IntervalSeparators(interval) if interval else nothing)
     # what the workers read back
-    assert read(json.loads(resolved.model_dump_json())) == resolved
+    assert ResolvedConfig.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
 
 
 def test_layers_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"layers -4 to 3, got \[4, -5\]"):
         read({"full_layers": [4, -5]}).resolve(
-            separator_ids=(), num_layers=4, max_model_len=64, block_size=32
+            separators=TokenSeparators(()), num_layers=4, max_model_len=64, block_size=32
         )
     with pytest.raises(ValueError, match="all 2 layers, which leaves nothing"):
         read({"full_layers": [0, 1]}).resolve(
-            separator_ids=(), num_layers=2, max_model_len=64, block_size=32
+            separators=TokenSeparators(()), num_layers=2, max_model_len=64, block_size=32
         )
 
 
@@ -131,10 +150,10 @@ def test_anything_gives_a_config_or_a_clear_error(given: dict[str, object]) -> N
 
 def test_a_checkpoint_interval_is_whole_blocks() -> None:
     resolved = read({"checkpoint_interval": 96}).resolve(
-        separator_ids=(), num_layers=2, max_model_len=64, block_size=32
+        separators=TokenSeparators(()), num_layers=2, max_model_len=64, block_size=32
     )
     assert resolved.checkpoint_interval == 96
     with pytest.raises(ValueError, match="must be a multiple of the block size 32, got 100"):
         read({"checkpoint_interval": 100}).resolve(
-            separator_ids=(), num_layers=2, max_model_len=64, block_size=32
+            separators=TokenSeparators(()), num_layers=2, max_model_len=64, block_size=32
         )

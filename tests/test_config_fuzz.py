@@ -7,10 +7,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.layout import compact_length
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.separators.rules import flags, separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.step.checkpoint import checkpoint_positions
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import is_visible, visible_mask
@@ -62,31 +62,28 @@ def settings_of_a_user(draw: st.DrawFn) -> Any:
     return chosen
 
 
-def usable(config: SepLLMConfig, num_layers: int, max_model_len: int) -> None:
+def usable(config: ResolvedConfig, num_layers: int, max_model_len: int) -> None:
     """What the scheduler and the workers do with a policy, at both ends of a request."""
-    assert SepLLMConfig.from_additional_config(json.loads(json.dumps(dump(config)))) == config
+    written = json.loads(json.dumps(config.to_json()))
+    assert ResolvedConfig.from_json(written) == config
+    SepLLMConfig.from_additional_config({"sepllm": written})
     assert len(config.full_layers) < num_layers
     assert all(0 <= layer < num_layers for layer in config.full_layers)
     policy = config.policy
-    is_separator = flags([int(i) for i in config.separators], VOCAB_SIZE)
     token_ids = [(7 * i) % VOCAB_SIZE for i in range(60)]
-    mask = visible_mask(policy, is_separator[token_ids])
-    row = [is_visible(policy, list(is_separator[token_ids]), 59, key) for key in range(60)]
+    is_separator = config.separators.mask(token_ids)
+    mask = visible_mask(policy, is_separator)
+    row = [is_visible(policy, list(is_separator), 59, key) for key in range(60)]
     assert mask[59].tolist() == row
     assert row[59], "a query reads itself"
-    index = SeparatorIndex(policy, is_separator)
+    index = SeparatorIndex(policy, config.separators)
     builder = StepPlanBuilder(policy)
     builder.add("request", index, token_ids, 0, 50)
     builder.add("other", index, token_ids, 50, 10)
     assert builder.build() is not None
-    assert config.checkpoint_interval
     positions = checkpoint_positions(0, 600, interval=config.checkpoint_interval, wanted=())
     assert len(positions) == 600 // config.checkpoint_interval
     assert 0 < compact_length(policy, max_model_len, 0) <= max_model_len
-
-
-def dump(config: SepLLMConfig) -> dict[str, Any]:
-    return {"sepllm": config.model_dump(mode="json")}
 
 
 @given(
@@ -102,7 +99,7 @@ def test_a_clear_error_or_a_usable_policy(
     try:
         config = SepLLMConfig.from_additional_config({"sepllm": given_by_user})
         resolved = config.resolve(
-            separator_ids=separator_ids(config.separators, None, VOCAB_SIZE),
+            separators=token_separators(config.separators, None, VOCAB_SIZE),
             num_layers=num_layers,
             max_model_len=max_model_len,
             block_size=block_size,

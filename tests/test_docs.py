@@ -130,9 +130,11 @@ def check_ours(arguments: list[str]) -> None:
     if "config" in context.params:
         settings = json.loads(context.params["config"])
         SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: settings})
-    for item in context.params.get("also") or ():
-        settings = json.loads(item.partition("=")[2])
-        SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: settings})
+    suite = context.params.get("suite")
+    if suite is not None and suite.name != "SUITE.yaml":
+        from vllm_sepllm.eval.suite_file import read_suite
+
+        read_suite(ROOT / suite)
 
 
 def check_additional_config(arguments: list[str]) -> None:
@@ -217,6 +219,7 @@ def test_the_readme_is_short() -> None:
     [
         ("make no-such-target", AssertionError),
         ("vllm-sepllm plan MODEL --kv-memory much", typer.BadParameter),
+        ("vllm-sepllm eval MODEL examples/eval/no-such.yaml --output o", ValueError),
         ('vllm serve M --additional-config \'{"sepllm": {"windows": 1}}\'', ValueError),
         ("pytest tests/no_such_test.py", AssertionError),
         ("pytest -m slow tests/no_such_folder/", AssertionError),

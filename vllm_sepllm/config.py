@@ -1,14 +1,21 @@
-"""What a user may set: ``--additional-config '{"sepllm": {...}}'``, validated.
+"""The configuration: what a user writes, and what an engine runs once it is resolved.
 
-The same class holds what the user wrote and, after :meth:`SepLLMConfig.resolve`, what every
-process works with: separators as token ids, layers counted from 0, a number for max_separators.
+``--additional-config '{"sepllm": {...}}'`` is validated as a :class:`SepLLMConfig`; at start-up
+:meth:`SepLLMConfig.resolve` makes the :class:`ResolvedConfig` of it that every process works with.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
+from vllm_sepllm.policy.separators.definition import (
+    IntervalSeparators,
+    Separators,
+    TokenSeparators,
+)
+from vllm_sepllm.policy.separators.rules import RULES, SeparatorRule
 from vllm_sepllm.policy.visibility import Policy
 
 ADDITIONAL_CONFIG_KEY = "sepllm"
@@ -20,14 +27,15 @@ Count = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKENS)]
 
 
 class SepLLMConfig(BaseModel):
-    """The policy and where it applies.
+    """What a user may set: the policy and where it applies.
 
     Attributes:
         initial_tokens: tokens at the start of a request that every query reads.
         window: most recent tokens that a query reads, itself included. With
             initial_tokens + window a multiple of the block size no block mixes ring and tail.
-        separators: "paper" or "extended" (rules applied to the model's tokenizer), or a list of
-            strings that are one token each, or a list of token ids.
+        separators: "paper", "extended", "unwrapped" or "sentences" (rules applied to the model's
+            tokenizer), or a list of strings that are one token each, or a list of token ids, or an
+            object with the fields of TokenSeparators.
         preset: another method in the same engine, with no separators of its own: "streaming-llm"
             keeps initial tokens and window alone, "fixed-interval" every ``interval``-th token
             besides (the paper's FixLLM).
@@ -52,7 +60,8 @@ class SepLLMConfig(BaseModel):
     initial_tokens: Count = 4
     window: Annotated[StrictInt, Field(ge=MIN_WINDOW, le=_MAX_TOKENS)] = 252
     separators: (
-        Literal["paper", "extended"]
+        SeparatorRule
+        | TokenSeparators
         | tuple[StrictInt, ...]
         | tuple[Annotated[str, Field(strict=True, min_length=1)], ...]
     ) = "extended"
@@ -110,15 +119,15 @@ class SepLLMConfig(BaseModel):
     def resolve(
         self,
         *,
-        separator_ids: tuple[int, ...],
+        separators: TokenSeparators,
         num_layers: int,
         max_model_len: int,
         block_size: int,
-    ) -> "SepLLMConfig":
-        """The same policy with nothing left to derive; resolving twice changes nothing.
+    ) -> "ResolvedConfig":
+        """The same policy with nothing left to derive.
 
         Args:
-            separator_ids: what ``separators`` means for the model's tokenizer.
+            separators: what ``separators`` means for the model's tokenizer.
             num_layers: attention layers of the model.
             max_model_len: tokens of the longest request.
             block_size: tokens of a KV block.
@@ -127,23 +136,26 @@ class SepLLMConfig(BaseModel):
             ValueError: if ``full_layers`` names a layer that the model does not have, or all, or
                 if ``checkpoint_interval`` is no multiple of the block size.
         """
-        bound = self.max_separators
-        if bound is None:
-            bound = max_model_len // min(4, self.interval or 4)
-            if self.separators == () and self.interval is None:
-                bound = 0
-        return self.model_copy(
-            update={
-                "separators": separator_ids,
-                "max_separators": bound,
-                "full_layers": self._resolved_layers(num_layers),
-                "checkpoint_interval": self._resolved_interval(block_size),
-            }
+        interval = self.interval
+        return ResolvedConfig(
+            initial_tokens=self.initial_tokens,
+            window=self.window,
+            max_separators=self._resolved_bound(max_model_len),
+            separators=separators if interval is None else IntervalSeparators(interval),
+            full_layers=self._resolved_layers(num_layers),
+            checkpoint_interval=self._resolved_checkpoints(block_size),
         )
 
-    def _resolved_interval(self, block_size: int) -> int:
+    def _resolved_bound(self, max_model_len: int) -> int:
+        if self.max_separators is not None:
+            return self.max_separators
+        if self.separators == () and self.interval is None:
+            return 0
+        return max_model_len // min(4, self.interval or 4)
+
+    def _resolved_checkpoints(self, block_size: int) -> int:
         if self.checkpoint_interval is None:
-            return -(-8 * self.policy.num_dense // block_size) * block_size
+            return -(-8 * (self.initial_tokens + self.window) // block_size) * block_size
         if self.checkpoint_interval % block_size:
             raise ValueError(
                 f"checkpoint_interval must be a multiple of the block size {block_size}, got "
@@ -165,10 +177,69 @@ class SepLLMConfig(BaseModel):
             )
         return layers
 
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """The policy that an engine runs and where it applies: nothing is left open.
+
+    Attributes:
+        initial_tokens: as in :class:`SepLLMConfig`.
+        window: as in :class:`SepLLMConfig`.
+        max_separators: separators older than the window that stay visible.
+        separators: which tokens are separators.
+        full_layers: layers that keep full attention, counted from 0, ascending.
+        checkpoint_interval: tokens between the regular checkpoints of a request.
+    """
+
+    initial_tokens: int
+    window: int
+    max_separators: int
+    separators: Separators
+    full_layers: tuple[int, ...]
+    checkpoint_interval: int
+
     @property
     def policy(self) -> Policy:
-        """The numbers of the policy, without the separators."""
+        """The engine's policy; a request may choose another window."""
         return Policy(self.initial_tokens, self.window, self.max_separators)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values under the keys of :class:`SepLLMConfig`, which would resolve to this."""
+        separators: dict[str, Any]
+        if isinstance(self.separators, IntervalSeparators):
+            separators = {"preset": "fixed-interval", "interval": self.separators.interval}
+        elif self.separators.line_breaks:
+            separators = {"separators": asdict(self.separators)}
+        else:
+            separators = {"separators": list(self.separators.token_ids)}
+        return {
+            "initial_tokens": self.initial_tokens,
+            "window": self.window,
+            **separators,
+            "max_separators": self.max_separators,
+            "full_layers": list(self.full_layers),
+            "checkpoint_interval": self.checkpoint_interval,
+        }
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, Any]) -> "ResolvedConfig":
+        """The configuration that :meth:`to_json` wrote; nothing is checked again."""
+        separators: Separators
+        if "interval" in written:
+            separators = IntervalSeparators(written["interval"])
+        elif isinstance(written["separators"], Mapping):
+            ids = {name: tuple(own) for name, own in written["separators"].items()}
+            separators = TokenSeparators(**ids)
+        else:
+            separators = TokenSeparators(tuple(written["separators"]))
+        return cls(
+            initial_tokens=written["initial_tokens"],
+            window=written["window"],
+            max_separators=written["max_separators"],
+            separators=separators,
+            full_layers=tuple(written["full_layers"]),
+            checkpoint_interval=written["checkpoint_interval"],
+        )
 
 
 def _explain(error: ValidationError) -> str:
@@ -183,7 +254,8 @@ def _explain(error: ValidationError) -> str:
             problems[field] = f"unknown key {field!r}, valid keys are {valid}"
         elif field == "separators":
             problems[field] = (
-                "separators must be 'paper', 'extended', a list of strings or a list of token ids"
+                f"separators must be one of {', '.join(map(repr, RULES))}, a list of strings or a "
+                "list of token ids"
             )
         else:
             problems.setdefault(field, f"{field}: {item['msg']}, got {item['input']!r}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.policy.separators.rules import flags, separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.visibility import BoolArray, Policy, visible_mask
 
 # ids of the authors' masks, then those that their cache adds
@@ -66,12 +66,12 @@ def formula(policy: Policy, is_separator: BoolArray) -> BoolArray:
 
 def compare(name: str, tokenizer: Any, token_ids: Sequence[int]) -> Line:
     """Our visible sets beside the formula's, for every query and each of ``POLICIES``."""
-    derived = separator_ids("paper", tokenizer)
+    derived = token_separators("paper", tokenizer).token_ids
     ids = PUBLISHED.get(name, derived)
     size = len(tokenizer)
-    # as the engine reads them: a table over the vocabulary
-    table = flags(separator_ids(list(ids), None, size), size)
-    ours, theirs = table[np.asarray(token_ids)], np.isin(token_ids, ids)
+    # as the engine reads them
+    separators = token_separators(list(ids), None, size)
+    ours, theirs = separators.mask(token_ids), np.isin(token_ids, ids)
     num_different = sum(
         int((visible_mask(policy, ours) != formula(policy, theirs)).any(axis=1).sum())
         for policy in POLICIES

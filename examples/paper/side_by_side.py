@@ -15,7 +15,7 @@ import torch
 
 from examples.paper.sepcache import SepCache, sepcache_mask
 from vllm_sepllm.eval.text import divergences
-from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.visibility import BoolArray, Policy, visible_mask
 
 POLICY = Policy(4, 124, 64)
@@ -91,7 +91,7 @@ def main() -> None:
     ids = tokenizer(args.text.read_text("utf-8"), add_special_tokens=False)["input_ids"]
     start = max(0, len(ids) // 2 - 768)
     ids = ids[start : start + 1536]
-    is_separator = np.isin(ids, separator_ids("extended", tokenizer))
+    is_separator = token_separators("extended", tokenizer).mask(ids)
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=torch.float32, attn_implementation="eager"
     ).eval()

@@ -108,7 +108,7 @@ def data_of(page: str) -> str:
 
 
 def test_show_refuses_an_unknown_rule(run: Run, tiny_model: Path, text_file: Path) -> None:
-    assert "separators must be 'paper', 'extended'" in run(
+    assert "separators must be one of 'paper', 'extended'" in run(
         "show", tiny_model, text_file, "--separators", "none", code=2
     )
 

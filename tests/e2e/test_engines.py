@@ -38,7 +38,7 @@ def test_selected_engine_is_ours_and_exact(
     assert report.workers == ["SepLLMCPUWorker"]
     assert len(report.layers) == 2
     for impl, backend, spec in report.layers.values():
-        assert (impl, backend) == ("SepLLMCPUImpl", "SepLLMCPUBackend")
+        assert (impl, backend) == ("SepLLMCPUImpl", "SepLLMCPUAttentionBackend")
         assert spec.startswith("SepLLMSpec(block_size=32,")
     assert "sepllm keeps the first 3 tokens, the last 16" in caplog.text
     for prompt, tokens in zip(prompts(), report.tokens, strict=True):

@@ -73,6 +73,12 @@ CASES = [
         feature='Every so many tokens a separator (`preset: "fixed-interval"`)',
     ),
     Case(
+        "rule of two tokens, cut anywhere",
+        {"window": 64, "separators": "unwrapped"},
+        67,
+        prompt_lengths=(500, 57, 900),
+    ),
+    Case(
         "compiled",
         {"window": 64},
         512,

@@ -10,7 +10,7 @@ import pytest
 
 from tests.support.engine import Engine, Watch, engine
 from tests.support.oracle import TOLERANCE, differences, rule_of
-from vllm_sepllm.integration.frontend import request_choices
+from vllm_sepllm.integration.frontend.request_choices import RequestCheck
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +89,7 @@ def test_what_cannot_be_served_is_refused(
             made.generate([text], num_tokens, choices=[given])
     assert not made.engine.has_unfinished_requests()
     # what a front end of another kind lets through
-    with patch.object(request_choices, "_check"):
+    with patch.object(RequestCheck, "check"):
         (unfit,) = made.generate([text], 1400, choices=[{"sepllm": False}])
         unknown, fine = made.generate([text] * 2, 4, choices=[{"sepllm_size": 64}, None])
     assert unfit.token_ids == unknown.token_ids == []

@@ -12,7 +12,7 @@ from openai import AsyncOpenAI, OpenAI
 
 from tests.support.rule import num_kept, spilled
 from vllm_sepllm.bench.soak.__main__ import metric, metric_of, metrics_page
-from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.visibility import Policy
 from vllm_sepllm.processes import serving
 from vllm_sepllm.sample import FOLDER
@@ -186,7 +186,7 @@ def test_metrics_show_what_a_request_keeps(
 
     tokenizer = AutoTokenizer.from_pretrained(four_layers_path)
     prompt = tokenizer(documents[2])["input_ids"]
-    separators = set(separator_ids("extended", tokenizer, len(tokenizer)))
+    separators = set(token_separators("extended", tokenizer, len(tokenizer)).token_ids)
     is_separator = [token in separators for token in prompt]
     names = ("logical_tokens", "kept_tokens", "blocks_saved", "checkpoint_blocks")
     names += ("spilled_separators_total",)

@@ -42,7 +42,7 @@ def test_short_requests_and_wide_windows_equal_stock_vllm(
 def test_short_requests_equal_stock_vllm_beside_a_long_one(
     four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
-    """Proves that rows of vLLM's kernel stay exact when prefill chunks lie between them."""
+    """Proves that short prompts are answered alike behind the chunk of a long one."""
     short = [excerpt(700 * i, n) for i, n in enumerate((40, 100, 150))]
     with engine(four_layers_path, **COMMON, attention_backend="sepllm") as made:
         alone = made.generate(short, 48)

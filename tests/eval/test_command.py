@@ -16,11 +16,22 @@ pytestmark = pytest.mark.slow
 
 def test_a_run_with_engines(four_layers_path: Path, tmp_path: Path) -> None:
     """Proves that checking configurations leaves a process in which vLLM starts its engines."""
+    (tmp_path / "suite.yaml").write_text(
+        """
+        tasks:
+          - {kind: text, files: [revere.txt], context: [384]}
+          - {kind: needle, files: [revere.txt], context: [256], needles: 1, depths: [1]}
+          - {kind: cloze, files: [revere.txt], words: 100, passages: 3}
+        methods:
+          sepllm: {window: 60}
+          streaming-llm: {preset: streaming-llm, mean_kv_of: sepllm}
+          fixed-interval: {preset: fixed-interval, mean_kv_of: sepllm}
+        engine: {dtype: float32, kv_cache_memory_bytes: 67108864}
+        """
+    )
     command = [sys.executable, "-m", "vllm_sepllm", "eval", str(four_layers_path)]
-    command += ["--text", str(FOLDER / "revere.txt"), "--output", str(tmp_path / "out")]
-    command += ["--context", "384", "--needle-context", "256", "--needles", "1", "--depth", "1"]
-    arguments = {"dtype": "float32", "kv_cache_memory_bytes": 64 << 20}
-    command += ["--engine-args", json.dumps(arguments), "--config", '{"window": 60}']
+    command += [str(tmp_path / "suite.yaml"), "--output", str(tmp_path / "out")]
+    command += ["--data", str(FOLDER)]
     done = subprocess.run(
         command,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -29,10 +40,10 @@ def test_a_run_with_engines(four_layers_path: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-5000:]
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     names = ["full", "sepllm", "streaming-llm", "fixed-interval"]
-    assert [(row["suite"], row["method"]) for row in rows] == [
-        (suite, name) for suite in ("text", "needle") for name in names
+    assert [(result["kind"], result["method"]) for result in found] == [
+        (kind, name) for kind in ("text", "needle", "scored") for name in names
     ]
-    ratios = [row["values"]["ratio"]["mean"] for row in rows[1:4]]
+    ratios = [result["values"]["ratio"]["mean"] for result in found[1:4]]
     assert all(0.5 < ratio < 2.0 for ratio in ratios)

@@ -23,10 +23,13 @@ def test_scores_equal_the_oracle(
         str(four_layers_path), settings, max_num_batched_tokens=128, **arguments
     ) as engine:
         scores = engine.score(ids, positions)
-        answer = engine.answer([ids], 4)
+        answers = dict(engine.generate([ids, ids[:200]], max_tokens=4))
     expected = log_probabilities(four_layers_path, ids, Rule(4, 60, frozenset({28, 30})))
     own = expected[torch.arange(399), torch.tensor(ids[1:])]
     assert torch.allclose(torch.tensor(scores.logprobs), own, atol=1e-3)
     assert scores.top_ids == expected[:-1].argmax(dim=-1).tolist()
     assert torch.allclose(scores.distributions, expected[positions], atol=1e-3)
-    assert len(answer) == 1
+    assert sorted(answers) == [0, 1]
+    # the first token of an answer is the best one behind its prompt
+    assert answers[0].outputs[0].token_ids[0] == int(expected[-1].argmax())
+    assert answers[1].outputs[0].token_ids[0] == int(expected[199].argmax())

@@ -1,13 +1,15 @@
 """Excerpts and needles: where they are, what fits, what is compared."""
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from vllm_sepllm.cli.tokens import load_tokenizer
-from vllm_sepllm.eval.needle import MAX_ANSWER_TOKENS, hide, needles
+from vllm_sepllm.eval.needle import MAX_ANSWER_TOKENS, Needles, hide, needles
 
 torch = pytest.importorskip("torch")
 
@@ -38,7 +40,6 @@ def test_scored_halves_that_overlap_are_refused() -> None:
     # the last token of the first, and the first that is predicted of the second
     assert first.token_ids[-1] < second.token_ids[second.span.first + 1]
     assert len(excerpts("book", range(99), [], **(wanted | {"num_excerpts": 1}))) == 1
-    assert excerpts("book", range(9), [], **(wanted | {"num_excerpts": 0})) == []
 
 
 def test_divergence_is_that_of_the_definition() -> None:
@@ -94,7 +95,7 @@ def test_a_text_that_does_not_fill_the_context_is_refused(num_characters: int) -
 
 def test_a_context_that_does_not_hold_the_question_is_refused() -> None:
     text = "A sentence of some length. " * 400
-    with pytest.raises(ValueError, match=r"holds no text: .* give a longer --needle-context"):
+    with pytest.raises(ValueError, match=r"holds no text: .* give a longer context"):
         needles(Chat(), [text], length=16, depths=[0.5], num_repeats=1)
 
 
@@ -106,24 +107,26 @@ def test_without_a_template_the_model_goes_on_with_the_sentence(tiny_model: Path
 
 
 class FakeEngine:
-    """Says 7 to every question."""
+    """Says the same to every question, the last one first."""
 
     def __init__(self, text: str) -> None:
         self.text = text
 
-    def answer(self, prompts: list[tuple[int, ...]], _max_tokens: int) -> list[str]:
-        return [self.text for _ in prompts]
+    def generate(self, prompts: Any, max_tokens: int) -> Iterator[tuple[int, Any]]:
+        assert max_tokens == MAX_ANSWER_TOKENS
+        for number in reversed(range(len(prompts))):
+            yield number, SimpleNamespace(outputs=[SimpleNamespace(text=self.text)])
 
 
-@pytest.mark.parametrize(("form", "is_found"), [("{}", True), ("{:,}", True), ("{}1", True)])
-def test_numbers_are_found_however_they_are_written(form: str, is_found: bool) -> None:
+@pytest.mark.parametrize("form", ["{}", "{:,}", "{}1"])
+def test_numbers_are_found_however_they_are_written(form: str) -> None:
     text = "A sentence of some length. " * 400
-    (item,) = needles(Chat(), [text], length=900, depths=[0.5], num_repeats=1)
-    engine: Any = FakeEngine(f"It is {form.format(int(item.answer))}.")
-    store: Any = None
-    assert item.run(engine, "sepllm", store)["is_found"] is is_found
-    wrong: Any = FakeEngine("It is 7.")
-    assert item.run(wrong, "sepllm", store)["is_found"] is False
+    items = needles(Chat(), [text], length=900, depths=[0.0, 0.5], num_repeats=1)
+    task, store = Needles("needle-900", 900, tuple(items)), cast(Any, None)
+    said = f"It is {form.format(int(items[1].answer))}."
+    found = dict(task.run(cast(Any, FakeEngine(said)), items, "needle-900/sepllm", store))
+    assert found["0.5-0"] == {"depth": 0.5, "is_found": True, "text": said}
+    assert found["0-0"]["is_found"] is False
 
 
 def test_excerpts_are_equal_by_value() -> None:

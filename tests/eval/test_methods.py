@@ -10,15 +10,18 @@ from vllm_sepllm.eval.methods import (
     Method,
     ModelFacts,
     Span,
-    Wanted,
     mean_kept,
-    methods,
+    resolve,
+    rival,
 )
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 SEPARATORS = (3, 5)
 FACTS = ModelFacts(
-    lambda spec: tuple(spec) if spec == () else SEPARATORS, num_layers=10, max_model_len=4000
+    lambda spec: TokenSeparators(() if spec == () else SEPARATORS),
+    num_layers=10,
+    max_model_len=4000,
 )
 
 
@@ -42,7 +45,9 @@ def test_mean_kept_is_the_mean_of_the_masks_rows() -> None:
 
 def test_separators_are_bounded_as_in_the_engine() -> None:
     """Three of four tokens are separators, a quarter of max_model_len stays."""
-    facts = ModelFacts(lambda _spec: tuple(range(15)), num_layers=10, max_model_len=401)
+    facts = ModelFacts(
+        lambda _spec: TokenSeparators(tuple(range(15))), num_layers=10, max_model_len=401
+    )
     part = span(400, 200)
     is_separator = np.isin(part.token_ids, range(15))
     assert is_separator.mean() > 0.5
@@ -70,22 +75,46 @@ def test_an_interval_is_counted_by_position() -> None:
 def test_methods_keep_as_many_tokens_within_two_percent(full_layers: tuple[int, ...]) -> None:
     spans = [span(1000, 500, seed) for seed in range(3)]
     sepllm = {"window": 60, "full_layers": list(full_layers)}
-    few = Method("no-separators", {"separators": ()})
-    wide = Method("wide", {"window": 300, "initial_tokens": 1})
-    also = Method("also", {"window": 400})
-    wanted = Wanted(sepllm, budgets=[wide], equal=[few], also=[also])
-    found = {method.name: method for method in methods(wanted, spans, FACTS)}
+    wide = {"window": 300, "initial_tokens": 1}
+    wanted = [
+        Method("full", None),
+        Method(SEPLLM, sepllm),
+        Method(STREAMING, {"preset": STREAMING}, SEPLLM),
+        Method(FIXED, {"preset": FIXED}, SEPLLM),
+        Method("no-separators", {"separators": ()}, SEPLLM),
+        Method("wide", wide),
+        Method("wide-streaming", {"preset": STREAMING, "initial_tokens": 7}, "wide"),
+    ]
+    found = {method.name: method for method in resolve(wanted, spans, FACTS)}
+    assert list(found) == [method.name for method in wanted]
     kept = {name: mean_kept(method.settings, spans, FACTS) for name, method in found.items()}
     for name in (STREAMING, FIXED, "no-separators"):
         assert kept[name] == pytest.approx(kept[SEPLLM], rel=0.02)
-        assert found[name].rival == STREAMING
+        assert found[name].settings["full_layers"] == list(full_layers)
     assert kept["wide-streaming"] == pytest.approx(kept["wide"], rel=0.02)
     assert kept["wide"] != pytest.approx(kept[SEPLLM], rel=0.1)
-    assert found["wide"].rival == found["wide-streaming"].rival == "wide-streaming"
-    assert found["also"] == also
-    streaming, fixed = found[STREAMING].settings, found[FIXED].settings
-    assert streaming is not None
-    assert fixed is not None
+    assert found["wide"].settings == wide
+    assert found[STREAMING].settings["initial_tokens"] == 4
+    # what a method says itself stays
+    assert found["wide-streaming"].settings["initial_tokens"] == 7
     # one token in ten is a separator
-    assert 8 <= fixed["interval"] <= 12
-    assert streaming["window"] > 100
+    assert 8 <= found[FIXED].settings["interval"] <= 12
+    assert found[STREAMING].settings["window"] > 100
+
+
+def test_the_rival_is_the_plain_window_of_the_same_budget() -> None:
+    sepllm, other = Method(SEPLLM, {}), Method("other", {"window": 60})
+    fixed = Method(FIXED, {"preset": FIXED}, SEPLLM)
+    streaming = Method(STREAMING, {"preset": STREAMING}, SEPLLM)
+    wide = Method("wide-streaming", {"preset": STREAMING, "window": 400})
+    methods = [Method("full", None), sepllm, other, fixed, wide, streaming]
+    assert rival(sepllm, methods) is rival(fixed, methods) is rival(streaming, methods) is streaming
+    assert rival(other, methods) is None
+    assert rival(methods[0], methods) is None
+
+
+def test_windows_do_not_depend_on_how_many_questions_there_are_beyond_the_sample() -> None:
+    """A hundred requests: every second one is enough."""
+    spans = [span(300, 200, seed) for seed in range(100)]
+    wanted = [Method(SEPLLM, {"window": 60}), Method("s", {"preset": STREAMING}, SEPLLM)]
+    assert resolve(wanted, spans, FACTS) == resolve(wanted, spans[::2], FACTS)

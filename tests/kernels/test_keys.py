@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from tests.support.kernel_cases import Shape, make_case, random_prompt
 from vllm_sepllm import ops
-from vllm_sepllm.policy.visibility import RowPolicies
+from vllm_sepllm.policy.visibility import BatchPolicy
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    initial_tokens=st.sampled_from([0, 3, 4]),
+    initial_tokens=st.lists(st.sampled_from([0, 3, 4, 300]), min_size=3, max_size=3),
     windows=st.lists(st.sampled_from([1, 6, 20, 200]), min_size=3, max_size=3),
     max_separators=st.sampled_from([None, 0, 1, 5]),
     block_size=st.sampled_from([1, 4, 24]),
@@ -26,26 +26,30 @@ from vllm_sepllm.policy.visibility import RowPolicies
 def test_lists_are_those_of_the_reference(
     initial_tokens, windows, max_separators, block_size, tile_tokens, density, seed
 ) -> None:
-    """Requests with windows of their own, empty chunks, chunks longer than a program's entries."""
+    """Requests with a and n of their own, empty chunks, chunks longer than a program's entries."""
     rng = np.random.default_rng(seed)
-    lengths = [*rng.integers(0, 40, 2), 300]
+    lengths = [*rng.integers(0, 40, 2), 340]
     prompts = [random_prompt(rng, n, int(rng.integers(0, n + 1)), density) for n in lengths]
-    policy = RowPolicies(initial_tokens, np.array(windows), max_separators)
+    policy = BatchPolicy(np.array(initial_tokens), np.array(windows), max_separators)
     shape = Shape(block_size=block_size, tile_tokens=tile_tokens)
     case = make_case(policy, prompts, shape, seed)
     table = case.cache.block_table
-    wanted = ops.list_keys(case.metadata, table, block_size, impl="reference").keys
-    length = int(case.metadata.num_keys.sum())
-    assert torch.equal(case.metadata.keys[:, :length], wanted[:, :length])
+    got, wanted = (
+        case.metadata.keys,
+        ops.list_keys(case.metadata, table, block_size, impl="reference").keys,
+    )
+    real = slice(case.metadata.num_keys)
+    assert torch.equal(got.place[real], wanted.place[real])
+    assert torch.equal(got.until[real], wanted.until[real])
 
 
 def test_keys_are_listed_before_they_are_read() -> None:
-    case = make_case(RowPolicies(4, np.array([12]), None), [([True] * 20, 10)], Shape())
+    case = make_case(BatchPolicy(np.array([4]), np.array([12])), [([True] * 20, 10)], Shape())
     with pytest.raises(ValueError, match=r"metadata.keys must be listed before the first layer"):
         replace(case, metadata=replace(case.metadata, keys=None)).run("triton")
 
 
 def test_errors_name_the_argument_and_the_value() -> None:
-    case = make_case(RowPolicies(4, np.array([12]), None), [([True] * 20, 10)], Shape())
+    case = make_case(BatchPolicy(np.array([4]), np.array([12])), [([True] * 20, 10)], Shape())
     with pytest.raises(ValueError, match=r"block_table must be int32 \[num_rows, max_blocks\]"):
         ops.list_keys(case.metadata, case.cache.block_table.long(), 4)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.support.kernel_cases import DEVICE, Case, Shape, make_case, prompt, random_prompt
 from vllm_sepllm import ops
-from vllm_sepllm.policy.visibility import Policy, RowPolicies
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 ATOL = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
@@ -44,13 +44,17 @@ def check(case: Case, **options) -> None:
         layout=st.sampled_from(["bhtd", "bthd", "bhdt"]),
         tile_tokens=st.sampled_from([3, 7, 8]),
     ),
+    second_initial=st.sampled_from([0, 3, 4, 300]),
     second_window=st.sampled_from([1, 6, 20, 200]),
     density=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 2**16),
 )
-def test_matches_the_rule_on_random_layouts(policy, shape, second_window, density, seed) -> None:
+def test_matches_the_rule_on_random_layouts(
+    policy, shape, second_initial, second_window, density, seed
+) -> None:
+    initial = np.array([policy.initial_tokens, second_initial])
     windows = np.array([policy.window, second_window])
-    policy = RowPolicies(policy.initial_tokens, windows, policy.max_separators)
+    policy = BatchPolicy(initial, windows, policy.max_separators)
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 40, 2)
     prompts = [random_prompt(rng, n, int(rng.integers(0, n)), density) for n in lengths]
@@ -128,9 +132,20 @@ def test_result_does_not_depend_on_the_chunk_size() -> None:
 
 def test_requests_with_windows_of_their_own() -> None:
     """Smaller and larger than the chunk, one that has not begun to wrap, one beyond the request."""
-    policy = RowPolicies(3, np.array([5, 24, 60, 4096]), 6)
+    policy = BatchPolicy(np.full(4, 3), np.array([5, 24, 60, 4096]), 6)
     prompts = [prompt(60, 25), prompt(70, 50), prompt(64, 62), prompt(50, 7)]
     case = make_case(policy, prompts, Shape())
+    check(case)
+    assert (case.run("reference") - case.run("triton")).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("max_separators", [None, 6])
+def test_requests_with_initial_tokens_of_their_own(max_separators) -> None:
+    """None, few, and so many that a chunk begins before, among and behind them."""
+    initial_tokens, windows = [0, 3, 4, 300, 300, 300], [24, 5, 24, 24, 5, 24]
+    policy = BatchPolicy(np.array(initial_tokens), np.array(windows), max_separators)
+    sizes = [(60, 25), (70, 50), (64, 62), (360, 310), (330, 290), (40, 10)]
+    case = make_case(policy, [prompt(*size) for size in sizes], Shape())
     check(case)
     assert (case.run("reference") - case.run("triton")).abs().max() <= 2e-6
 

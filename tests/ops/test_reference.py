@@ -7,24 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.kernel_cases import DEVICE, Shape, make_case, random_prompt
+from vllm_sepllm import ops
 from vllm_sepllm.ops import reference
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import BatchPolicy
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    policy=st.builds(
-        Policy,
-        initial_tokens=st.sampled_from([0, 3, 4]),
-        window=st.sampled_from([1, 5, 16, 200]),
-        max_separators=st.sampled_from([None, 0, 1, 3]),
-    ),
+    initial_tokens=st.lists(st.sampled_from([0, 3, 4, 300]), min_size=2, max_size=2),
+    windows=st.lists(st.sampled_from([1, 5, 16, 200]), min_size=2, max_size=2),
+    max_separators=st.sampled_from([None, 0, 1, 3]),
     density=st.sampled_from([0.0, 0.2, 1.0]),
     soft_cap=st.sampled_from([0.0, 5.0]),
     use_sinks=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_prefill_is_the_rule(policy, density, soft_cap, use_sinks, seed) -> None:
+def test_prefill_is_the_rule(
+    initial_tokens, windows, max_separators, density, soft_cap, use_sinks, seed
+) -> None:
+    policy = BatchPolicy(np.array(initial_tokens), np.array(windows), max_separators)
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 40, 2)
     prompts = [random_prompt(rng, n, int(rng.integers(0, n + 1)), density) for n in lengths]
@@ -32,11 +33,8 @@ def test_prefill_is_the_rule(policy, density, soft_cap, use_sinks, seed) -> None
     sinks = torch.randn(2) if use_sinks else None
     options = {"soft_cap": soft_cap, "sinks": None if sinks is None else sinks.to(DEVICE)}
     out = torch.full_like(case.query, float("nan"))
-    tables = case.metadata.requests, case.metadata.separators
-    reference.prefill(
-        case.query, case.key, case.value, case.cache.key, case.cache.value, case.cache.block_table,
-        *tables, out, policy=policy, scale=0.25, **options,
-    )  # fmt: skip
+    logits = ops.Logits(0.25, **options)
+    reference.prefill(case.query, case.key, case.value, case.cache, case.metadata, logits, out)
     assert torch.allclose(
         out.cpu(), case.dense(torch.float64, soft_cap=soft_cap, sinks=sinks), rtol=0, atol=1e-12
     )

@@ -155,9 +155,9 @@ def _pretend() -> None:
 
     speculator._ngram_finalize_kernel = _FinishDrafts()
 
-    from vllm_sepllm.integration.startup import refusals, resolve
+    from vllm_sepllm.integration.startup import refusals, selection
 
-    resolve._CPU_WORKER = "tests.support.interpreted_worker.InterpretedWorker"
+    selection._CPU_WORKER = "tests.support.interpreted_worker.InterpretedWorker"
     refusals._parallel_reasons = lambda vllm_config: []
 
 

@@ -8,7 +8,7 @@ import torch
 from vllm_sepllm import ops
 from vllm_sepllm.ops import reference
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
-from vllm_sepllm.policy.visibility import BatchPolicy, Policy, visible_mask
+from vllm_sepllm.policy.visibility import AnyPolicy, BatchPolicy, Policy, visible_mask
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -31,7 +31,7 @@ class Shape:
 class Case:
     """A step on DEVICE; ``keys`` and ``values`` are whole prompts as the queries should see."""
 
-    policy: BatchPolicy
+    policy: BatchPolicy | BatchPolicy
     prompts: list[tuple[list[bool], int]]
     query: torch.Tensor
     key: torch.Tensor
@@ -78,9 +78,11 @@ def compact_positions(policy: Policy, is_separator: list[bool], num_tokens: int)
 
 
 def make_case(
-    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], shape: Shape, seed: int = 0
+    policy: AnyPolicy, prompts: list[tuple[list[bool], int]], shape: Shape, seed: int = 0
 ) -> Case:
     """Prompts are (is_separator, chunk_start); unused slots and padding rows hold NaN."""
+    if isinstance(policy, Policy):
+        policy = BatchPolicy.of([policy] * len(prompts), policy)
     gen = torch.Generator().manual_seed(seed)
     heads, size = shape.num_kv_heads, shape.head_size
 
@@ -141,15 +143,16 @@ def _empty_caches(num_blocks: int, shape: Shape) -> list[torch.Tensor]:
 
 
 def _metadata(
-    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
+    policy: BatchPolicy | BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
 ) -> ops.PrefillMetadata:
+    own = [policy.of_row(row) for row in range(len(prompts))]
     lowest = [
-        max(policy.initial_tokens, start - policy.of_row(row).window)
-        for row, (_, start) in enumerate(prompts)
+        max(row.initial_tokens, start - row.window)
+        for row, (_, start) in zip(own, prompts, strict=True)
     ]
     spilled = [
-        sum(flags[policy.initial_tokens : low])
-        for (flags, _), low in zip(prompts, lowest, strict=True)
+        sum(flags[row.initial_tokens : low])
+        for row, (flags, _), low in zip(own, prompts, lowest, strict=True)
     ]
     listed = [
         np.flatnonzero(flags[low:]) + low for (flags, _), low in zip(prompts, lowest, strict=True)
@@ -165,7 +168,7 @@ def _metadata(
         separators=np.concatenate(listed),
         separators_start=np.cumsum([0, *map(len, listed)]),
     )
-    return ops.PrefillMetadata.on(DEVICE, plan_tiles(requests, policy, tile_tokens), policy)
+    return ops.PrefillMetadata.on(DEVICE, plan_tiles(requests, policy, tile_tokens))
 
 
 def random_prompt(rng: np.random.Generator, length: int, start: int, density: float):

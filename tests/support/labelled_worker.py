@@ -1,19 +1,21 @@
 """A worker whose memory holds labels instead of KV: what request prefix a slot was computed from.
 
-Every read of every step is compared with the rule, so a write into a shared block, a stale
-checkpoint or a wrong copy shows as a wrong label.
+Steps are the planner's, as on every platform (policy/step/batch.py, labelled_cache.py); the oracle
+is the rule alone: every read of every step is compared with it, so a write into a shared block, a
+stale checkpoint or a wrong copy shows as a wrong label.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import Request
 
-from vllm_sepllm.policy import layout
-from vllm_sepllm.policy.step import checkpoint, decode, prefill
+from tests.support.labelled_cache import LabelledCache
+from vllm_sepllm.policy.step.batch import plan_batch
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
@@ -36,7 +38,7 @@ class Scheduled:
         return self.request.request_id
 
 
-class LabelledWorker:
+class LabelledWorker(LabelledCache):
     """The layers of all KV cache groups; ``apart`` tells requests with equal tokens apart."""
 
     def __init__(
@@ -46,39 +48,47 @@ class LabelledWorker:
         ours: Sequence[int],
         apart: Mapping[str, int],
     ) -> None:
+        super().__init__()
         self.policies = policies
         self.kv = kv
         self.ours = ours
         self.apart = apart
-        self.memory: dict[int, Label] = {}  # of SepLLM layers, by slot
-        self.others: dict[tuple[int, int], Label] = {}  # of the rest, by block and offset
+        self.others: dict[tuple[int, int], Label] = {}  # of other layers, by block and offset
         self.sealed: set[int] = set()
 
     def copy_block(self, source: int, target: int) -> None:
         for offset in range(BLOCK):
-            self.move(source * BLOCK + offset, target * BLOCK + offset)
+            # a block's slots past its entries were never written
+            if source * BLOCK + offset in self.memory:
+                self.memory[target * BLOCK + offset] = self.memory[source * BLOCK + offset]
 
-    def forward(self, part: Scheduled, plan: StepPlan) -> None:
-        self.policy = self.policies[part.name]
-        tables = self.kv.get_block_ids(part.name)
-        tokens, end = list(part.request.all_token_ids), part.start + part.size
-        labels = [(self.apart[part.name], *tokens[: i + 1]) for i in range(part.start, end)]
-        row = plan.rows[part.name]
-        separators = plan.separators.get(row, np.array([], dtype=np.int64))
-        num_spilled = plan.num_spilled[row : row + 1]
-        chunk = prefill.Chunk(self.policy, part.start, end, int(num_spilled[0]), separators)
-        for group_id, own in enumerate(tables):
+    def forward(self, scheduled: Sequence[Scheduled], plan: StepPlan) -> None:
+        """A step of all its requests, in the order that vLLM's model runners give them."""
+        batch = sorted(scheduled, key=lambda part: part.size > 1 or part.start == 0)
+        labels = [self.labels(part) for part in batch]
+        tables = [self.kv.get_block_ids(part.name) for part in batch]
+        order = np.array([plan.rows[part.name] for part in batch], dtype=np.int64)
+        first = np.cumsum([0, *map(len, labels)])
+        for group_id in range(len(self.kv.kv_cache_config.kv_cache_groups)):
+            own = [table[group_id] for table in tables]
             if group_id not in self.ours:
-                self.other_layers(group_id, own, labels)
+                for blocks, part in zip(own, labels, strict=True):
+                    self.other_layers(group_id, blocks, part)
                 continue
-            for planned in part.checkpoints:
-                blocks = planned.blocks[group_id]
-                if blocks:
-                    self.fill(chunk, planned.position, blocks, own, labels)
-            if part.size == 1:
-                self.decode(own, labels[0], num_spilled, plan.spills[row : row + 1])
-            else:
-                self.prefill(chunk, own, labels)
+            step = plan_batch(plan.of(order, group_id), first, int(first[-1]), BLOCK)
+
+            def slot(row: int, entry: int, own: list[list[int]] = own) -> int:
+                return own[row][entry // BLOCK] * BLOCK + entry % BLOCK
+
+            reads = iter(self.play(step, list(chain.from_iterable(labels)), slot))
+            for part, queries in zip(batch, labels, strict=True):
+                for query in queries:
+                    self.check_reads(self.policies[part.name], query, next(reads))
+
+    def labels(self, part: Scheduled) -> list[Label]:
+        """Of the tokens that the request computes."""
+        tokens, end = list(part.request.all_token_ids), part.start + part.size
+        return [(self.apart[part.name], *tokens[: i + 1]) for i in range(part.start, end)]
 
     def other_layers(self, group_id: int, own: list[int], labels: list[Label]) -> None:
         """vLLM's own layers write every token and read theirs by position."""
@@ -95,61 +105,14 @@ class LabelledWorker:
             for i in range(max(0, last - window), last):
                 assert self.others[slot(i)] == label[: i + 2]
 
-    def fill(
-        self,
-        chunk: prefill.Chunk,
-        position: int,
-        blocks: dict[int, int],
-        own: list[int],
-        labels: list[Label],
-    ) -> None:
-        part = checkpoint.checkpoint_parts(chunk, position, BLOCK, list(blocks))
-        for source, target in zip(part.copy_source, part.copy_target, strict=True):
-            self.move(self.slot(own, source), self.slot(blocks, target))
-        for token, target in zip(part.tokens, part.target, strict=True):
-            self.memory[self.slot(blocks, target)] = labels[token]
-
-    def decode(
-        self, own: list[int], label: Label, num_spilled: np.ndarray, spills: np.ndarray
-    ) -> None:
-        start = np.array([len(label) - 2])
-        spilled = decode.spill_copies(self.policy, start, num_spilled, spills)
-        for source, target in zip(spilled.source, spilled.target, strict=True):
-            self.move(self.slot(own, source), self.slot(own, target))
-        self.write(own, int(layout.ring_index(self.policy, start)[0]), label)
-        length = decode.compact_lengths(self.policy, start + 1, num_spilled, spills)[0]
-        self.check_reads(label, [self.memory[self.slot(own, i)] for i in range(length)])
-
-    def prefill(self, chunk: prefill.Chunk, own: list[int], labels: list[Label]) -> None:
-        keys = [self.memory[self.slot(own, i)] for i in range(chunk.num_cached)] + labels
-        for tile in prefill.query_tiles(chunk, 7):
-            for row in range(tile.last - tile.first):
-                num_full = len(tile.keys) - tile.hidden.shape[1]
-                seen = np.delete(tile.keys, num_full + np.flatnonzero(tile.hidden[row]))
-                self.check_reads(labels[tile.first + row], [keys[k] for k in seen])
-        kept = prefill.survivors(chunk)
-        old = [self.memory[self.slot(own, s)] for s in kept.copy_source]
-        for label, target in zip(old, kept.copy_target, strict=True):
-            self.write(own, int(target), label)
-        for token, target in zip(kept.tokens, kept.target, strict=True):
-            self.write(own, int(target), labels[token])
-
-    def check_reads(self, query: Label, read: list[Label]) -> None:
-        mask = visible_mask(self.policy, np.array(query[1:]) == 1)[-1]
+    def check_reads(self, policy: Policy, query: Label, read: list[Label]) -> None:
+        mask = visible_mask(policy, np.array(query[1:]) == 1)[-1]
         want = [query[: j + 2] for j in np.flatnonzero(mask)]
         assert sorted(read, key=len) == want
 
-    @staticmethod
-    def slot(blocks: "list[int] | dict[int, int]", compact: int) -> int:
-        return blocks[int(compact) // BLOCK] * BLOCK + int(compact) % BLOCK
-
-    def move(self, source: int, target: int) -> None:
-        # a block's slots past its entries were never written
-        if source in self.memory:
-            self.memory[target] = self.memory[source]
-
-    def write(self, own: list[int], compact: int, label: Label) -> None:
-        block = self.kv.block_pool.blocks[own[compact // BLOCK]]
+    def write(self, slot: Hashable, label: Label) -> None:
+        assert isinstance(slot, int)
+        block = self.kv.block_pool.blocks[slot // BLOCK]
         assert block.ref_cnt == 1, "a shared block is written"
         assert block.block_id not in self.sealed, "a block of a checkpoint is written"
-        self.memory[self.slot(own, compact)] = label
+        super().write(slot, label)

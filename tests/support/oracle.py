@@ -21,7 +21,8 @@ TOLERANCE = 1e-3
 class Rule:
     """The rule as the oracle applies it; ``full_layers`` counts from 0.
 
-    With ``interval`` the tokens at its multiples are the separators, whatever their ids.
+    With ``interval`` the tokens at its multiples are the separators, whatever their ids. A token of
+    ``line_breaks`` is one behind a token of ``closers``.
     """
 
     initial_tokens: int
@@ -30,18 +31,25 @@ class Rule:
     max_separators: int | None = None
     full_layers: frozenset[int] = frozenset()
     interval: int | None = None
+    line_breaks: frozenset[int] = frozenset()
+    closers: frozenset[int] = frozenset()
 
 
 def rule_of(made: Engine) -> Rule:
     """What the engine says it does."""
     config = made.engine.vllm_config.additional_config["sepllm"]
+    separators = config.get("separators", ())
+    if not isinstance(separators, dict):
+        separators = {"token_ids": separators, "line_breaks": (), "closers": ()}
     return Rule(
         initial_tokens=config["initial_tokens"],
         window=config["window"],
-        separator_ids=frozenset(config["separators"]),
+        separator_ids=frozenset(separators["token_ids"]),
+        line_breaks=frozenset(separators["line_breaks"]),
+        closers=frozenset(separators["closers"]),
         max_separators=config["max_separators"],
         full_layers=frozenset(config["full_layers"]),
-        interval=config["interval"],
+        interval=config.get("interval"),
     )
 
 
@@ -54,17 +62,27 @@ def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
     """The SepLLM rule for all pairs: [num_tokens, num_tokens] bool, rows are queries."""
     position = torch.arange(len(token_ids))
     distance = position[:, None] - position[None, :]
-    if rule.interval is None:
-        separators = torch.tensor(sorted(rule.separator_ids))
-        is_separator = torch.isin(torch.tensor(list(token_ids)), separators)
-    else:
-        is_separator = position % rule.interval == 0
+    is_separator = _separators(torch.tensor(list(token_ids)), rule)
     is_initial = position < rule.initial_tokens
     is_kept = is_separator & ~is_initial & (distance >= rule.window)
     if rule.max_separators is not None:
         # of each row the latest: counted from the right, itself included
         is_kept &= is_kept.flip(1).cumsum(1).flip(1) <= rule.max_separators
     return (distance >= 0) & (is_initial | (distance < rule.window) | is_kept)
+
+
+def _separators(token_ids: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """[num_tokens] bool."""
+    if rule.interval is not None:
+        return torch.arange(len(token_ids)) % rule.interval == 0
+
+    def is_one_of(ids: frozenset[int]) -> torch.Tensor:
+        return torch.isin(token_ids, torch.tensor(sorted(ids), dtype=torch.int64))
+
+    # the first token is behind none
+    is_behind_closer = is_one_of(rule.closers).roll(1)
+    is_behind_closer[:1] = False
+    return is_one_of(rule.separator_ids) | (is_one_of(rule.line_breaks) & is_behind_closer)
 
 
 @lru_cache(maxsize=2)

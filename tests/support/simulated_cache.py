@@ -3,13 +3,14 @@
 import numpy as np
 from hypothesis import strategies as st
 
-from vllm_sepllm.policy import layout
+from tests.support.labelled_cache import LabelledCache
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.step import decode, prefill
+from vllm_sepllm.policy.step.batch import plan_batch
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
-FLAGS = np.array([False, True])  # token id 1 is the separator
+SEPARATORS = TokenSeparators((1,))  # token id 1 is the separator
 
 policies = st.builds(
     Policy,
@@ -25,9 +26,10 @@ class Cache:
     def __init__(self, policy: Policy, token_ids: list[int]) -> None:
         self.policy = policy
         self.token_ids = token_ids
-        self.index = SeparatorIndex(policy, FLAGS)
+        self.index = SeparatorIndex(policy, SEPARATORS)
         self.mask = visible_mask(policy, np.array(token_ids, dtype=bool))
-        self.entries: dict[int, int] = {}
+        self.cache = LabelledCache()
+        self.entries: dict[int, int] = self.cache.memory  # type: ignore[assignment]
         self.num_tokens = 0
 
     def step(self, num_new_tokens: int, tile_size: int) -> None:
@@ -36,48 +38,10 @@ class Cache:
         # an asynchronous scheduler does not know the newest tokens of a decode step
         known = self.token_ids[: end if num_new_tokens > 1 else max(0, end - self.policy.window)]
         builder.add("request", self.index, known, start, num_new_tokens)
-        plan = builder.build()
-        if num_new_tokens == 1:
-            self.decode(plan.start, plan.num_spilled, plan.spills)
-        else:
-            chunk = prefill.Chunk(
-                self.policy, start, end, int(plan.num_spilled[0]), plan.separators[0]
-            )
-            self.prefill(chunk, tile_size)
+        rows = builder.build().of(np.arange(1), 0)
+        step = plan_batch(rows, np.array([0, num_new_tokens]), num_new_tokens, 16)
+        reads = self.cache.play(step, range(start, end), lambda row, entry: entry, tile_size)
+        for position, read in zip(range(start, end), reads, strict=True):
+            assert sorted(read) == np.flatnonzero(self.mask[position]).tolist()
         self.num_tokens = end
-
-    def decode(self, start: np.ndarray, num_spilled: np.ndarray, spills: np.ndarray) -> None:
-        copies = decode.spill_copies(self.policy, start, num_spilled, spills)
-        for source, target in zip(copies.source, copies.target, strict=True):
-            self.entries[int(target)] = self.entries[int(source)]
-        self.entries[int(layout.ring_index(self.policy, start)[0])] = int(start[0])
-        length = decode.compact_lengths(self.policy, start + 1, num_spilled, spills)[0]
-        assert sorted(self.entries) == list(range(length))
-        assert sorted(self.entries.values()) == np.flatnonzero(self.mask[start[0]]).tolist()
-
-    def prefill(self, chunk: prefill.Chunk, tile_size: int) -> None:
-        assert sorted(self.entries) == list(range(chunk.num_cached))
-        keys = [self.entries[i] for i in range(chunk.num_cached)]
-        keys += range(chunk.start, chunk.end)
-        for tile in prefill.query_tiles(chunk, tile_size):
-            positions = np.array([keys[k] for k in tile.keys])
-            for row in range(tile.last - tile.first):
-                num_full = len(positions) - tile.hidden.shape[1]
-                reads = np.delete(positions, num_full + np.flatnonzero(tile.hidden[row]))
-                want = np.flatnonzero(self.mask[chunk.start + tile.first + row])
-                assert sorted(reads.tolist()) == want.tolist()
-            # no key is listed that no query of the tile reads, none masked that all of them read
-            assert (~tile.hidden).any(axis=0).all()
-            assert tile.hidden.any(axis=0).all()
-            if self.policy.max_separators is None:
-                assert tile.hidden.shape[1] <= 2 * (tile.last - tile.first)
-        left = prefill.survivors(chunk)
-        moved = {
-            int(target): self.entries[int(source)]
-            for source, target in zip(left.copy_source, left.copy_target, strict=True)
-        }
-        self.entries |= moved
-        for token, target in zip(left.tokens, left.target, strict=True):
-            self.entries[int(target)] = chunk.start + int(token)
-        length = layout.compact_length(self.policy, chunk.end, chunk.num_spilled_after)
-        assert sorted(self.entries) == list(range(length))
+        assert sorted(self.entries) == list(range(self.mask[end - 1].sum()))

@@ -8,8 +8,9 @@ import torch
 
 from vllm_sepllm import ops
 from vllm_sepllm.kernels.tuning import Tuning
+from vllm_sepllm.policy.keys.columns import TILE
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 DEVICE = "cuda"
 BLOCK_SIZE = 16
@@ -77,11 +78,10 @@ class Chunk:
     @property
     def flops(self) -> float:
         """Products of the keys that each tile touches; those masked inside it are computed, too."""
-        tiles = self.metadata.tiles.cpu().numpy().astype(np.int64)
-        _, _, first, num_tokens, window_start, rank_start, _, rank_end = tiles.T
-        initial = np.minimum(self.metadata.policy.initial_tokens, window_start)
-        keys = initial + rank_end - rank_start + first - window_start + num_tokens
-        pairs = int((keys * num_tokens).sum())
+        tiles = self.metadata.tiles.cpu().numpy().view(TILE)
+        runs = [tiles[source] for source in ("cached", "chunk")]
+        keys = sum(run["num_initial"] + run["num_far"] + run["num_near"] for run in runs)
+        pairs = int((keys * tiles["num_tokens"].astype(np.int64)).sum())
         return 4.0 * pairs * self.heads.num_heads * self.heads.size
 
 
@@ -125,10 +125,11 @@ def chunk(
     tile_tokens = tile_tokens or ops.prefill_tile_tokens(
         heads.num_heads, heads.num_kv_heads, heads.size, dtype
     )
-    tables = plan_tiles(requests, policy, tile_tokens)
+    own = BatchPolicy.of([policy], policy)
+    tables = plan_tiles(requests, own, tile_tokens)
     sizes: list[Any] = [(end - start, n, heads.size) for n in (heads.num_heads, heads.num_kv_heads)]
     cache = paged(heads, 1, policy.num_dense + num_spilled + 1, cache_dtype or dtype)
-    metadata = ops.PrefillMetadata.on(DEVICE, tables, policy)
+    metadata = ops.PrefillMetadata.on(DEVICE, tables)
     return Chunk(
         heads,
         randn(sizes[0], dtype),

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_sepllm import register
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.visibility import Policy
 
@@ -96,13 +97,13 @@ def bookkeeping(num_tokens: int) -> dict[str, float]:
     """Bytes per request, and time per token as the context grows, of the separators' index."""
     gen = np.random.default_rng(0)
     token_ids = (gen.random(num_tokens) < 0.13).astype(int).tolist()
-    policy, flags = Policy(4, 252), np.array([False, True])
+    policy, separators = Policy(4, 252), TokenSeparators((1,))
     tracemalloc.start()
-    index = SeparatorIndex(policy, flags)
+    index = SeparatorIndex(policy, separators)
     index.extend(token_ids, num_tokens)
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    index, per_token, stride = SeparatorIndex(policy, flags), [], 64
+    index, per_token, stride = SeparatorIndex(policy, separators), [], 64
     for end in range(stride, num_tokens + 1, stride):
         start = time.perf_counter()
         index.extend(token_ids, end)

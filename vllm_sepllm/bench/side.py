@@ -13,8 +13,6 @@ from typing import Any
 
 from vllm_sepllm.policy.layout import compact_length, num_left_window
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.separators.rules import flags
-from vllm_sepllm.policy.visibility import Policy
 
 
 class Side:
@@ -48,16 +46,17 @@ class Side:
 
     def compact_length(self, prompt: list[int]) -> int:
         """Entries that the cache of ``prompt`` holds; its length if this side is stock vLLM."""
-        config: Any = self.llm.llm_engine.vllm_config.additional_config
-        given = config.get("sepllm")
-        if not given:
+        # not at the top: vLLM takes seconds to import
+        from vllm_sepllm.integration.wire.config import is_selected, read_config
+
+        vllm_config = self.llm.llm_engine.vllm_config
+        if not is_selected(vllm_config):
             return len(prompt)
-        policy = Policy(given["initial_tokens"], given["window"], given["max_separators"])
-        ids = [int(i) for i in given["separators"]]
-        index = SeparatorIndex(policy, flags(ids, max([*prompt, *ids]) + 2))
-        left = num_left_window(policy, len(prompt))
+        config = read_config(vllm_config)
+        index = SeparatorIndex(config.policy, config.separators)
+        left = num_left_window(config.policy, len(prompt))
         index.extend(prompt, left)
-        return compact_length(policy, len(prompt), index.count_below(left))
+        return compact_length(config.policy, len(prompt), index.count_below(left))
 
 
 def _times(metrics: Any) -> dict[str, float]:

@@ -95,30 +95,28 @@ def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSour
     cache = target.fp8 if variant.has_fp8_cache else variant.dtype
     types = {f"{name}_ptr": f"*{variant.dtype}" for name in ("query", "key", "value", "out")}
     types |= {f"{name}_cache_ptr": f"*{cache}" for name in ("key", "value")}
-    tables = ("tiles", "requests", "place", "until")
+    tables = ("tiles", "place", "until")
     types |= {f"{name}_ptr": "*i32" for name in tables}
     strides = ("query", "key", "value", "out", "block", "head", "token")
-    types |= {f"stride_{name}": "i32" for name in strides} | {"scale": "fp32", "soft_cap": "fp32"}
+    types |= {f"stride_{name}": "i32" for name in strides} | {"scale": "fp32"}
     constants: dict[str, Any] = {"stride_row": 1}
-    for name, is_used in (
-        ("sinks_ptr", variant.has_extras),
-        ("key_scale_ptr", variant.has_fp8_cache),
-        ("value_scale_ptr", variant.has_fp8_cache),
+    for name, dtype, is_used in (
+        ("soft_cap", "fp32", variant.has_extras),
+        ("sinks_ptr", "*fp32", variant.has_extras),
+        ("key_scale_ptr", "*fp32", variant.has_fp8_cache),
+        ("value_scale_ptr", "*fp32", variant.has_fp8_cache),
     ):
         if is_used:
-            types[name] = "*fp32"
+            types[name] = dtype
         else:
             constants[name] = None
     constants |= {
-        "INITIAL": 4,
-        "MAX_SEPARATORS": 2**30,
         "GROUP": GROUP,
         "HEAD": variant.head_size,
         "HEAD_POW2": triton.next_power_of_2(variant.head_size),
         "BLOCK_SIZE": 16,
         "BLOCK_ROWS": tuning.block_rows,
         "BLOCK_KEYS": tuning.block_keys,
-        "USE_SOFT_CAP": variant.has_extras,
         "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[variant.dtype],
     }
     return _source(prefill_kernel, types, constants)
@@ -147,5 +145,5 @@ def _slots_source(_: Variant) -> ASTSource:
 def _keys_source(_: Variant) -> ASTSource:
     tables = ("requests", "separators", "until", "block_table", "place_out", "until_out")
     types = {f"{name}_ptr": "*i32" for name in tables} | {"stride_table": "i32"}
-    constants = {"INITIAL": 4, "MAX_SEPARATORS": 2**30, "BLOCK_SIZE": 16, "BLOCK": 256}
+    constants = {"MAX_SEPARATORS": 2**30, "BLOCK_SIZE": 16, "BLOCK": 256}
     return _source(keys_kernel, types, constants)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import ResolvedConfig
 from vllm_sepllm.policy.layout import compact_length
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -176,14 +176,14 @@ class Estimate:
 
 
 def estimate(
-    shape: KVShape, deployment: Deployment, config: SepLLMConfig | None, density: float
+    shape: KVShape, deployment: Deployment, config: ResolvedConfig | None, density: float
 ) -> Estimate:
     """The cache of a request that is as long as the deployment's context.
 
     Args:
         shape: the model's.
         deployment: where it runs.
-        config: resolved; None is full attention.
+        config: the engine's; None is full attention.
         density: share of separators among the tokens that left the window; 1 is the worst case.
     """
     context = deployment.context

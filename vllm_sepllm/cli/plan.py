@@ -19,7 +19,8 @@ from vllm_sepllm.cli.kv_sizes import (
     load_shape,
 )
 from vllm_sepllm.cli.sizes import format_bytes
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 LABEL = "arithmetic, not a measurement"
 WINDOWS = (124, 252, 508, 1020)
@@ -108,13 +109,15 @@ def make_plan(
         ValueError: if the settings do not go with the model.
     """
     resolved = _resolve(config, shape, deployment)
+    settings = resolved.to_json()
+    del settings["separators"]  # of a configuration without a preset
     return Plan(
         kind=LABEL,
         model=model,
         density=density,
         shape=shape,
         deployment=deployment,
-        config=resolved.model_dump(mode="json", exclude={"separators"}),
+        config=settings,
         full=estimate(shape, deployment, None, density),
         sepllm=estimate(shape, deployment, resolved, density),
         worst=estimate(shape, deployment, resolved, 1.0),
@@ -131,9 +134,9 @@ def _resolved_dtype(dtype: str, shape: KVShape) -> str:
     return dtype
 
 
-def _resolve(config: SepLLMConfig, shape: KVShape, deployment: Deployment) -> SepLLMConfig:
+def _resolve(config: SepLLMConfig, shape: KVShape, deployment: Deployment) -> ResolvedConfig:
     resolved = config.resolve(
-        separator_ids=(),
+        separators=TokenSeparators(()),
         num_layers=shape.num_layers,
         max_model_len=deployment.context,
         block_size=deployment.block_size,

@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
 from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
-from vllm_sepllm.policy.separators.rules import separator_ids
+from vllm_sepllm.policy.separators.definition import TokenSeparators
+from vllm_sepllm.policy.separators.rules import RULES, token_separators
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 _MAX_ATTENTION = 4096
@@ -22,7 +22,7 @@ def show(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Page to write [default: FILE-kept.html]")
     ] = None,
-    separators: Annotated[str, typer.Option(help="Rule: paper or extended.")] = "extended",
+    separators: Annotated[str, typer.Option(help=f"Rule: {', '.join(RULES)}.")] = "extended",
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
     window: options.Window = options.DEFAULTS.window,
     max_separators: options.MaxSeparators = None,
@@ -53,7 +53,7 @@ def show(
     tokenizer = load_tokenizer(model)
     tokens = tokenise(tokenizer, text)
     ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]
-    is_separator = np.isin(ids, _rule_ids(separators, tokenizer))
+    is_separator = _by_rule(separators, tokenizer).mask(ids)
     bound = "" if max_separators is None else f" (at most {max_separators:,})"
     part = "" if len(ids) == len(tokens.ids) else f"the first of {len(tokens.ids):,}, "
     subtitle = (
@@ -92,8 +92,8 @@ def _attention(model: str, ids: list[int], is_separator: BoolArray, policy: Poli
     )
 
 
-def _rule_ids(rule: str, tokenizer: Any) -> tuple[int, ...]:
+def _by_rule(rule: str, tokenizer: Any) -> TokenSeparators:
     try:
-        return separator_ids(rule, tokenizer)
+        return token_separators(rule, tokenizer)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None

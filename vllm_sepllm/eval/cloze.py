@@ -1,15 +1,11 @@
-"""Questions from books: passages that break off before a name that they have told already.
+"""Passages of books that break off before a name that they have told already.
 
-Run as ``python -m vllm_sepllm.eval.cloze BOOK... > cloze.jsonl``, for ``vllm-sepllm eval --qa``. As
-LAMBADA does, but for names, which are no separators: a method that has forgotten where the name
+As LAMBADA does, but for names, which are no separators: a method that has forgotten where the name
 stood must do without.
 """
 
-import argparse
-import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 _WORD = re.compile(r"\S+")
 _NAME = re.compile(r"[A-Z][a-z]{3,}")
@@ -20,8 +16,8 @@ _NO_NAMES = frozenset(
 )
 
 
-def questions(text: str, num_words: int, num: int, min_distance: int) -> Iterator[dict[str, str]]:
-    """At most ``num`` passages, evenly over a text; the same for the same arguments.
+def questions(text: str, num_words: int, num: int, min_distance: int) -> Iterator[tuple[str, str]]:
+    """At most ``num`` passages and their names, evenly over a text.
 
     Args:
         text: of a book.
@@ -36,7 +32,7 @@ def questions(text: str, num_words: int, num: int, min_distance: int) -> Iterato
         context = text[words[at - num_words].start() : words[at - 1].end()]
         name = _NAME.match(words[at][0])
         assert name is not None, "_asks has seen it"
-        yield {"context": context, "question": "", "answer": name[0]}
+        yield context, name[0]
 
 
 def _asks(words: list[re.Match[str]], at: int, num_words: int, min_distance: int) -> bool:
@@ -46,20 +42,3 @@ def _asks(words: list[re.Match[str]], at: int, num_words: int, min_distance: int
         return False
     told = [i for i in range(at - num_words, at) if name[0] in words[i][0]]
     return bool(told) and at - told[-1] >= min_distance
-
-
-def main() -> None:
-    """Print the questions of all books."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("book", type=Path, nargs="+")
-    parser.add_argument("--words", type=int, default=700, help="of a passage")
-    parser.add_argument("--num", type=int, default=12, help="passages of each book")
-    parser.add_argument("--distance", type=int, default=1, help="words since the name, at least")
-    args = parser.parse_args()
-    for book in args.book:
-        for line in questions(book.read_text("utf-8"), args.words, args.num, args.distance):
-            print(json.dumps(line))
-
-
-if __name__ == "__main__":
-    main()

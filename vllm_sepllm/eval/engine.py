@@ -5,11 +5,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput
 
 # two ways to one number: a wrong row would differ by whole nats, bfloat16 by less than this
 _ALIGNMENT = 0.2
@@ -73,8 +76,9 @@ def llm_arguments(
     if settings is not None:
         selected["attention_backend"] = "sepllm"
         selected["additional_config"] = {ADDITIONAL_CONFIG_KEY: dict(settings)}
-    fixed = {"enforce_eager": True, "enable_prefix_caching": False, "max_num_seqs": 8}
-    return {**fixed, "seed": 0, **arguments, **selected}
+    # prompts of a task begin alike; the KV memory bounds the batch where 64 requests are too many
+    fixed = {"enforce_eager": True, "enable_prefix_caching": True, "max_num_seqs": 64, "seed": 0}
+    return {**fixed, **arguments, **selected}
 
 
 class Engine:
@@ -126,14 +130,21 @@ class Engine:
                 "tensor parallelism and without padding"
             )
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[str]:
-        """Greedy continuations as text."""
-        from vllm import SamplingParams
+    def generate(
+        self, prompts: Sequence[Sequence[int]], **sampling: Any
+    ) -> Iterator[tuple[int, "RequestOutput"]]:
+        """Greedy requests in one batch: number of the prompt and vLLM's output, as they finish."""
+        from vllm import RequestOutput, SamplingParams
 
-        sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens)
-        given = [list(prompt) for prompt in prompts]
-        outputs = self.llm.generate(given, sampling, use_tqdm=False)
-        return [str(output.outputs[0].text) for output in outputs]
+        engine = self.llm.llm_engine
+        for number, token_ids in enumerate(prompts):
+            given = SamplingParams(temperature=0.0, **sampling)
+            engine.add_request(str(number), {"prompt_token_ids": list(token_ids)}, given)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    assert isinstance(output, RequestOutput), "no pooling model"
+                    yield int(output.request_id), output
 
 
 @contextmanager

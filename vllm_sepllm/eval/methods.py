@@ -1,15 +1,18 @@
-"""The methods that are compared, and settings that give the others sepllm's mean KV."""
+"""The methods that are compared, and settings that give one method another's mean KV."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, MIN_WINDOW, SepLLMConfig
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, MIN_WINDOW, ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.kept import kept_lengths
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 FULL, SEPLLM, STREAMING, FIXED = "full", "sepllm", "streaming-llm", "fixed-interval"
+# requests on which windows are chosen: more of them move a window by less than one token
+_MAX_SPANS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,34 +22,27 @@ class Method:
     Attributes:
         name: in keys and tables.
         settings: what ``additional_config["sepllm"]`` holds; None is vLLM's own full attention.
-        rival: name of the StreamingLLM of the same mean KV; None if there is none.
+        mean_kv_of: name of the method whose mean KV this one is given by the choice of its window
+            (and of its interval, where a "fixed-interval" names none).
     """
 
     name: str
     settings: Mapping[str, Any] | None
-    rival: str | None = None
+    mean_kv_of: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a run measures besides full attention.
-
-    Attributes:
-        sepllm: settings that set the budget of ``equal``, StreamingLLM and FixLLM.
-        budgets: further settings, each with a StreamingLLM of its own mean KV.
-        equal: settings whose window is chosen to keep as many tokens as ``sepllm`` does.
-        also: settings as they are.
-    """
-
-    sepllm: Mapping[str, Any]
-    budgets: Sequence[Method] = ()
-    equal: Sequence[Method] = ()
-    also: Sequence[Method] = ()
+# what a suite compares if it names no methods
+DEFAULTS = (
+    Method(FULL, None),
+    Method(SEPLLM, {}),
+    Method(STREAMING, {"preset": STREAMING}, SEPLLM),
+    Method(FIXED, {"preset": FIXED}, SEPLLM),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens of one request and the queries that are scored: positions [first, num_tokens)."""
+    """Tokens of one request and the queries that are counted: positions [first, num_tokens)."""
 
     token_ids: Sequence[int]
     first: int
@@ -57,12 +53,12 @@ class ModelFacts:
     """What of a model decides how much is kept.
 
     Attributes:
-        separator_ids: what ``separators`` of a configuration means for its tokenizer.
+        separators: what ``separators`` of a configuration means for its tokenizer.
         num_layers: of the model, all with ordinary attention.
         max_model_len: of every engine of the run; bounds the separators where the settings do not.
     """
 
-    separator_ids: Callable[[Any], tuple[int, ...]]
+    separators: Callable[[Any], TokenSeparators]
     num_layers: int
     max_model_len: int
 
@@ -70,7 +66,7 @@ class ModelFacts:
 def mean_kept(
     settings: Mapping[str, Any] | None, spans: Sequence[Span], facts: ModelFacts
 ) -> float:
-    """Keys that a scored query finds in the cache, the mean over queries and layers.
+    """Keys that a counted query finds in the cache, the mean over queries and layers.
 
     Raises:
         ValueError: if the settings do not go with the model.
@@ -79,100 +75,81 @@ def mean_kept(
         means = [np.arange(span.first, len(span.token_ids)) + 1.0 for span in spans]
         return float(np.concatenate(means).mean())
     config = _resolved(settings, facts)
-    separators = np.array(config.separators, dtype=np.int64)
     share = len(config.full_layers) / facts.num_layers
     means = []
     for span in spans:
         position = np.arange(len(span.token_ids))
-        is_separator = np.isin(span.token_ids, separators)
-        if config.interval is not None:
-            is_separator = position % config.interval == 0
-        kept = kept_lengths(config.policy, is_separator)
+        kept = kept_lengths(config.policy, config.separators.mask(span.token_ids))
         means.append((share * (position + 1) + (1 - share) * kept)[span.first :])
     return float(np.concatenate(means).mean())
 
 
-def methods(wanted: Wanted, spans: Sequence[Span], facts: ModelFacts) -> list[Method]:
-    """Everything that a run measures on these spans, full attention first.
+def resolve(methods: Sequence[Method], spans: Sequence[Span], facts: ModelFacts) -> list[Method]:
+    """The methods of a suite with nothing left to choose on these spans.
 
     Raises:
         ValueError: if settings do not go with the model.
     """
-    target = mean_kept(wanted.sepllm, spans, facts)
-    fixed = _fixed(wanted.sepllm, target, spans, facts)
-    found = [
-        Method(FULL, None),
-        Method(SEPLLM, wanted.sepllm, STREAMING),
-        Method(STREAMING, _streaming(wanted.sepllm, target, spans, facts), STREAMING),
-        Method(FIXED, fixed, STREAMING),
-    ]
-    for method in wanted.equal:
-        settings = _with_window(method.settings or {}, target, spans, facts)
-        found.append(Method(method.name, settings, STREAMING))
-    for method in wanted.budgets:
-        own = method.settings or {}
-        rival = f"{method.name}-streaming"
-        streaming = _streaming(own, mean_kept(own, spans, facts), spans, facts)
-        found += [Method(method.name, own, rival), Method(rival, streaming, rival)]
-    return [*found, *wanted.also]
+    step = -(-len(spans) // _MAX_SPANS)
+    sample = spans[::step]
+    by_name = {method.name: method for method in methods}
+    found = []
+    for method in methods:
+        if method.mean_kv_of is not None:
+            model = by_name[method.mean_kv_of].settings
+            method = replace(method, settings=_with_mean_kv(method, model or {}, sample, facts))
+        found.append(method)
+    return found
 
 
-def _streaming(
-    sepllm: Mapping[str, Any], target: float, spans: Sequence[Span], facts: ModelFacts
+def rival(method: Method, methods: Sequence[Method]) -> Method | None:
+    """The StreamingLLM of a method's mean KV; None if the suite has none."""
+    budget = method.mean_kv_of or method.name
+    for other in methods:
+        if other.mean_kv_of == budget and (other.settings or {}).get("preset") == STREAMING:
+            return other
+    return None
+
+
+def _with_mean_kv(
+    method: Method, model: Mapping[str, Any], spans: Sequence[Span], facts: ModelFacts
 ) -> dict[str, Any]:
-    """StreamingLLM with the initial tokens and full layers of ``sepllm``."""
-    return _with_window({**_common(sepllm), "preset": STREAMING}, target, spans, facts)
+    """Settings of ``method`` that keep as many tokens as the settings ``model`` do.
 
-
-def _fixed(
-    sepllm: Mapping[str, Any], target: float, spans: Sequence[Span], facts: ModelFacts
-) -> dict[str, Any]:
-    """FixLLM with the interval nearest to sepllm's separators at its window.
-
-    The window makes up for the rounding.
+    What ``method`` leaves open of initial tokens and full layers is that of ``model``.
     """
-    common = {**_common(sepllm), "preset": FIXED}
-    window = _config(sepllm).window
+    target, config = mean_kept(model, spans, facts), _config(model)
+    common = {"initial_tokens": config.initial_tokens, "full_layers": list(config.full_layers)}
+    settings = {**common, **(method.settings or {})}
+    if settings.get("preset") == FIXED and "interval" not in settings:
+        # the interval nearest to the model's separators; the window makes up for its rounding
+        def apart(interval: int) -> float:
+            given = {**settings, "interval": interval, "window": config.window}
+            return abs(mean_kept(given, spans, facts) - target)
 
-    def apart(interval: int) -> float:
-        settings = {**common, "interval": interval, "window": window}
-        return abs(mean_kept(settings, spans, facts) - target)
-
-    interval = min(range(2, 65), key=apart)
-    return _with_window({**common, "interval": interval}, target, spans, facts)
-
-
-def _common(sepllm: Mapping[str, Any]) -> dict[str, Any]:
-    config = _config(sepllm)
-    return {"initial_tokens": config.initial_tokens, "full_layers": list(config.full_layers)}
-
-
-def _config(settings: Mapping[str, Any]) -> SepLLMConfig:
-    return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(settings)})
-
-
-def _resolved(settings: Mapping[str, Any], facts: ModelFacts) -> SepLLMConfig:
-    """As an engine of the run resolves them."""
-    config = _config(settings)
-    return config.resolve(
-        separator_ids=facts.separator_ids(config.separators),
-        num_layers=facts.num_layers,
-        max_model_len=facts.max_model_len,
-        # the engine's own is unknown here; nothing that is kept depends on it, and 1 never refuses
-        block_size=1,
-    )
-
-
-def _with_window(
-    settings: Mapping[str, Any], target: float, spans: Sequence[Span], facts: ModelFacts
-) -> dict[str, Any]:
-    """``settings`` with the window whose mean KV comes nearest to ``target``."""
+        settings["interval"] = min(range(2, 65), key=apart)
 
     def kept(window: int) -> float:
         return mean_kept({**settings, "window": window}, spans, facts)
 
     longest = max(len(span.token_ids) for span in spans)
     return {**settings, "window": _window(kept, target, longest)}
+
+
+def _config(settings: Mapping[str, Any]) -> SepLLMConfig:
+    return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(settings)})
+
+
+def _resolved(settings: Mapping[str, Any], facts: ModelFacts) -> ResolvedConfig:
+    """As an engine of the run resolves them."""
+    config = _config(settings)
+    return config.resolve(
+        separators=facts.separators(config.separators),
+        num_layers=facts.num_layers,
+        max_model_len=facts.max_model_len,
+        # the engine's own is unknown here; nothing that is kept depends on it, and 1 never refuses
+        block_size=1,
+    )
 
 
 def _window(kept: Callable[[int], float], target: float, longest: int) -> int:

@@ -2,13 +2,14 @@
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_sepllm.eval.engine import Engine, running
+from vllm_sepllm.eval.engine import Engine
 from vllm_sepllm.eval.methods import Span
 from vllm_sepllm.eval.store import Store
+from vllm_sepllm.eval.task import Task
 
 MAX_ANSWER_TOKENS = 24
 _CITIES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Perth", "Oslo", "Lima", "Cairo")
@@ -36,24 +37,29 @@ class Needle:
     token_ids: tuple[int, ...]
     answer: str
 
-    suite = "needle"
-    opened = staticmethod(running)
-
     @property
     def span(self) -> Span:
         """The last query of the prompt, which must find the needle."""
         return Span(self.token_ids, len(self.token_ids) - 1)
 
-    @property
-    def spans(self) -> list[Span]:
-        """Those of the item's requests."""
-        return [self.span]
 
-    def run(self, engine: Engine, _method: str, _store: Store) -> dict[str, Any]:
-        """Ask, and look for the number in the answer."""
-        (text,) = engine.answer([self.token_ids], MAX_ANSWER_TOKENS)
-        digits = re.sub(r"(?<=\d)[ ,](?=\d)", "", text)
-        return {"depth": self.depth, "is_found": self.answer in digits, "text": text}
+class Needles(Task):
+    """Needles of one context length."""
+
+    kind = "needle"
+
+    def run(
+        self, engine: Engine, items: Sequence[Needle], _row: str, _store: Store
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Ask, and look for the numbers in the answers."""
+        prompts = [item.token_ids for item in items]
+        for number, output in engine.generate(prompts, max_tokens=MAX_ANSWER_TOKENS):
+            item, text = items[number], output.outputs[0].text
+            digits = re.sub(r"(?<=\d)[ ,](?=\d)", "", text)
+            yield (
+                item.name,
+                {"depth": item.depth, "is_found": item.answer in digits, "text": text},
+            )
 
 
 def needles(
@@ -107,12 +113,12 @@ def _check_filled(num_tokens: int, length: int) -> None:
         raise ValueError(
             f"a needle's context of {length:,} tokens holds no text: the question takes "
             f"{num_tokens:,} tokens and the answer {MAX_ANSWER_TOKENS}; give a longer "
-            "--needle-context"
+            "context"
         )
     if num_tokens < limit - _SLACK:
         raise ValueError(
             f"needles of {length:,} tokens need more text: behind its random start a text fills "
-            f"{num_tokens:,} tokens of {limit:,}; give a longer text or a shorter --needle-context"
+            f"{num_tokens:,} tokens of {limit:,}; give a longer text or a shorter context"
         )
 
 

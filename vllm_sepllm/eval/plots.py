@@ -5,17 +5,17 @@ from math import nan
 from pathlib import Path
 
 from vllm_sepllm.eval.methods import FIXED, SEPLLM, STREAMING
-from vllm_sepllm.eval.needle import Needle
-from vllm_sepllm.eval.report import Row
+from vllm_sepllm.eval.needle import Needles
+from vllm_sepllm.eval.report import Result
 from vllm_sepllm.eval.statistics import Estimate
-from vllm_sepllm.eval.text import Excerpt
+from vllm_sepllm.eval.text import Texts
 
 _PANELS = (("ratio", "perplexity, ratio to full attention"), ("kl", "KL to full attention, nats"))
 
 _KINDS = {SEPLLM: "C1", STREAMING: "C2", FIXED: "C3"}
 
 
-def draw(folder: Path, found: Sequence[Row]) -> list[Path]:
+def draw(folder: Path, found: Sequence[Result]) -> list[Path]:
     """``text.png``, ``kv.png`` and ``needle.png``, for the suites that have rows.
 
     Raises:
@@ -25,17 +25,17 @@ def draw(folder: Path, found: Sequence[Row]) -> list[Path]:
 
     matplotlib.use("Agg")
     drawn = []
-    text = [row for row in found if row.suite == Excerpt.suite]
+    text = [row for row in found if row.kind == Texts.kind]
     if text:
         drawn.append(_draw_lines(folder / "text.png", text, _PANELS))
         drawn.append(_draw_budgets(folder / "kv.png", text))
-    needle = [row for row in found if row.suite == Needle.suite]
+    needle = [row for row in found if row.kind == Needles.kind]
     if needle:
         drawn.append(_draw_lines(folder / "needle.png", needle, (("found", "needles found"),)))
     return drawn
 
 
-def _draw_lines(path: Path, found: Sequence[Row], panels: Sequence[tuple[str, str]]) -> Path:
+def _draw_lines(path: Path, found: Sequence[Result], panels: Sequence[tuple[str, str]]) -> Path:
     """One panel a measure, one line a method, with its intervals."""
     from matplotlib import pyplot
 
@@ -69,7 +69,7 @@ def _draw_lines(path: Path, found: Sequence[Row], panels: Sequence[tuple[str, st
     return path
 
 
-def _draw_budgets(path: Path, found: Sequence[Row]) -> Path:
+def _draw_budgets(path: Path, found: Sequence[Result]) -> Path:
     """What each method costs for the KV that it keeps: one panel a context, one point a method."""
     from matplotlib import pyplot
 
@@ -106,7 +106,7 @@ def _errors(values: Sequence[Estimate]) -> list[list[float]]:
     return [below, [nan if v.high is None else v.high - v.mean for v in values]]
 
 
-def _kind(row: Row) -> str:
+def _kind(row: Result) -> str:
     """Whose rule the settings are."""
     preset = (row.settings or {}).get("preset")
     return SEPLLM if preset is None else str(preset)

@@ -1,5 +1,10 @@
-"""A folder with one JSON file per finished cell, so that a run goes on where it was stopped."""
+"""A folder with the answers of a run, so that it goes on where it was stopped.
 
+Every row of the report, such as ``gsm8k/sepllm``, is a file of JSON lines, one line an item,
+written as soon as the item is answered.
+"""
+
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -9,84 +14,136 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_RUN, _CELLS, _SETTINGS = "run.json", "cells", "settings"
+_RUN, _ANSWERS, _LOCK = "run.json", "answers", ".lock"
+# of run.json, by key: what may come and go, but not change where it has answers
+_BY_KEY = ("tasks", "settings")
+_ITEM = "item"
 
 
 class Store:
-    """Cells by key, such as ``text/4096/sepllm/book-0``."""
+    """Answers by row and item."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        """Make the folder, or go on in it.
+        """Make the folder, or go on in it; no other process may use it until this one ends.
 
         Args:
             folder: of the run.
-            run: what the cells depend on besides their key. ``run["settings"]`` has those of each
-                row, by ``text.row_key``: rows may come and go, but none may change that has cells.
+            run: what the answers depend on besides row and item. ``run["tasks"]`` describes each
+                task by its name, ``run["settings"]`` each row by its key: those may come and go,
+                but none may change that has answers.
 
         Raises:
-            ValueError: if the folder holds cells of another run.
+            ValueError: if the folder holds answers of another run, or another process writes it.
             OSError: if the folder cannot be made.
         """
         self.folder = folder
         self._run = json.loads(json.dumps(run))
         self._is_recorded = False
+        self._rows: dict[str, dict[str, dict[str, Any]]] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        found = _read_object(folder / _RUN)
-        # run.json comes before the first cell, and says nothing without one
-        if self._has_cells(""):
-            self._go_on(found)
+        self._lock = (folder / _LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process writes {folder}; wait for its end, or name another --output"
+            ) from None
+        try:
+            found = _read_object(folder / _RUN)
+            # run.json comes before the first answer, and says nothing without one
+            if self._has_answers(""):
+                self._go_on(found)
+        except ValueError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes write; the end of this one does as well."""
+        self._lock.close()
 
     def _go_on(self, found: dict[str, Any]) -> None:
-        """Refuse another run; remember the rows that this one leaves out."""
+        """Refuse another run; remember the tasks and rows that this one leaves out."""
         wanted = dict(self._run)
-        before, now = found.pop(_SETTINGS, {}), wanted.pop(_SETTINGS, {})
-        changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-        for row in sorted(filter(self._has_cells, now)):
-            if row not in before or before[row] != now[row]:
-                changed.append(f"{_SETTINGS} of {row}")
+        changed, kept = [], {}
+        for part in _BY_KEY:
+            before, now = found.pop(part, {}), wanted.pop(part, {})
+            for key in sorted(filter(self._has_answers, now)):
+                if key not in before or before[key] != now[key]:
+                    changed.append(f"{part} of {key}")
+            kept[part] = {k: v for k, v in before.items() if self._has_answers(k)} | now
+        changed += sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(changed)}; name another "
-                "--output, or give the same options to go on"
+                "--output, or give the same suite to go on"
             )
-        kept = {row: settings for row, settings in before.items() if self._has_cells(row)}
-        self._run[_SETTINGS] = kept | now
+        self._run |= kept
 
-    def _has_cells(self, row: str) -> bool:
-        return any((self.folder / _CELLS / row).rglob("*.json"))
+    def _has_answers(self, key: str) -> bool:
+        """Whether a row, any row of a task or (with "") any row at all has an answer."""
+        path = self.folder / _ANSWERS / key
+        return path.with_name(f"{path.name}.jsonl").exists() or any(path.rglob("*.jsonl"))
 
-    def _path(self, key: str, suffix: str) -> Path:
-        return self.folder / _CELLS / f"{key}{suffix}"
+    def _path(self, row: str) -> Path:
+        return self.folder / _ANSWERS / f"{row}.jsonl"
 
-    def has(self, key: str) -> bool:
-        """Whether the cell is finished."""
-        return self._path(key, ".json").exists()
+    def answers(self, row: str) -> dict[str, dict[str, Any]]:
+        """Answers of a row by item; not to be written to."""
+        if row not in self._rows:
+            path = self._path(row)
+            self._rows[row] = _read_lines(path) if path.exists() else {}
+        return self._rows[row]
 
-    def read(self, key: str) -> dict[str, Any]:
-        """A finished cell."""
-        cell: dict[str, Any] = json.loads(self._path(key, ".json").read_text("utf-8"))
-        return cell
-
-    def write(self, key: str, cell: Mapping[str, Any]) -> None:
-        """Finish a cell; a stop in between leaves none behind.
+    def add(self, row: str, item: str, answer: Mapping[str, Any]) -> None:
+        """Keep an answer; a stop in between leaves none behind.
 
         The first one of this run is written behind what the run depends on.
         """
+        known = self.answers(row)
         if not self._is_recorded:
             _write(self.folder / _RUN, json.dumps(self._run, indent=2).encode())
             self._is_recorded = True
-        _write(self._path(key, ".json"), json.dumps(cell).encode())
+        path = self._path(row)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({_ITEM: item, **answer}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        known[item] = dict(answer)
 
-    def read_array(self, key: str) -> npt.NDArray[np.float32]:
-        """An array that stands beside a cell."""
-        array: npt.NDArray[np.float32] = np.load(self._path(key, ".npy"))
+    def read_array(self, row: str, item: str) -> npt.NDArray[np.float32]:
+        """An array that stands beside an answer."""
+        array: npt.NDArray[np.float32] = np.load(self._array_path(row, item))
         return array
 
-    def write_array(self, key: str, array: npt.NDArray[np.float32]) -> None:
-        """Before its cell, so that a finished cell has its array."""
-        path = self._path(key, ".npy")
+    def write_array(self, row: str, item: str, array: npt.NDArray[np.float32]) -> None:
+        """Before its answer, so that a kept answer has its array."""
+        path = self._array_path(row, item)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, array)
+
+    def _array_path(self, row: str, item: str) -> Path:
+        return self.folder / _ANSWERS / row / f"{item}.npy"
+
+
+def _read_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """Answers of a row; cuts off a last line that a stop has left unfinished.
+
+    Raises:
+        ValueError: if another line is no answer.
+    """
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    found = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            answer = json.loads(line)
+            found[str(answer.pop(_ITEM))] = answer
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no answer ({error!r}); delete it") from None
+    return found
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -99,7 +156,7 @@ def _read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); name another --output") from None
-    if not isinstance(found, dict) or not isinstance(found.get(_SETTINGS, {}), dict):
+    if not isinstance(found, dict) or not all(isinstance(found.get(k, {}), dict) for k in _BY_KEY):
         raise ValueError(f"{path} is no description of a run; name another --output")
     return found
 

@@ -4,16 +4,17 @@ Every excerpt is one request. Its second half is scored, where a query has read 
 the context, and where methods differ.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_sepllm.eval.engine import Engine, running
-from vllm_sepllm.eval.methods import FULL, Span
+from vllm_sepllm.eval.engine import Engine
+from vllm_sepllm.eval.methods import Span
 from vllm_sepllm.eval.store import Store
+from vllm_sepllm.eval.task import Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +33,6 @@ class Excerpt:
     token_ids: tuple[int, ...]
     num_positions: int
 
-    suite = "text"
-    opened = staticmethod(running)
-
     @property
     def span(self) -> Span:
         """The scored queries."""
@@ -47,34 +45,27 @@ class Excerpt:
         spread = np.linspace(self.span.first, last, self.num_positions)
         return sorted(set(np.round(spread).astype(int).tolist()))
 
-    @property
-    def spans(self) -> list[Span]:
-        """Those of the item's requests."""
-        return [self.span]
 
-    def run(self, engine: Engine, method: str, store: Store) -> dict[str, Any]:
-        """Score the excerpt; full attention's distributions are kept for the others."""
-        scores = engine.score(self.token_ids, self.positions)
-        first = self.span.first
-        cell: dict[str, Any] = {"nll": [-x for x in scores.logprobs[first:]]}
-        cell["top_ids"] = scores.top_ids[first:]
-        key = cell_key(self, FULL)
-        if method == FULL:
-            store.write_array(key, scores.distributions.numpy())
-        else:
-            full = torch.from_numpy(store.read_array(key))
-            cell["kl"] = divergences(full, scores.distributions)
-        return cell
+class Texts(Task):
+    """Excerpts of one length."""
 
+    kind = "text"
 
-def cell_key(item: Any, method: str) -> str:
-    """Where the cell of an item and a method is stored."""
-    return f"{row_key(item.suite, item.length, method)}/{item.name}"
-
-
-def row_key(suite: str, length: int, method: str) -> str:
-    """Where all cells of a row of the report are stored."""
-    return f"{suite}/{length}/{method}"
+    def run(
+        self, engine: Engine, items: Sequence[Excerpt], row: str, store: Store
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Score the excerpts; full attention's distributions are kept for the others."""
+        for item in items:
+            scores = engine.score(item.token_ids, item.positions)
+            first = item.span.first
+            answer: dict[str, Any] = {"nll": [-x for x in scores.logprobs[first:]]}
+            answer["top_ids"] = scores.top_ids[first:]
+            if row == self.full_row:
+                store.write_array(row, item.name, scores.distributions.numpy())
+            else:
+                full = torch.from_numpy(store.read_array(self.full_row, item.name))
+                answer["kl"] = divergences(full, scores.distributions)
+            yield item.name, answer
 
 
 def divergences(full: torch.Tensor, other: torch.Tensor) -> list[float]:
@@ -111,11 +102,11 @@ def excerpts(
     room = len(token_ids) - num_own
     # a token that two excerpts score would count twice, and narrow the intervals
     least = (num_excerpts + 1) * (length // 2) if num_excerpts > 1 else 0
-    if num_excerpts and room < least:
+    if room < least:
         raise ValueError(
             f"{name} has {len(token_ids):,} tokens, but {num_excerpts} excerpts of {length:,} are "
-            f"wanted, which need {num_own + least:,}; give a longer text, a shorter --context or "
-            "fewer --excerpts"
+            f"wanted, which need {num_own + least:,}; give a longer text, a shorter context or "
+            "fewer excerpts"
         )
     found = []
     for number in range(num_excerpts):

@@ -8,19 +8,17 @@ def register() -> None:
     were not written for nothing is touched: whoever selects sepllm learns from vLLM that there is
     no such backend, and from this line of the log why.
     """
-    import logging
-
+    from vllm_sepllm.integration.log import logger
     from vllm_sepllm.integration.startup.versions import unsupported_vllm
 
     if reason := unsupported_vllm():
-        logging.getLogger("vllm.plugins.sepllm").warning("sepllm is not available: %s", reason)
+        logger.warning("sepllm is not available: %s", reason)
         return
-    from vllm_sepllm.integration.startup import engine_args
-    from vllm_sepllm.integration.startup import unselected_backend as selected
+    from vllm_sepllm.integration.startup import selection, unselected_backend
     from vllm_sepllm.integration.wire import trained_config
     from vllm_sepllm.integration.wire.backend_name import register_backend_name
 
     register_backend_name()
-    engine_args.install()
-    selected.install()
+    selection.install()
+    unselected_backend.install()
     trained_config.register_model()

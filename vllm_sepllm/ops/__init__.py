@@ -1,20 +1,27 @@
-"""Public operations: check the arguments, then call one implementation."""
+"""Public operations on a paged KV cache: check the arguments, then call one implementation.
 
-from dataclasses import dataclass, replace
+A step on a GPU: :func:`entry_slots` finds where entries lie, :func:`spill` moves them,
+:func:`list_keys` lists once for all layers what the prefill chunks read, and :func:`prefill`
+attends, layer by layer. Each has a Triton kernel (``vllm_sepllm.kernels``) and a torch reference
+(:mod:`vllm_sepllm.ops.reference`).
+"""
+
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vllm_sepllm.kernels.arguments import Logits, PagedCache, SpillTable
+from vllm_sepllm.kernels.arguments import KeyLists, Logits, PagedCache, SpillTable
 from vllm_sepllm.ops import checks
-from vllm_sepllm.policy.keys.tiles import PrefillTiles, rank_bound
-from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
+from vllm_sepllm.ops.tables import PrefillMetadata
+from vllm_sepllm.policy.keys.tiles import rank_bound
 
 if TYPE_CHECKING:
     from vllm_sepllm.kernels.tuning import Tuning
 
 __all__ = [
     "Impl",
+    "KeyLists",
     "Logits",
     "PagedCache",
     "PrefillMetadata",
@@ -26,60 +33,8 @@ __all__ = [
     "spill",
 ]
 
+# which implementation of an operation runs; there is no silent fallback
 Impl = Literal["triton", "reference"]
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillMetadata:
-    """:class:`vllm_sepllm.policy.keys.tiles.PrefillTiles` on the device; int32, same columns.
-
-    Attributes:
-        tiles: [num_tiles, 8]; rows of zeros are skipped, so a persistent buffer may be padded.
-        requests: [num_requests, 13].
-        separators: [num_separators].
-        until: [num_positions].
-        num_keys: [num_requests] int64 on the CPU.
-        tile_tokens: tokens of a full tile.
-        policy: that the tables were made for; the window of each request is in its row.
-        keys: [2, >= sum of num_keys] int32 from :func:`list_keys`, which the kernel needs: for each
-            key its slot, or its row in the chunk, and then its until.
-    """
-
-    tiles: torch.Tensor
-    requests: torch.Tensor
-    separators: torch.Tensor
-    until: torch.Tensor
-    num_keys: IntArray
-    tile_tokens: int
-    policy: BatchPolicy
-    keys: torch.Tensor | None = None
-
-    @classmethod
-    def from_packed(
-        cls, tables: PrefillTiles, policy: BatchPolicy, packed: torch.Tensor
-    ) -> "PrefillMetadata":
-        """Name the parts of ``packed``, the caller's device copy of ``tables.packed`` (or longer).
-
-        Raises:
-            ValueError: if ``packed`` is not int32 or too short.
-        """
-        if packed.dtype != torch.int32 or packed.dim() != 1 or packed.numel() < tables.packed.size:
-            raise ValueError(
-                f"packed must be int32 [{tables.packed.size}] or longer, got {packed.dtype} "
-                f"{tuple(packed.shape)}"
-            )
-        tiles, requests, separators, until = (
-            packed[first : first + table.size].view(table.shape)
-            for first, table in zip(tables.offsets, tables.tables, strict=True)
-        )
-        return cls(tiles, requests, separators, until, tables.num_keys, tables.tile_tokens, policy)
-
-    @classmethod
-    def on(
-        cls, device: torch.device | str, tables: PrefillTiles, policy: BatchPolicy
-    ) -> "PrefillMetadata":
-        """Copy the tables to a device; for callers without a persistent buffer."""
-        return cls.from_packed(tables, policy, torch.from_numpy(tables.packed).to(device))
 
 
 def prefill_tile_tokens(
@@ -105,7 +60,7 @@ def spill(
         table: the caches.
         src: [num_moves] int64 slots; slot = block_id * block_size + offset.
         dst: [num_moves] int64 slots; a negative one skips that move.
-        impl: which implementation runs; there is no silent fallback.
+        impl: which implementation runs.
 
     Raises:
         ValueError: on a wrong shape, dtype or device.
@@ -113,17 +68,7 @@ def spill(
     Bytes are copied as they are. Moves run in any order, so no slot may be in both ``src`` and
     ``dst`` or twice in ``dst``. Slots are not range-checked: reading them would stall the device.
     """
-    device = table.addresses.device
-    for name, slots in (("src", src), ("dst", dst)):
-        if slots.dim() != 1 or slots.shape != src.shape or slots.dtype != torch.int64:
-            raise ValueError(
-                f"{name} must be int64 [{src.numel()}], got {slots.dtype} {tuple(slots.shape)}"
-            )
-        if slots.device != device or not slots.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous on {device} like the caches, got {slots.device}, "
-                f"strides {slots.stride()}"
-            )
+    checks.check_moves(src, dst, table.addresses.device)
     if impl == "reference":
         from vllm_sepllm.ops import reference
 
@@ -149,27 +94,14 @@ def entry_slots(
         block_table: [num_rows, max_blocks] int32, rows contiguous.
         block_size: tokens a block.
         out: [num_entries] int64; -1 where there is no entry.
-        impl: which implementation runs; there is no silent fallback.
+        impl: which implementation runs.
 
     Raises:
         ValueError: on a wrong shape, dtype or device.
 
     Rows and indices are not range-checked: reading them would stall the device.
     """
-    if entries.dim() != 2 or entries.shape[0] != 2 or entries.dtype != torch.int64:
-        raise ValueError(
-            f"entries must be int64 [2, num_entries], got {entries.dtype} {tuple(entries.shape)}"
-        )
-    if out.shape != entries.shape[1:] or out.dtype != torch.int64:
-        raise ValueError(
-            f"out must be int64 [{entries.shape[1]}], got {out.dtype} {tuple(out.shape)}"
-        )
-    if not (entries.is_contiguous() and out.is_contiguous()):
-        raise ValueError("entries and out must be contiguous")
-    checks.check_block_table("block_table", block_table)
-    for name, tensor in (("block_table", block_table), ("out", out)):
-        if tensor.device != entries.device:
-            raise ValueError(f"{name} is on {tensor.device}, entries on {entries.device}")
+    checks.check_entries(entries, block_table, out)
     if impl == "reference":
         from vllm_sepllm.ops import reference
 
@@ -192,7 +124,7 @@ def list_keys(
         metadata: tiles of the step.
         block_table: [num_rows, max_blocks] int32, rows contiguous.
         block_size: tokens a block.
-        impl: which implementation runs; there is no silent fallback.
+        impl: which implementation runs.
 
     Returns:
         ``metadata`` with ``keys``.
@@ -208,20 +140,27 @@ def list_keys(
             f"block_table is on {block_table.device}, metadata on {metadata.requests.device}"
         )
     # an even number of 16 bytes: Triton specialises on the alignment of pointers
-    length = -(-int(metadata.num_keys.sum()) // 8) * 8
-    out = torch.empty(2, length, dtype=torch.int32, device=block_table.device)
-    tables = (metadata.requests, metadata.separators, metadata.until)
+    length = -(-metadata.num_keys // 8) * 8
+    place, until = torch.empty(2, length, dtype=torch.int32, device=block_table.device)
+    keys = KeyLists(place, until)
     if impl == "reference":
         from vllm_sepllm.ops import reference
 
-        reference.list_keys(*tables, block_table, block_size, out, policy=metadata.policy)
+        reference.list_keys(metadata, block_table, block_size, keys)
     else:
         from vllm_sepllm.kernels import keys as kernel
 
-        most = int(metadata.num_keys.max(initial=0))
-        numbers = (metadata.policy.initial_tokens, rank_bound(metadata.policy))
-        kernel.launch(tables, block_table, block_size, most, numbers, out)
-    return replace(metadata, keys=out)
+        kernel.launch(
+            metadata.requests,
+            metadata.separators,
+            metadata.until,
+            block_table,
+            block_size,
+            rank_bound(metadata.max_separators),
+            metadata.longest_list,
+            keys,
+        )
+    return replace(metadata, keys=keys)
 
 
 def prefill(
@@ -248,7 +187,7 @@ def prefill(
         metadata: tiles of the step.
         logits: the layer's scale, soft cap and sinks.
         out: like ``query``, of any float dtype; rows outside the chunks are left alone.
-        impl: which implementation runs; there is no silent fallback.
+        impl: which implementation runs.
         tuning: the kernel's launch instead of the table's; for timing.
 
     Raises:
@@ -262,11 +201,7 @@ def prefill(
     if impl == "reference":
         from vllm_sepllm.ops import reference
 
-        reference.prefill(
-            query, key, value, cache.key, cache.value, cache.block_table,
-            metadata.requests, metadata.separators, out, policy=metadata.policy,
-            scale=logits.scale, soft_cap=logits.soft_cap, sinks=logits.sinks, scales=cache.scales,
-        )  # fmt: skip
+        reference.prefill(query, key, value, cache, metadata, logits, out)
     else:
         _prefill_triton(query, key, value, cache, metadata, logits, out, tuning)
 
@@ -293,6 +228,4 @@ def _prefill_triton(
         )
     if metadata.keys is None:
         raise ValueError("metadata.keys must be listed before the first layer: ops.list_keys")
-    tables = (metadata.tiles, metadata.requests, metadata.keys)
-    policy = (metadata.policy.initial_tokens, rank_bound(metadata.policy))
-    kernel.launch(query, key, value, cache, tables, policy, logits, out, tuning)
+    kernel.launch(query, key, value, cache, metadata.tiles, metadata.keys, logits, out, tuning)

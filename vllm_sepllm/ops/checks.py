@@ -21,6 +21,36 @@ def check_block_table(name: str, table: torch.Tensor) -> None:
         )
 
 
+def check_moves(src: torch.Tensor, dst: torch.Tensor, device: torch.device) -> None:
+    for name, slots in (("src", src), ("dst", dst)):
+        if slots.dim() != 1 or slots.shape != src.shape or slots.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 [{src.numel()}], got {slots.dtype} {tuple(slots.shape)}"
+            )
+        if slots.device != device or not slots.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous on {device} like the caches, got {slots.device}, "
+                f"strides {slots.stride()}"
+            )
+
+
+def check_entries(entries: torch.Tensor, block_table: torch.Tensor, out: torch.Tensor) -> None:
+    if entries.dim() != 2 or entries.shape[0] != 2 or entries.dtype != torch.int64:
+        raise ValueError(
+            f"entries must be int64 [2, num_entries], got {entries.dtype} {tuple(entries.shape)}"
+        )
+    if out.shape != entries.shape[1:] or out.dtype != torch.int64:
+        raise ValueError(
+            f"out must be int64 [{entries.shape[1]}], got {out.dtype} {tuple(out.shape)}"
+        )
+    if not (entries.is_contiguous() and out.is_contiguous()):
+        raise ValueError("entries and out must be contiguous")
+    check_block_table("block_table", block_table)
+    for name, tensor in (("block_table", block_table), ("out", out)):
+        if tensor.device != entries.device:
+            raise ValueError(f"{name} is on {tensor.device}, entries on {entries.device}")
+
+
 def check_activations(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor
 ) -> None:

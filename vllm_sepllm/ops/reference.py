@@ -1,11 +1,14 @@
 """Torch oracles: slow, readable, on any device. Nothing here is fast on purpose."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from vllm_sepllm.kernels.arguments import KeyLists, Logits, PagedCache
+from vllm_sepllm.ops.tables import PrefillMetadata
+from vllm_sepllm.policy.keys.columns import REQUEST
 from vllm_sepllm.policy.keys.tiles import NEVER, rank_bound
-from vllm_sepllm.policy.visibility import BatchPolicy, Policy
+from vllm_sepllm.policy.visibility import Policy
 
 
 def spill(caches: Sequence[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) -> None:
@@ -35,72 +38,81 @@ def prefill(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    requests: torch.Tensor,
-    separators: torch.Tensor,
+    cache: PagedCache,
+    metadata: PrefillMetadata,
+    logits: Logits,
     out: torch.Tensor,
-    *,
-    policy: BatchPolicy,
-    scale: float,
-    soft_cap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Oracle of :func:`vllm_sepllm.ops.prefill`: M1 over the keys a request holds, row by row.
 
-    Reads the requests' table and the separators, never the tiles. Computes in float32, or in
-    float64 if the queries are.
+    Reads the table of requests (what they were given, not their lists) and the separators, never
+    the tiles. Computes in float32, or in float64 if the queries are.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    factors = (1.0, 1.0) if scales is None else (float(scales[0]), float(scales[1]))
-    for table_row, start, end, first, num_spilled, offset, count, _, window in requests[
-        :, :9
-    ].tolist():
-        own = Policy(policy.initial_tokens, window, policy.max_separators)
-        listed = separators[offset : offset + count].tolist()
-        keys = _keys_of_request(own, start, end, num_spilled, listed)
+    key_scale, value_scale = cache.scales or (1.0, 1.0)
+    for request in _requests(metadata):
+        own = _policy(request, metadata)
+        start, end, first = request["chunk_start"], request["chunk_end"], request["query_start"]
+        separators = _separators(request, metadata)
+        keys = _keys_of_request(own, start, end, request["num_spilled"], separators)
         compact = torch.tensor([index for _, _, index in keys if index >= 0], dtype=torch.int64)
-        rows, blocks = slice(first, first + end - start), block_table[table_row]
-        k = _gather(key_cache, blocks, compact).to(dtype) * factors[0]
-        v = _gather(value_cache, blocks, compact).to(dtype) * factors[1]
+        rows, blocks = slice(first, first + end - start), cache.block_table[request["table_row"]]
+        k = _gather(cache.key, blocks, compact).to(dtype) * float(key_scale)
+        v = _gather(cache.value, blocks, compact).to(dtype) * float(value_scale)
         k, v = torch.cat([k, key[rows].to(dtype)]), torch.cat([v, value[rows].to(dtype)])
-        visible = _visible(own, start, end, num_spilled, listed, keys).to(query.device)
-        result = attend(query[rows].to(dtype), k, v, visible, scale, soft_cap, sinks)
+        visible = _visible(own, start, end, request["num_spilled"], separators, keys)
+        result = attend(
+            query[rows].to(dtype), k, v, visible.to(query.device), logits.scale, logits.soft_cap,
+            logits.sinks,
+        )  # fmt: skip
         out[rows] = result.to(out.dtype)
 
 
+def _requests(metadata: PrefillMetadata) -> Iterator[dict[str, int]]:
+    """Column -> number of each row of the table of requests."""
+    assert REQUEST.names is not None
+    for row in metadata.requests.tolist():
+        yield dict(zip(REQUEST.names, row, strict=True))
+
+
+def _policy(request: dict[str, int], metadata: PrefillMetadata) -> Policy:
+    return Policy(request["initial_tokens"], request["window"], metadata.max_separators)
+
+
+def _separators(request: dict[str, int], metadata: PrefillMetadata) -> list[int]:
+    first, count = request["separators_start"], request["num_separators"]
+    listed: list[int] = metadata.separators[first : first + count].tolist()
+    return listed
+
+
 def list_keys(
-    requests: torch.Tensor,
-    separators: torch.Tensor,
-    until: torch.Tensor,
-    block_table: torch.Tensor,
-    block_size: int,
-    out: torch.Tensor,
-    *,
-    policy: BatchPolicy,
+    metadata: PrefillMetadata, block_table: torch.Tensor, block_size: int, out: KeyLists
 ) -> None:
-    """Oracle of :func:`vllm_sepllm.ops.list_keys`, key by key."""
-    for row in requests.tolist():
-        table_row, start, end, _, num_spilled, offset, count, until_offset, n, column = row[:10]
+    """Oracle of :func:`vllm_sepllm.ops.list_keys`, key by key.
+
+    The parts of a list follow each other, so their columns are never read.
+    """
+    for request in _requests(metadata):
+        start, end = request["chunk_start"], request["chunk_end"]
         if start == end:
             continue
-        a, bound = policy.initial_tokens, max(1, rank_bound(policy))
-        listed = separators[offset : offset + count].tolist()
+        a, n, bound = request["initial_tokens"], request["window"], metadata.max_separators
+        bound = max(1, rank_bound(bound))
+        listed = _separators(request, metadata)
+        blocks = block_table[request["table_row"]]
 
-        def slot(compact: int, blocks: torch.Tensor = block_table[table_row]) -> int:
+        def slot(compact: int, blocks: torch.Tensor = blocks) -> int:
             return int(blocks[compact // block_size]) * block_size + compact % block_size
 
-        def leaves(p: int, end: int = end - n, first: int = until_offset) -> int:
-            return int(until[first + p]) if p < end else NEVER
+        def leaves(p: int, end: int = end - n, first: int = request["until_start"]) -> int:
+            return int(metadata.until[first + p]) if p < end else NEVER
 
         found = [(slot(p), NEVER) for p in range(min(a, start))]
         ranked = []
-        for rank in range(row[10], row[12]):
-            index, later = rank - num_spilled, rank - num_spilled + bound
-            last = listed[later] + n if later < count else NEVER
-            if rank >= row[11]:
+        for rank in range(request["rank_start"], request["rank_end"]):
+            index, later = rank - request["num_spilled"], rank - request["num_spilled"] + bound
+            last = listed[later] + n if later < len(listed) else NEVER
+            if rank >= request["rank_split"]:
                 ranked.append((listed[index] - start, last))
             elif index < 0:
                 found.append((slot(a + n + rank % bound), last))
@@ -109,7 +121,10 @@ def list_keys(
         ring = range(max(0, start - n + 1), start)
         found += [(slot(p if p < a else a + (p - a) % n), leaves(p)) for p in ring]
         found += ranked + [(p - start, leaves(p)) for p in range(start, end)]
-        out[:, column : column + len(found)] = torch.tensor(found, dtype=out.dtype).T
+        entries = slice(request["keys_start"], request["keys_start"] + len(found))
+        places, untils = zip(*found, strict=True)
+        out.place[entries] = torch.tensor(places, dtype=torch.int32)
+        out.until[entries] = torch.tensor(untils, dtype=torch.int32)
 
 
 def _keys_of_request(

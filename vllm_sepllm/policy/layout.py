@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
+from vllm_sepllm.policy.visibility import AnyPolicy, IntArray, Policy
 
 Index = TypeVar("Index", int, IntArray)
 
 
-def num_tail(policy: BatchPolicy, num_spilled: Index) -> Index:
+def num_tail(policy: AnyPolicy, num_spilled: Index) -> Index:
     """Entries in the tail once ``num_spilled`` separators have left the window."""
     if policy.max_separators is None:
         return num_spilled
@@ -37,7 +37,7 @@ def max_compact_length(policy: Policy, num_tokens: int) -> int:
     return compact_length(policy, num_tokens, max(0, num_tokens - policy.num_dense))
 
 
-def ring_index(policy: BatchPolicy, position: IntArray) -> IntArray:
+def ring_index(policy: AnyPolicy, position: IntArray) -> IntArray:
     """Compact index of a token that is an initial one or inside the window.
 
     A row of ``policy`` for each position, if it has rows.
@@ -46,7 +46,7 @@ def ring_index(policy: BatchPolicy, position: IntArray) -> IntArray:
     return np.where(position < a, position, a + (position - a) % policy.window)
 
 
-def tail_index(policy: BatchPolicy, rank: IntArray) -> IntArray:
+def tail_index(policy: AnyPolicy, rank: IntArray) -> IntArray:
     """Compact index of the separator that left the window as number ``rank`` (from 0).
 
     A row of ``policy`` for each rank, if it has rows.

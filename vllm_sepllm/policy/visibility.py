@@ -46,45 +46,52 @@ class Policy:
         """a + n: up to here every token is kept and the layout is vLLM's own."""
         return self.initial_tokens + self.window
 
-    def of_rows(self, rows: IntArray | slice) -> "Policy":
-        """As :meth:`RowPolicies.of_rows`: all rows of a batch have this policy."""
-        return self
-
-    def of_row(self, row: int) -> "Policy":
-        """As :meth:`RowPolicies.of_row`: all rows of a batch have this policy."""
-        return self
-
 
 @dataclass(frozen=True, slots=True)
-class RowPolicies:
-    """The policies of the rows of a batch: requests may choose n, the rest is the engine's.
+class BatchPolicy:
+    """The policies of the rows of a batch: a request may have its own a and n, s is the engine's.
 
     Attributes:
-        initial_tokens: as in :class:`Policy`.
+        initial_tokens: [num_rows].
         window: [num_rows].
         max_separators: as in :class:`Policy`.
     """
 
-    initial_tokens: int
+    initial_tokens: IntArray
     window: IntArray
     max_separators: int | None = None
+
+    @classmethod
+    def of(cls, policies: Sequence[Policy], engine: Policy) -> "BatchPolicy":
+        """The policies of requests that an engine with the policy ``engine`` serves."""
+        initial_tokens = np.array([policy.initial_tokens for policy in policies], dtype=np.int64)
+        window = np.array([policy.window for policy in policies], dtype=np.int64)
+        return cls(initial_tokens, window, engine.max_separators)
 
     @property
     def num_dense(self) -> IntArray:
         """[num_rows], as in :class:`Policy`."""
         return self.initial_tokens + self.window
 
-    def of_rows(self, rows: IntArray | slice) -> "RowPolicies":
-        """The policies of some of the rows; with the owner of each token, one for each token."""
-        return RowPolicies(self.initial_tokens, self.window[rows], self.max_separators)
+    def of_rows(self, rows: IntArray | Sequence[int] | slice) -> "BatchPolicy":
+        """The policies of some of the rows; with the row of each token, one for each token."""
+        return BatchPolicy(self.initial_tokens[rows], self.window[rows], self.max_separators)
 
     def of_row(self, row: int) -> Policy:
         """The policy of one row."""
-        return Policy(self.initial_tokens, int(self.window[row]), self.max_separators)
+        return Policy(int(self.initial_tokens[row]), int(self.window[row]), self.max_separators)
+
+    def followed_by(self, other: "BatchPolicy") -> "BatchPolicy":
+        """The policies of these rows and then of ``other``'s, of the same engine."""
+        return BatchPolicy(
+            np.concatenate([self.initial_tokens, other.initial_tokens]),
+            np.concatenate([self.window, other.window]),
+            self.max_separators,
+        )
 
 
-# what the functions for whole batches take: one policy for all rows costs nothing
-BatchPolicy = Policy | RowPolicies
+# of all elements of an array, or one for each element
+AnyPolicy = Policy | BatchPolicy
 
 
 def is_visible(policy: Policy, is_separator: Sequence[bool], query: int, key: int) -> bool:

@@ -11,12 +11,14 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.exceptions import VLLMClientError
 from vllm.v1.engine import FinishReason
+from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.request import Request, RequestStatus
 
 from tests.support import tiny_models
 from vllm_sepllm.integration.frontend import request_choices
+from vllm_sepllm.integration.frontend.request_choices import RequestCheck, RequestRefused
 from vllm_sepllm.integration.rigs.scheduler_rig import Load, SchedulerRig
-from vllm_sepllm.integration.worker.current_step import _PLAN_ATTRIBUTE
+from vllm_sepllm.integration.wire.plan import attached_plan
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +50,9 @@ def test_the_scheduler_plans_windows_and_ends_what_it_cannot_serve(rig: Schedule
     output = scheduler.schedule()
     assert "small" in output.num_scheduled_tokens
     assert not {"unknown", "unfit"} & set(output.num_scheduled_tokens)
-    plan = getattr(output, _PLAN_ATTRIBUTE)
-    assert plan.window[plan.rows["small"]] == 32
-    assert sorted(np.unique(plan.window)) == [32, 252]
+    plan = attached_plan(output)
+    assert plan.policy.window[plan.rows["small"]] == 32
+    assert sorted(np.unique(plan.policy.window)) == [32, 252]
     ended = {
         made.request_id: made.finish_reason
         for part in rig_outputs(rig, output).values()
@@ -60,8 +62,8 @@ def test_the_scheduler_plans_windows_and_ends_what_it_cannot_serve(rig: Schedule
     assert ended == {"unknown": FinishReason.ERROR, "unfit": FinishReason.ERROR}
     assert "unknown" not in scheduler.requests
     scheduler.add_request(request("full", {"sepllm": False}))
-    plan = getattr(scheduler.schedule(), _PLAN_ATTRIBUTE)
-    assert plan.window[plan.rows["full"]] == rig.config.model_config.max_model_len
+    plan = attached_plan(scheduler.schedule())
+    assert plan.policy.window[plan.rows["full"]] == rig.config.model_config.max_model_len
 
 
 def rig_outputs(rig: SchedulerRig, output: Any) -> Any:
@@ -87,8 +89,33 @@ def test_front_ends_refuse_with_an_error_of_the_client(rig: SchedulerRig) -> Non
         )
         rig.config.cache_config.num_gpu_blocks = 12
         with pytest.raises(VLLMClientError, match=sentence) as refused:
-            request_choices._check(rig.config, asked)
+            RequestCheck(rig.config).check(asked)
         assert isinstance(refused.value, ValueError)
         rig.config.cache_config.num_gpu_blocks = blocks
         asked.sampling_params = SamplingParams(max_tokens=16, extra_args={"seed": 3})
-        request_choices._check(rig.config, asked)
+        RequestCheck(rig.config).check(asked)
+
+
+def test_the_configuration_is_read_once_by_a_front_end(
+    rig: SchedulerRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never for an engine with another backend, whatever its requests ask for."""
+    reads = []
+    read = request_choices.read_config
+    monkeypatch.setattr(request_choices, "read_config", lambda c: reads.append(c) or read(c))
+    processor = InputProcessor.__new__(InputProcessor)
+    processor.vllm_config = rig.config
+
+    def take_in(extra_args: dict[str, Any]) -> Any:
+        asked = request("r", extra_args)
+        return request_choices._process_inputs(lambda _self: asked, processor)
+
+    take_in({"seed": 3})
+    assert not reads
+    take_in({"sepllm_window": 64})
+    for _ in range(2):
+        with pytest.raises(RequestRefused, match="at least 16 here, got 5"):
+            take_in({"sepllm_window": 5})
+    assert len(reads) == 1
+    monkeypatch.setattr(rig.config.scheduler_config, "scheduler_cls", None)
+    assert take_in({"sepllm_window": 5}) is not None

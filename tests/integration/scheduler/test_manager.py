@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,9 +18,10 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from tests.support.rule import num_kept
 from vllm_sepllm.integration.scheduler import coordinator
-from vllm_sepllm.integration.scheduler.coordinator import bind_managers
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 16
@@ -39,6 +39,9 @@ class FakeRequest:
         self.num_prompt_tokens = self.num_tokens = len(token_ids)
         self.status = None
         self.shared_prefix_boundary = 0
+        self.max_tokens = 4096
+        self.resumable = False
+        self.block_hashes: list[bytes] = []
 
 
 def make_manager(
@@ -60,13 +63,10 @@ def make_manager(
         hash_block_size=BLOCK,
         enable_caching=False,
     )
-    separators = RequestSeparators(
-        policy,
-        np.array([False, True]),
-        requests,
-        choose=lambda request: (policies or {}).get(request.request_id, policy),
-    )
-    bind_managers(manager.coordinator, separators, 256)
+    live = LiveRequests(TokenSeparators((1,)), policy)
+    for name, request in requests.items():
+        live.add(request, (policies or {}).get(name, policy))  # type: ignore[arg-type]
+    SepLLMCoordinator(manager.coordinator, live, 256)
     return manager
 
 
@@ -187,8 +187,8 @@ def test_an_interval_that_is_rounded_up_is_said(
         hash_block_size=BLOCK,
         enable_caching=True,
     )
-    separators = RequestSeparators(policy, np.array([False, True]), {})
-    cache = bind_managers(manager.coordinator, separators, interval)
-    assert cache.interval_of(separators.policy) == taken
+    live = LiveRequests(TokenSeparators((1,)), policy)
+    ours = coordinator.SepLLMCoordinator(manager.coordinator, live, interval)
+    assert ours.prefix_cache.interval_of(policy) == taken
     said = [line for line in lines if f"every {taken} tokens, not every {interval}" in line]
     assert len(said) == (taken != interval) == len(lines)

@@ -1,6 +1,7 @@
 """Streaming sessions under asynchronous scheduling, where a step runs past what they keep."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,18 +9,23 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
-from tests.support.real_scheduler import BLOCK, answer, make_request, make_scheduler, starts
-from vllm_sepllm.integration.scheduler.scheduler import SepLLMAsyncScheduler
-from vllm_sepllm.policy.visibility import Policy
+from tests.support.schedulers import (
+    BLOCK,
+    Setting,
+    answer,
+    make_request,
+    make_scheduler,
+    starts,
+    write_model,
+)
 
-POLICY = Policy(4, 60, 100)
 PROMPT = [2 + i % 90 for i in range(200)]
 # the turn's: the session keeps the first, the step in flight computes the last
 SAMPLED = [100, 101]
 NEWS = [110, 111]
 
 
-def hit_of(scheduler: SepLLMAsyncScheduler, prompt: list[int]) -> int:
+def hit_of(scheduler: Any, prompt: list[int]) -> int:
     """Tokens that another request with this prompt finds in the prefix cache."""
     scheduler.add_request(make_request("other", prompt, max_tokens=1))
     found = starts(scheduler.schedule())["other"]
@@ -33,9 +39,8 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(
 ) -> None:
     """A token that the session drops is being computed as the turn ends, and it overwrites an
     entry: what is left is the state behind that token, and never the one before."""
-    scheduler = make_scheduler(
-        SepLLMAsyncScheduler, tmp_path, POLICY, 60, max_model_len=1024, async_scheduling=True
-    )
+    setting = Setting(write_model(tmp_path), "async", 60, max_num_batched_tokens=1024)
+    scheduler = make_scheduler(setting)
     pool = scheduler.kv_cache_manager.block_pool
     num_free = pool.get_num_free_blocks()
     # what ends a turn is seen when the token is there, a step too late

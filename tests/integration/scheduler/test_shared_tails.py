@@ -3,20 +3,20 @@
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
 
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.live_requests import Holding, LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.shared_tails import _MARGIN, _STEPS, SharedTails
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy
 
 SLACK = _STEPS * _MARGIN
 LIMIT = 2 * SLACK
 
 
-def make(token_ids: list[int], max_tokens: int, **fields: Any) -> tuple[SharedTails, Any]:
+def make(token_ids: list[int], max_tokens: int, **fields: Any) -> tuple[SharedTails, LiveRequest]:
     """A running request, whose separators are its ones; ``grow`` gives it one more token."""
     request = SimpleNamespace(
         request_id="r",
@@ -25,11 +25,13 @@ def make(token_ids: list[int], max_tokens: int, **fields: Any) -> tuple[SharedTa
         num_prompt_tokens=len(token_ids),
         max_tokens=max_tokens,
         resumable=False,
+        block_hashes=[],
     )
     vars(request).update(fields)
-    requests: Any = {"r": request}
-    separators = RequestSeparators(Policy(0, 16, LIMIT), np.array([False, True]), requests)
-    return SharedTails(separators, 1), request
+    policy = Policy(0, 16, LIMIT)
+    requests = LiveRequests(TokenSeparators((1,)), policy)
+    live = requests.add(request, policy)  # type: ignore[arg-type]
+    return SharedTails(requests, 1), live
 
 
 def grow(request: Any, token: int) -> None:
@@ -38,53 +40,53 @@ def grow(request: Any, token: int) -> None:
 
 
 def test_long_answers_do_not_keep_a_request_from_sharing() -> None:
-    tails, request = make([1] * 10, max_tokens=100_000)
-    assert not tails.may_wrap(request)
+    tails, live = make([1] * 10, max_tokens=100_000)
+    assert not tails.may_wrap(live)
 
 
 def test_one_that_comes_near_the_bound_is_found_before_it_is_there() -> None:
     """Every token is a separator, so the bound comes as fast as it can."""
-    tails, request = make([1] * 10, max_tokens=100_000)
-    tails.takes_part(request)
+    tails, live = make([1] * 10, max_tokens=100_000)
+    tails.takes_part(live)
     for _ in range(LIMIT):
-        found = tails.near_the_bound([request])
+        found = tails.near_the_bound([live.request])
         if found:
             break
-        grow(request, 1)
-    assert found == [request]
+        grow(live.request, 1)
+    assert found == [live.request]
     # tokens in flight may be separators, too
-    assert LIMIT - SLACK < request.num_tokens < LIMIT - SLACK + 2 * _STEPS
+    assert LIMIT - SLACK < live.request.num_tokens < LIMIT - SLACK + 2 * _STEPS
     # preempted, it goes on without sharing and is not found again
-    tails.leaves("r")
-    tails.takes_part(request)
-    assert tails.may_wrap(request)
+    live.holding = Holding()
+    tails.takes_part(live)
+    assert tails.may_wrap(live)
     for _ in range(3 * _STEPS):
-        assert not tails.near_the_bound([request])
-        grow(request, 1)
+        assert not tails.near_the_bound([live.request])
+        grow(live.request, 1)
 
 
 def test_text_without_separators_never_comes_near() -> None:
-    tails, request = make([1] * 10, max_tokens=100_000)
-    tails.takes_part(request)
+    tails, live = make([1] * 10, max_tokens=100_000)
+    tails.takes_part(live)
     for _ in range(3 * LIMIT):
-        assert not tails.near_the_bound([request])
-        grow(request, 0)
-    assert not tails.may_wrap(request)
+        assert not tails.near_the_bound([live.request])
+        grow(live.request, 0)
+    assert not tails.may_wrap(live)
 
 
 def test_an_answer_that_cannot_fill_the_tail_is_no_danger() -> None:
-    tails, request = make([1] * (LIMIT - 5), max_tokens=5)
-    assert not tails.may_wrap(request)
-    tails, request = make([1] * (LIMIT - 5), max_tokens=6)
-    assert tails.may_wrap(request)
+    tails, live = make([1] * (LIMIT - 5), max_tokens=5)
+    assert not tails.may_wrap(live)
+    tails, live = make([1] * (LIMIT - 5), max_tokens=6)
+    assert tails.may_wrap(live)
 
 
 def test_a_session_shares_nothing_and_its_last_turn_neither() -> None:
     """What it began with is its own; that its last turn could share is not worth a look."""
-    tails, request = make([1] * 10, max_tokens=5, resumable=True)
-    tails.takes_part(request)
-    assert tails.may_wrap(request)
-    request.resumable = False
-    assert tails.may_wrap(request)
-    tails.leaves("r")
-    assert not tails.may_wrap(request)
+    tails, live = make([1] * 10, max_tokens=5, resumable=True)
+    tails.takes_part(live)
+    assert tails.may_wrap(live)
+    live.request.resumable = False
+    assert tails.may_wrap(live)
+    live.holding = Holding()
+    assert not tails.may_wrap(live)

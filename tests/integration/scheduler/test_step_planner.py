@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 INTERVAL = 16
 
 
@@ -35,19 +36,17 @@ class Machine:
         self.windows = windows
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
-        self.separators = RequestSeparators(
-            policy, FLAGS, self.requests, choose=lambda request: self.own(request.request_id)
-        )
-        self.planner = StepPlanner(self.separators, self.plan_checkpoints, lambda policy: INTERVAL)
+        self.live = LiveRequests(SEPARATORS, policy)
+        self.planner = StepPlanner(self.live, self.plan_checkpoints, lambda policy: INTERVAL)
 
     def own(self, name: str) -> Policy:
         """The policy of a request."""
         return replace(self.policy, window=self.windows.get(name, self.policy.window))
 
     @staticmethod
-    def plan_checkpoints(request: Any, start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
+    def plan_checkpoints(live: LiveRequest, start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
         """None beyond the known tokens, as PrefixCache."""
-        return checkpoints_at(start, end) if end <= len(request._all_token_ids) else ()
+        return checkpoints_at(start, end) if end <= len(live.request._all_token_ids) else ()
 
     def arrive(self, name: str, seed: int, num_prompt: int) -> None:
         gen = np.random.default_rng(seed)
@@ -57,11 +56,13 @@ class Machine:
             num_computed_tokens=0,
             num_prompt_tokens=num_prompt,
             _all_token_ids=self.texts[name][:num_prompt],
+            block_hashes=[],
         )
+        self.live.add(self.requests[name], self.own(name))
 
     def finish(self, name: str) -> None:
         del self.requests[name], self.texts[name]
-        self.separators.forget(name)
+        self.live.forget(name)
 
     def step(self, sizes: dict[str, int]) -> None:
         for name, size in sizes.items():
@@ -78,12 +79,10 @@ class Machine:
 
     def compare(self, plan: StepPlan, sizes: dict[str, int]) -> None:
         assert sorted(plan.rows) == sorted(sizes)
-        windows = {name: self.own(name).window for name in sizes}
-        assert (plan.window is None) == (set(windows.values()) == {self.policy.window})
         for name, size in sizes.items():
             request = self.requests[name]
             start, known = request.num_computed_tokens, request._all_token_ids
-            index = SeparatorIndex(self.own(name), np.append(FLAGS, False))
+            index = SeparatorIndex(self.own(name), SEPARATORS)
             taken = checkpoints_at(start, start + size) if start + size <= len(known) else ()
             builder = StepPlanBuilder(self.policy)
             builder.add(name, index, known, start, size, taken)
@@ -91,7 +90,7 @@ class Machine:
             assert plan.start[row] == want.start[0]
             assert plan.num_spilled[row] == want.num_spilled[0]
             assert plan.spills[row] == want.spills[0]
-            assert plan.window is None or plan.window[row] == windows[name]
+            assert plan.policy.of_row(row) == self.own(name)
             assert plan.checkpoints.get(row, ()) == want.checkpoints.get(0, ())
             assert (row in plan.separators) == (0 in want.separators)
             if row in plan.separators:

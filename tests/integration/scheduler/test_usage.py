@@ -23,10 +23,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 from tests.support.rule import num_kept, spilled
 from tests.support.tiny_models import ARGUMENTS, SEPARATORS, write
 from vllm_sepllm.integration.scheduler import usage
-from vllm_sepllm.integration.scheduler.prefix_cache.block_count import NamedBlocks
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
+from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
 from vllm_sepllm.integration.scheduler.scheduler import SepLLMScheduler
 from vllm_sepllm.integration.wire.report import PolicyUsage, take_report
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 32
@@ -203,34 +205,25 @@ def test_no_statistics_no_reports(model: Path) -> None:
     assert engine.scheduler._usage is None
 
 
-class Salted:
-    """Requests with a policy each, as far as labels go."""
-
-    def salt(self, request_id: str) -> bytes:
-        return request_id.encode()
-
-    def policy_of(self, request_id: str) -> Policy:
-        return Policy(4, 16 + int(request_id))
-
-
 def test_clients_cannot_make_labels_without_end() -> None:
     manager: Any = SimpleNamespace(req_to_blocks={}, block_size=BLOCK)
-    watch = usage.KvUsage([manager], Salted(), NamedBlocks(), 18)  # type: ignore[arg-type]
-    labels = [watch._label(f"{number}") for number in range(100)]
+    requests = LiveRequests(TokenSeparators(()), Policy(4, 16))
+    watch = usage.KvUsage([manager], requests, CheckpointBlockCount(), 18)
+    labels = [watch._label(Policy(4, 16 + number)) for number in range(100)]
     assert labels[:3] == ["16", "17", "full"]
-    assert len(watch._salts) == len(watch._labels) == 100
+    assert len(watch._labels) == 100
     assert labels[31:] == [usage.OTHER] * 69
 
 
-def test_named_blocks_are_forgotten_with_their_keys() -> None:
+def test_checkpoint_blocks_are_forgotten_with_their_keys() -> None:
     """However many come and go, the list stays within a few times the living ones."""
-    named = NamedBlocks()
+    count, policy = CheckpointBlockCount(), Policy(4, 16)
     pool = [SimpleNamespace(block_hash=b"") for _ in range(50)]
     for number in range(10_000):
         block = pool[number % 50]
         block.block_hash = b"%d" % number  # the pool gives it to another
-        named.add(block, b"x")  # type: ignore[arg-type]
-        assert len(named._entries) <= 3 * len(pool)
+        count.add(block, policy)  # type: ignore[arg-type]
+        assert len(count._entries) <= 3 * len(pool)
     for block in pool[:20]:
         block.block_hash = None  # type: ignore[assignment]
-    assert named.count() == {b"x": 30}
+    assert count.count() == {policy: 30}

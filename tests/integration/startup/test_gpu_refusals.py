@@ -26,7 +26,6 @@ def make_config(**speculative: Any) -> Any:
         speculative_config=drafts,
         num_speculative_tokens=drafts.num_speculative_tokens,
         use_v2_model_runner=True,
-        additional_config={"sepllm": {"window": 16}},
     )
 
 
@@ -39,9 +38,9 @@ def test_drafters_that_share_states_with_the_model() -> None:
 
 
 def test_more_drafts_than_the_resolved_window_takes() -> None:
-    check_drafts(make_config(num_speculative_tokens=7))
+    check_drafts(make_config(num_speculative_tokens=7), 16)
     with pytest.raises(ValueError, match="9 draft tokens with a window of 16") as caught:
-        check_drafts(make_config(num_speculative_tokens=9))
+        check_drafts(make_config(num_speculative_tokens=9), 16)
     check_sentence(str(caught.value), "sepllm does not support 9 draft tokens", "7 or less")
 
 

@@ -236,9 +236,9 @@ def test_separator_of_several_tokens(models: Models, monkeypatch: pytest.MonkeyP
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(token_models.BPE(vocabulary, merges=[]))
     )
-    from vllm_sepllm.integration.startup import resolve
+    from vllm_sepllm.integration.startup import selection
 
-    monkeypatch.setattr(resolve, "cached_tokenizer_from_config", lambda _config: tokenizer)
+    monkeypatch.setattr(selection, "cached_tokenizer_from_config", lambda _config: tokenizer)
     text = refusal(models("llama"), additional_config=policy(separators=[".", "and"]))
     check_sentence(text, "separators", "'and'")
     assert "one token" in text

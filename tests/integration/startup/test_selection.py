@@ -136,11 +136,8 @@ def test_policy_is_resolved_once_for_every_process(llama: str) -> None:
             "initial_tokens": 4,
             "window": 28,
             "separators": SEPARATORS,
-            "preset": None,
-            "interval": None,
             "max_separators": 128,  # a quarter of max_model_len
             "checkpoint_interval": 256,  # eight times initial_tokens + window
-            "decode_backend": None,
             "full_layers": [1],
         },
     }

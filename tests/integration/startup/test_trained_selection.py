@@ -15,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import ModelRegistry
 
+from vllm_sepllm.integration.startup import selection
 from vllm_sepllm.integration.wire import trained_config
 from vllm_sepllm.integration.wire.trained_config import ARCHITECTURE
 from vllm_sepllm.integration.worker.trained_model import SepLLMGPTNeoXForCausalLM
@@ -58,7 +59,7 @@ def test_what_the_user_sets_wins_with_a_warning(
 ) -> None:
     lines: list[str] = []
     monkeypatch.setattr(
-        trained_config.logger, "warning", lambda text, *values: lines.append(text % values)
+        selection.logger, "warning", lambda text, *values: lines.append(text % values)
     )
     user = {"sepllm": {"window": 60, "initial_tokens": 3, "checkpoint_interval": 64}}
     config = configure({}, attention_backend="sepllm", additional_config=user)

@@ -9,7 +9,8 @@ pytest.importorskip("vllm")
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
-from vllm_sepllm.integration.worker.current_step import CurrentStep, attach_plan
+from vllm_sepllm.integration.wire.plan import attach_plan
+from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 

@@ -24,6 +24,7 @@ from vllm.v1.attention.backend import AttentionType
 
 from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.worker.layers import sepllm_layers
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 ELSEWHERE = "serve this model without --attention-backend sepllm"
 
@@ -53,7 +54,10 @@ def chosen(layers: dict[str, Attention], full_layers: tuple[int, ...] = (), pp: 
     )
     vllm_config.parallel_config.pipeline_parallel_size = pp
     vllm_config.compilation_config.static_forward_context = layers
-    found = sepllm_layers(vllm_config, SepLLMConfig(full_layers=full_layers))
+    config = SepLLMConfig(full_layers=full_layers).resolve(
+        separators=TokenSeparators(()), num_layers=99, max_model_len=512, block_size=16
+    )
+    found = sepllm_layers(vllm_config, config)
     return [name for name, made in layers.items() if any(made is f for f in found)]
 
 

@@ -14,7 +14,7 @@ from tests.support.rule import visible
 from tests.support.simulated_cache import Cache
 from vllm_sepllm.policy.kept import kept_lengths
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.separators.rules import flags, separator_ids
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 from vllm_sepllm.sample import FOLDER
 
@@ -66,10 +66,10 @@ def tokenise(name: str) -> tuple[list[int], dict[str, int], int]:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_visible_sets_are_the_formula(name: str, policy: Policy) -> None:
     token_ids, ids, size = tokenise(name)
-    table = flags(separator_ids(list(ids.values()), None, size), size)
+    separators = token_separators(list(ids.values()), None, size)
     is_separator = [token_id in set(ids.values()) for token_id in token_ids]
     assert 0.05 < np.mean(is_separator) < 0.5
-    index = SeparatorIndex(policy, table)
+    index = SeparatorIndex(policy, separators)
     index.extend(token_ids, len(token_ids))
     a = policy.initial_tokens
     assert index.positions(0, 10**6).tolist() == [i for i in np.flatnonzero(is_separator) if i >= a]

@@ -1,4 +1,4 @@
-"""Separator ids: both rules against literal lists, and what a configuration may say."""
+"""Separators: the rules against literal lists, and what a configuration may say."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sepllm.policy.separators.rules import (
+from vllm_sepllm.policy.separators.definition import TokenSeparators
+from vllm_sepllm.policy.separators.rules import RULES, token_separators
+from vllm_sepllm.policy.separators.surfaces import (
     closes_segment,
-    flags,
+    ends_sentence,
     is_boundary,
+    num_line_breaks,
     paper_surfaces,
-    separator_ids,
 )
 from vllm_sepllm.policy.separators.vocabulary import read_vocabulary
 
@@ -59,6 +61,13 @@ class FakeTokenizer:
 
     def get_added_vocab(self) -> Mapping[str, int]:
         return self.added
+
+
+def separator_ids(*given: Any, **more: Any) -> tuple[int, ...]:
+    """Of a rule or list that reads single tokens."""
+    found = token_separators(*given, **more)
+    assert found == TokenSeparators(found.token_ids)
+    return found.token_ids
 
 
 def byte_level(surfaces: Mapping[int, str]) -> dict[str, int]:
@@ -223,6 +232,104 @@ def test_refuses_the_empty_string_though_a_token_be_empty() -> None:
         separator_ids([""], FakeTokenizer({"": 0, ".": 1}))
 
 
+@pytest.mark.parametrize(
+    "surface",
+    [
+        *(".", " .", "?", "!", "?!", "...", '."', ".)", '.")', ".**", "%.", ". ", ".\n", '!"\n'),
+        *("\n\n", ".\n\n", ",\n\n", "}\n\n", "word\n\n", "\r\n\r\n", "\n \n"),
+        "\N{IDEOGRAPHIC FULL STOP}\N{RIGHT CORNER BRACKET}",
+        "\u7684\N{FULLWIDTH QUESTION MARK}",
+        "\N{FULLWIDTH EXCLAMATION MARK}\n",
+        "\N{HORIZONTAL ELLIPSIS}",
+        "\N{DEVANAGARI DANDA}",
+        "\N{ARABIC QUESTION MARK}",
+        "\N{ARABIC FULL STOP}",
+        "\N{ARMENIAN FULL STOP}",
+        "\N{ETHIOPIC FULL STOP}",
+        "\N{GREEK QUESTION MARK}",
+        "\N{KHMER SIGN KHAN}",
+        "\N{MYANMAR SIGN SECTION}",
+        "\N{TIBETAN MARK SHAD}",
+        "\N{HEBREW PUNCTUATION SOF PASUQ}",
+    ],
+)
+def test_ends_sentence(surface: str) -> None:
+    assert ends_sentence(surface)
+
+
+@pytest.mark.parametrize(
+    "surface",
+    [
+        *("", " ", "  ", "\t", "\n", "\r\n", " \n", "\n    ", "word\n", "}\n", '"\n', ";\n"),
+        *(",", ";", ":", ",\n", '",', "),", "):", ");", ".,", "e.g.", "3.", "..", "#!", "/?", "(."),
+        "\N{IDEOGRAPHIC COMMA}",
+        "\N{FULLWIDTH COMMA}",
+        "\N{FULLWIDTH COLON}",
+        "\N{FULLWIDTH SEMICOLON}",
+        "\N{ARABIC COMMA}",
+        "\N{ARABIC SEMICOLON}",
+        "\N{GREEK ANO TELEIA}",
+        "\N{ETHIOPIC COLON}",
+        "\N{MYANMAR SIGN LITTLE SECTION}",
+        "\N{INVERTED QUESTION MARK}",
+    ],
+)
+def test_does_not_end_sentence(surface: str) -> None:
+    assert not ends_sentence(surface)
+
+
+def test_line_breaks_are_counted_at_the_end() -> None:
+    texts = ["a", "\na", "a\n", "\r\n", "\r\n\r\n", "a\n \n\t", "\N{LINE SEPARATOR}"]
+    assert [num_line_breaks(text) for text in texts] == [0, 0, 1, 1, 2, 2, 1]
+
+
+WORDS = {0: "a", 1: ".", 2: "\n", 3: ",", 4: ".\n", 5: "\n\n", 6: " {\n", 7: '"\n', 8: " "}
+WORDS |= {9: "\n  ", 10: '"', 11: " the\n\n"}
+words = FakeTokenizer(byte_level(WORDS), {"<|im_end|>": 12}, [12])
+
+
+def kept(rule: Any, *text: str) -> str:
+    """The text with a bar behind each separator; a line break as a slash."""
+    ids = [(words.pieces | words.added)[piece.translate(BYTE_LEVEL)] for piece in text]
+    mask = token_separators(rule, words).mask(ids)
+    marked = (piece + "|" * flag for piece, flag in zip(text, mask.tolist(), strict=True))
+    return "".join(marked).replace("\n", "/")
+
+
+def test_unwrapped_leaves_out_line_breaks_in_mid_sentence() -> None:
+    assert kept("extended", "a", "\n", "a", ".", "\n", "a") == "a/|a.|/|a"
+    assert kept("unwrapped", "a", "\n", "a", ".", "\n", "a") == "a/a.|/|a"
+    assert kept("unwrapped", "a", ",", "\n  ", "a", "\n  ") == "a,|/  |a/  "
+    # merged with what stands before, a line break counts as that does
+    assert kept("unwrapped", "a", ".\n", "a", " {\n", "a", "\n\n") == "a./|a {/a//|"
+    assert kept("unwrapped", "a", '"\n', ".", '"\n') == 'a"/.|"/|'
+    # an empty line is two line breaks, whatever the first one is part of
+    assert kept("unwrapped", "a", "\n", "\n", " {\n", "\n") == "a//| {//|"
+    # a blank is a separator, but a line break behind it ends nothing
+    assert kept("unwrapped", "a", " ", "\n", "a") == "a |/a"
+    assert kept("unwrapped", "<|im_end|>", "\n", "a") == "<|im_end|>|/|a"
+    assert kept("unwrapped", "\n", "a") == "/a"
+
+
+def test_sentences_are_their_ends_and_those_of_paragraphs() -> None:
+    assert kept("sentences", "a", ",", " ", "a", ".", "\n", "a", "\n", "a") == "a, a.|/a/a"
+    assert kept("sentences", "a", ".\n", "a", " the\n\n", "a", "\n\n") == "a./|a the//|a//|"
+    assert kept("sentences", "a", "\n", "\n", "\n  ", "a") == "a//|/  |a"
+    assert kept("sentences", "a", ".\n", "\n", "a", '"\n', "a") == 'a./|/|a"/a'
+    assert kept("sentences", "<|im_end|>", "\n", "a") == "<|im_end|>|/a"
+    assert kept("sentences", "\n", "a") == "/a"
+
+
+def test_separators_of_two_tokens_are_checked_like_ids() -> None:
+    given = TokenSeparators((3, 1, 1), (2,), (1,))
+    assert token_separators(given, None, vocab_size=4) == TokenSeparators((1, 3), (2,), (1,))
+    for wrong in (TokenSeparators((), (4,)), TokenSeparators((), (), (4,))):
+        with pytest.raises(ValueError, match=r"must be token ids in \[0, 4\)"):
+            token_separators(wrong, None, vocab_size=4)
+    # what lies beyond the model's vocabulary never occurs
+    assert token_separators("unwrapped", words, 5).line_breaks == (2,)
+
+
 def test_refuses_a_rule_that_finds_nothing() -> None:
     """Silently it would be StreamingLLM's mask."""
     with pytest.raises(ValueError, match=r"must find a token .* vocabulary of 2, got none"):
@@ -236,24 +343,16 @@ surfaces = st.text(st.sampled_from(" \n\t.,;:?!\"')]([*a1-/"), min_size=1, max_s
 def test_paper_is_a_part_of_extended_and_both_are_ascending(texts: list[str]) -> None:
     texts = [*texts, " x", " y", "z."]
     tokenizer = FakeTokenizer(byte_level({2 * i: text for i, text in enumerate([*texts, "."])}))
-    paper, extended = (separator_ids(rule, tokenizer) for rule in ("paper", "extended"))
+    sets = {rule: token_separators(rule, tokenizer) for rule in RULES if rule != "sentences"}
+    paper, extended = sets["paper"].token_ids, sets["extended"].token_ids
+    unwrapped = sets["unwrapped"]
     assert set(paper) <= set(extended)
-    for ids in (paper, extended):
+    assert set(unwrapped.token_ids) <= set(extended)
+    assert set(unwrapped.line_breaks) <= set(extended) - set(unwrapped.token_ids)
+    assert set(unwrapped.closers) <= set(extended)
+    for ids in (paper, extended, unwrapped.token_ids):
         assert list(ids) == sorted(set(ids))
         assert set(ids) <= set(read_vocabulary(tokenizer).text)
-
-
-@given(st.sets(st.integers(0, 99)))
-def test_flags_round_trip(ids: set[int]) -> None:
-    table = flags(ids, 100)
-    assert table.dtype == np.bool_
-    assert table.shape == (100,)
-    assert set(np.flatnonzero(table).tolist()) == ids
-
-
-def test_flags_refuse_ids_outside_the_vocabulary() -> None:
-    with pytest.raises(ValueError, match=r"\[0, 3\), the vocabulary, got \[-1, 3\]"):
-        flags([3, -1, 2], 3)
 
 
 def smollm2(folder: Path) -> tuple[Any, FakeTokenizer]:

@@ -4,21 +4,23 @@ Prefill chunks, single tokens and drafts that turn out right or wrong share a ba
 step a cache holds the rule's visible set, and nothing that is still read was overwritten.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.labelled_cache import LabelledCache
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step import staging
-from vllm_sepllm.policy.step.batch import BatchStep, Moves, Saves, plan_batch
+from vllm_sepllm.policy.step.batch import plan_batch
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlanBuilder
 from vllm_sepllm.policy.step.staging import Staged, propose
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
-FLAGS = np.array([False, True])  # token id 1 is the separator
+SEPARATORS = TokenSeparators((1,))  # token id 1 is the separator
 MAX_DRAFTS = 2
 MAX_PROPOSED = 1 + MAX_DRAFTS
 BLOCK_SIZE = 4
@@ -33,44 +35,17 @@ policies = st.builds(
 
 @dataclass
 class Request:
-    """One request: its tokens, and which position each compact entry holds."""
+    """One request: its tokens, and how far they are computed."""
 
     name: str
     policy: Policy
     token_ids: list[int]
     num_tokens: int = 0
-    entries: dict[int, object] = field(default_factory=dict)
     last: Staged | None = None
 
     def __post_init__(self) -> None:
-        self.index = SeparatorIndex(self.policy, FLAGS)
+        self.index = SeparatorIndex(self.policy, SEPARATORS)
         self.mask = visible_mask(self.policy, np.array(self.token_ids, dtype=bool))
-
-    def check_settled(self) -> None:
-        """The cache is the state after ``num_tokens`` tokens; proposals may wait behind it."""
-        if self.num_tokens == 0:
-            return
-        spilled = self.index.count_below(layout.num_left_window(self.policy, self.num_tokens))
-        length = layout.compact_length(self.policy, self.num_tokens, spilled)
-        held = sorted(self.entries[i] for i in range(length))  # type: ignore[type-var]
-        assert held == np.flatnonzero(self.mask[self.num_tokens - 1]).tolist()
-
-
-def move(requests: list[Request], moves: Moves) -> None:
-    read = [
-        requests[row].entries[source]
-        for row, source in zip(moves.rows.tolist(), moves.source.tolist(), strict=True)
-    ]
-    for row, target, value in zip(moves.rows.tolist(), moves.target.tolist(), read, strict=True):
-        requests[row].entries[target] = value
-
-
-def save(requests: list[Request], saves: Saves, slots: dict[int, object]) -> None:
-    for row, source, slot in zip(
-        saves.rows.tolist(), saves.source.tolist(), saves.slots.tolist(), strict=True
-    ):
-        assert slot not in slots
-        slots[slot] = requests[row].entries[source]
 
 
 @dataclass
@@ -83,9 +58,12 @@ class Action:
 
 
 def run(
-    requests: list[Request], actions: list[Action], checkpoints: dict[str, PlannedCheckpoint]
-) -> dict[int, object]:
-    """One step; returns what the checkpoints' slots hold."""
+    cache: LabelledCache,
+    requests: list[Request],
+    actions: list[Action],
+    checkpoints: dict[str, PlannedCheckpoint],
+) -> None:
+    """One step. Each query reads what the rule shows it, the drafts behind a wrong one aside."""
     engine = requests[0].policy
     plan = StepPlanBuilder(engine)
     for request, action in zip(requests, actions, strict=True):
@@ -110,43 +88,20 @@ def run(
     first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
     rows = plan.build().of(np.arange(len(requests)), 0)
     padding = 3
-    assert (rows.window is None) == all(r.policy == engine for r in requests)
-    step = plan_batch(rows.policy(engine), rows, first, int(first[-1]) + padding, BLOCK_SIZE)
-    slots = play(requests, step, first)
-    assert (step.target[first[-1] :] == -1).all()
+    step = plan_batch(rows, first, int(first[-1]) + padding, BLOCK_SIZE)
+    labels = [
+        position if position < request.num_tokens + action.num_new + action.num_right else "wrong"
+        for request, action, size in zip(requests, actions, sizes, strict=True)
+        for position in range(request.num_tokens, request.num_tokens + size)
+    ]
+    reads = cache.play(step, labels, lambda row, entry: (requests[row].name, entry))
+    for row, request in enumerate(requests):
+        for token in range(int(first[row]), int(first[row + 1])):
+            if labels[token] != "wrong":
+                visible = np.flatnonzero(request.mask[labels[token]])
+                assert sorted(reads[token]) == visible.tolist()
     for request, action in zip(requests, actions, strict=True):
         request.num_tokens += action.num_new + action.num_right
-    return slots
-
-
-def play(requests: list[Request], step: BatchStep, first: np.ndarray) -> dict[int, object]:
-    slots: dict[int, object] = {}
-    move(requests, step.commit_spills)
-    move(requests, step.commits)
-    for request in requests:
-        request.check_settled()
-    save(requests, step.saves_before, slots)
-    move(requests, step.spills)
-    move(requests, step.moves_after)
-
-    def position(token: int) -> int:
-        row = int(np.searchsorted(first, token, side="right")) - 1
-        return requests[row].num_tokens + token - int(first[row])
-
-    for token, slot in zip(step.saved_tokens.tolist(), step.saved_slots.tolist(), strict=True):
-        assert slot not in slots
-        slots[slot] = position(token)
-    for token in range(int(first[-1])):
-        if step.target[token] >= 0:
-            requests[step.rows[token]].entries[int(step.target[token])] = position(token)
-    for row in range(step.num_library):
-        # what the library reads: the visible set of the row's last token, and nothing twice
-        last = requests[row].num_tokens + int(first[row + 1] - first[row]) - 1
-        if requests[row].last is None and last < len(requests[row].token_ids):
-            read = sorted(requests[row].entries[i] for i in range(step.lengths[row]))
-            assert read == np.flatnonzero(requests[row].mask[last]).tolist()
-    save(requests, step.saves_after, slots)
-    return slots
 
 
 @st.composite
@@ -175,18 +130,19 @@ def test_drafts_never_overwrite_what_is_read(
 ) -> None:
     """Prompts first, then steps in which rows with drafts and single tokens are mixed."""
     own, tokens, steps = batch
+    cache = LabelledCache()
     requests = [Request(str(i), own[i], ids) for i, ids in enumerate(tokens)]
     starts = [min(p, len(r.token_ids) - 1) for p, r in zip(prompts, requests, strict=False)]
     order = sorted(range(len(requests)), key=lambda i: starts[i])
     requests = [requests[i] for i in order]
-    run(requests, [Action(starts[i]) for i in order], {})
+    run(cache, requests, [Action(starts[i]) for i in order], {})
     for step in steps:
         if any(r.num_tokens + MAX_PROPOSED > len(r.token_ids) for r in requests):
             break
         pairs = sorted(zip(step, requests, strict=False), key=lambda p: -p[0].num_drafts)
-        run([r for _, r in pairs], [a for a, _ in pairs], {})
+        run(cache, [r for _, r in pairs], [a for a, _ in pairs], {})
     if all(r.num_tokens < len(r.token_ids) for r in requests):  # commit what the last proposed
-        run(requests, [Action(1) for _ in requests], {})
+        run(cache, requests, [Action(1) for _ in requests], {})
 
 
 @settings(max_examples=200, deadline=None)
@@ -201,23 +157,25 @@ def test_checkpoints_hold_the_state_at_their_position(
     policy: Policy, token_ids: list[int], start: int, num_new: int, offset: int
 ) -> None:
     """All blocks are the checkpoint's own, so its slots must hold the whole visible set."""
-    request = Request("only", policy, token_ids)
+    cache, request = LabelledCache(), Request("only", policy, token_ids)
     if start:
-        run([request], [Action(start)], {})
+        run(cache, [request], [Action(start)], {})
     position = start + min(offset, num_new)
     request.index.extend(token_ids, position)
     spilled = request.index.count_below(layout.num_left_window(policy, position))
     length = layout.compact_length(policy, position, spilled)
     blocks = {i: 10 + 3 * i for i in range(-(-length // BLOCK_SIZE))}
-    slots = run([request], [Action(num_new)], {"only": PlannedCheckpoint(position, {0: blocks})})
-    held = [slots[blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE] for i in range(length)]
-    assert sorted(held) == np.flatnonzero(request.mask[position - 1]).tolist()  # type: ignore[type-var]
+    checkpoint = PlannedCheckpoint(position, {0: blocks})
+    run(cache, [request], [Action(num_new)], {"only": checkpoint})
+    slots = (blocks[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(length))
+    held = [cache.memory[slot] for slot in slots]
+    assert sorted(held) == np.flatnonzero(request.mask[position - 1]).tolist()
 
 
 def test_staging_lies_behind_what_the_next_commit_may_fill() -> None:
     """Literal numbers: 3 initial tokens, window 8, two drafts."""
     policy = Policy(3, 8)
-    index = SeparatorIndex(policy, FLAGS)
+    index = SeparatorIndex(policy, SEPARATORS)
     index.extend([0] * 4 + [1] + [0] * 20, 20)
     commit, staged = propose(index, None, 20, 2, 3)
     assert commit is None
@@ -236,11 +194,10 @@ def test_a_prompt_of_one_token_may_come_behind_a_chunk() -> None:
     """Model Runner V1 does not sort new prompts among each other."""
     policy = Policy(2, 6)
     requests = [Request("long", policy, [0, 1] * 20), Request("short", policy, [1] * 9)]
-    run(requests[:1], [Action(20)], {})
-    run(requests, [Action(7), Action(1)], {})
-    requests[0].index.extend(requests[0].token_ids, 27)
-    for request in requests:
-        request.check_settled()
+    cache = LabelledCache()
+    run(cache, requests[:1], [Action(20)], {})
+    run(cache, requests, [Action(7), Action(1)], {})
+    run(cache, requests, [Action(1), Action(1)], {})
 
 
 def test_blocks_of_a_checkpoint_are_the_schedulers() -> None:
@@ -251,5 +208,5 @@ def test_blocks_of_a_checkpoint_are_the_schedulers() -> None:
     checkpoint = PlannedCheckpoint(10, {0: {0: 10}})
     plan.add("only", request.index, request.token_ids, 0, 12, (checkpoint,))
     rows = plan.build().of(np.arange(1), 0)
-    step = plan_batch(policy, rows, np.array([0, 12]), 12, 8)
-    assert sorted(step.saved_slots.tolist()) == list(range(80, 88))
+    step = plan_batch(rows, np.array([0, 12]), 12, 8)
+    assert sorted(step.token_saves.slots.tolist()) == list(range(80, 88))

@@ -102,6 +102,12 @@ def test_positions_are_the_multiples_and_the_wanted() -> None:
     assert positions(99, 100, 100) == [100]
 
 
+def test_one_position_in_each_stretch() -> None:
+    """Stretches are (0, 10], (10, 20] and so on: their ends are where others begin."""
+    assert checkpoint.first_of_each([], 10) == []
+    assert checkpoint.first_of_each([3, 9, 10, 11, 20, 21, 45, 46], 10) == [3, 11, 21, 45]
+
+
 def test_nothing_is_numbered_twice() -> None:
     chunk = prefill.Chunk(Policy(1, 4), 0, 20, 0, np.array([3, 9, 12]))
     parts = checkpoint.checkpoint_parts(chunk, 15, 4, [0, 1])

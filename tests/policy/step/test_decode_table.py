@@ -5,11 +5,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support import rule
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.decode_table import DecodeTable
 from vllm_sepllm.policy.visibility import Policy
 
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 
 
 @settings(max_examples=150, deadline=None)
@@ -33,7 +34,7 @@ def test_steps_equal_a_count(
     """Also after jumps (prefill, preemption), and with no token known but those that are needed."""
     table = DecodeTable()
     slots = [table.add() for _ in texts]
-    indices = [SeparatorIndex(policy, FLAGS) for _ in texts]
+    indices = [SeparatorIndex(policy, SEPARATORS) for _ in texts]
     at = [0] * len(texts)
     for which, jump in moves:
         jumper = which % len(texts)
@@ -52,7 +53,7 @@ def test_steps_equal_a_count(
 
 def test_more_separators_than_a_slot_lays_out() -> None:
     policy = Policy(2, 100)
-    table, index = DecodeTable(), SeparatorIndex(policy, FLAGS)
+    table, index = DecodeTable(), SeparatorIndex(policy, SEPARATORS)
     slots = np.array([table.add()])
     for position in range(500):
         start = np.array([position])
@@ -73,7 +74,7 @@ def test_slots_grow_and_return() -> None:
 
 def test_a_forgotten_slot_is_unknown() -> None:
     policy = Policy(0, 4)
-    table, index = DecodeTable(), SeparatorIndex(policy, FLAGS)
+    table, index = DecodeTable(), SeparatorIndex(policy, SEPARATORS)
     slots, start = np.array([table.add()]), np.array([9])
     table.look_up(0, index, [1] * 9, 9, 100)
     assert len(table.unknown(slots, start)) == 0

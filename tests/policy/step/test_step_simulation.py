@@ -1,14 +1,14 @@
-"""Invariants 2 and 3 without tensors: a cache of positions, driven by plan, prefill and decode.
+"""Invariants 2 and 3 without tensors: a cache of positions, driven by plan and plan_batch.
 
-Every step a request takes is played on a dictionary compact index -> position. What each query
-reads must be the rule's visible set, exactly once each, whatever the chunks.
+Every step of one request is played on a dictionary compact index -> position. What each query reads
+must be the rule's visible set, exactly once each, whatever the chunks.
 """
 
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.simulated_cache import FLAGS, Cache, policies
+from tests.support.simulated_cache import SEPARATORS, Cache, policies
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.visibility import Policy
@@ -45,7 +45,7 @@ def test_below_a_plus_n_the_layout_is_that_of_vllm(policy: Policy, token_ids: li
 def test_longest_cache_is_a_bound_that_all_separators_reach(
     policy: Policy, num_tokens: int
 ) -> None:
-    index = SeparatorIndex(policy, FLAGS)
+    index = SeparatorIndex(policy, SEPARATORS)
     left = layout.num_left_window(policy, num_tokens)
     index.extend([1] * num_tokens, min(left, num_tokens))
     spilled = index.count_below(left)

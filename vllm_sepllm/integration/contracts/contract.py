@@ -2,10 +2,12 @@
 
 import inspect
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from typing import Any
+
+from vllm_sepllm.integration.contracts.source_tree import Found, SourceTree
+
+_NONE = inspect.Parameter.empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,53 +15,87 @@ class Contract:
     """One vLLM name and what we expect of it.
 
     Attributes:
-        where: "module:Qualified.name".
+        where: "module:Qualified.name"; what instances set themselves is found too.
         why: what we do with it.
-        params: of a callable, in order, without self and cls; None: a field or an attribute, which
-            may be one that instances set themselves.
+        passed: of a callable, the parameters that we pass by position; the others have defaults.
+        shapes: of an attribute that we write, the annotations or kinds of value that suit us.
+        override: of a method, the signature of ours that vLLM calls instead.
     """
 
     where: str
     why: str
-    params: tuple[str, ...] | None = None
+    passed: tuple[str, ...] | None = None
+    shapes: tuple[str, ...] = ()
+    override: inspect.Signature | None = None
 
-    def broken(self) -> str | None:
-        """What changed upstream, or None if nothing did."""
-        module, _, qualname = self.where.partition(":")
-        owner: Any = import_module(module)
-        *path, name = qualname.split(".")
-        for part in path:
-            owner = getattr(owner, part, None)
-        if self.params is None:
-            return None if _has(owner, name) else f"{self.where}: gone ({self.why})"
-        target = getattr(owner, name, None)
-        if target is None:
-            return f"{self.where}: gone ({self.why})"
-        found = tuple(p for p in inspect.signature(target).parameters if p not in ("self", "cls"))
-        if found != self.params:
-            return f"{self.where}: takes {found}, we expect {self.params} ({self.why})"
+    def broken(self, tree: SourceTree) -> str | None:
+        """What the vLLM of the tree has changed, or None if nothing."""
+        found = tree.find(*self.where.split(":"))
+        change = "gone" if found is None else self._changed(found)
+        return f"{self.where}: {change} ({self.why})" if change else None
+
+    def _changed(self, found: Found) -> str | None:
+        if self.shapes and found.shape not in self.shapes:
+            return f"is {found.shape}, we expect {' or '.join(self.shapes)}"
+        taken = found.signature
+        if self.passed is not None and (taken is None or not _binds(taken, self.passed)):
+            return f"takes {_show(taken)}, we pass ({', '.join(self.passed)})"
+        if self.override is not None and (taken is None or not accepts(self.override, taken)):
+            return f"takes {_show(taken)}, ours {_show(self.override)}"
         return None
 
 
-def fields(owner: str, why: str, *names: str) -> tuple[Contract, ...]:
-    """A contract for each of several fields of ``owner``, "module:Qualified.name"."""
-    return tuple(Contract(f"{owner}.{name}", why) for name in names)
+def by_hand(whys: Mapping[str, Mapping[str, str]]) -> tuple[Contract, ...]:
+    """Contracts from a table: "module:Class" -> what of it -> what we do with that.
 
-
-def _has(owner: Any, name: str) -> bool:
-    if hasattr(owner, name):
-        return True
-    if not isinstance(owner, type):
-        return False
-    # a field without a default, or one that a method assigns
-    assigned = re.compile(rf"self\.{name}(: [^=\n]+)? = |self\.{name}: ")
-    return any(
-        name in vars(base).get("__annotations__", {}) or assigned.search(_source(base))
-        for base in owner.__mro__
-        if base.__module__ != "builtins"
+    What is a name or several ("a, b"), a call ("method(a, b)", parameters by position), or an
+    attribute that we write with the shapes that suit us ("a: set[str] or list[str]").
+    """
+    return tuple(
+        contract
+        for owner, table in whys.items()
+        for what, why in table.items()
+        for contract in _parsed(owner, what, why)
     )
 
 
-@cache
-def _source(owner: type) -> str:
-    return inspect.getsource(owner)
+def _parsed(owner: str, what: str, why: str) -> Iterator[Contract]:
+    name, _, shapes = what.partition(": ")
+    if shapes:
+        yield Contract(f"{owner}.{name}", why, shapes=tuple(shapes.split(" or ")))
+    elif what.endswith(")"):
+        name, _, passed = what[:-1].partition("(")
+        yield Contract(f"{owner}.{name}", why, passed=tuple(passed.split(", ")) if passed else ())
+    else:
+        yield from (Contract(f"{owner}.{name}", why) for name in what.split(", "))
+
+
+def accepts(ours: inspect.Signature, theirs: inspect.Signature) -> bool:
+    """Whether ours takes every call that theirs takes, and understands it in the same way."""
+    params = theirs.parameters.values()
+    plain = [p.name for p in params if p.kind is p.POSITIONAL_OR_KEYWORD]
+    keyword = [p.name for p in params if p.kind is p.KEYWORD_ONLY]
+    required = [p for p in (*plain, *keyword) if theirs.parameters[p].default is _NONE]
+    return (
+        _binds(ours, plain, keyword)
+        and _binds(ours, (), [*plain, *keyword])
+        and _binds(ours, (), required)
+    )
+
+
+def _binds(
+    signature: inspect.Signature, passed: Sequence[str], keywords: Sequence[str] = ()
+) -> bool:
+    """Whether a call with these arguments, each called as the parameter it is meant for, fits."""
+    try:
+        bound = signature.bind(*passed, **{name: name for name in keywords})
+    except TypeError:
+        return False
+    names = signature.parameters.keys() & {*passed, *keywords}
+    return all(bound.arguments.get(name) == name for name in names)
+
+
+def _show(signature: inspect.Signature | None) -> str:
+    if signature is None:
+        return "no arguments"
+    return re.sub(r"=\w+", "=...", str(signature))

@@ -4,7 +4,6 @@
 search, never reach the engine, so they are refused where the server makes parameters of a body.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
 from vllm_sepllm.integration.frontend.request_choices import RequestRefused
+from vllm_sepllm.integration.patch import wrap_once
 from vllm_sepllm.policy.choice import chosen_keys
 
 _Body = ChatCompletionRequest | CompletionRequest | ResponsesRequest
@@ -20,24 +20,18 @@ _Body = ChatCompletionRequest | CompletionRequest | ResponsesRequest
 
 def install() -> None:
     """Look at bodies on their way to the engine; once per process."""
-    if getattr(ChatCompletionRequest.to_sampling_params, "is_sepllm", False):
-        return
     for body in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        _check_before(body, "to_sampling_params", _check_place)
+        wrap_once(body, "to_sampling_params", _checked(_check_place))
     for body in (ChatCompletionRequest, CompletionRequest):
-        _check_before(body, "to_beam_search_params", _check_beam_search)
+        wrap_once(body, "to_beam_search_params", _checked(_check_beam_search))
 
 
-def _check_before(body: type[_Body], name: str, check: Callable[[_Body], None]) -> None:
-    original = getattr(body, name)
-
-    @functools.wraps(original)
-    def checked(self: _Body, *args: Any, **kwargs: Any) -> Any:
+def _checked(check: Callable[[_Body], None]) -> Callable[..., Any]:
+    def around(original: Callable[..., Any], self: _Body, *args: Any, **kwargs: Any) -> Any:
         check(self)
         return original(self, *args, **kwargs)
 
-    setattr(checked, "is_sepllm", True)  # noqa: B010  # a function has no such field
-    setattr(body, name, checked)
+    return around
 
 
 def _check_place(body: _Body) -> None:

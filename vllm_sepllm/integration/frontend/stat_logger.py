@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import (
     AggregateStatLoggerBase,
     LoggingStatLogger,
@@ -20,12 +19,11 @@ from vllm.v1.metrics.loggers import (
 )
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.startup.resolve import has_our_scheduler
+from vllm_sepllm.integration.log import logger
+from vllm_sepllm.integration.patch import wrap_once
+from vllm_sepllm.integration.wire.config import is_selected, read_config
 from vllm_sepllm.integration.wire.report import PolicyUsage, Report, take_report
 from vllm_sepllm.policy.usage import label
-
-logger = init_logger("vllm.plugins.sepllm")
 
 # vLLM takes metrics of this prefix out of the registry when an engine follows another in one
 # process, and shows them in LLM.get_metrics()
@@ -45,20 +43,21 @@ COUNTERS = {
 
 
 def install() -> None:
-    """Wrap ``StatLoggerManager.__init__`` once per process."""
-    original = StatLoggerManager.__init__
-    if getattr(original, "is_sepllm", False):
-        return
+    """Wrap ``StatLoggerManager.__init__``; once per process."""
+    wrap_once(StatLoggerManager, "__init__", _init)
 
-    @functools.wraps(original)
-    def init(self: StatLoggerManager, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        original(self, vllm_config, *args, **kwargs)
-        if has_our_scheduler(vllm_config):
-            # first: what it takes out of the statistics is for nobody else
-            self.stat_loggers.insert(0, SepLLMStatLogger(vllm_config, self.stat_loggers))
 
-    setattr(init, "is_sepllm", True)  # noqa: B010  # a function has no such field
-    StatLoggerManager.__init__ = init  # type: ignore[method-assign]
+def _init(
+    original: Callable[..., None],
+    self: StatLoggerManager,
+    vllm_config: VllmConfig,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    original(self, vllm_config, *args, **kwargs)
+    if is_selected(vllm_config):
+        # first: what it takes out of the statistics is for nobody else
+        self.stat_loggers.insert(0, SepLLMStatLogger(vllm_config, self.stat_loggers))
 
 
 def _is_logging(other: AggregateStatLoggerBase) -> bool:
@@ -78,7 +77,7 @@ class SepLLMStatLogger(AggregateStatLoggerBase):
         self._metrics = _make_metrics(prometheus)
         self._is_logging = any(_is_logging(other) for other in others)
         self._last: dict[int, Report] = {}
-        policy = SepLLMConfig.from_additional_config(vllm_config.additional_config).policy
+        policy = read_config(vllm_config).policy
         name = label(policy, vllm_config.model_config.max_model_len)
         for engine_idx in self._engine_labels:
             self._set(engine_idx, {name: PolicyUsage()})

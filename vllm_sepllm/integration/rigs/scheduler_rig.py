@@ -31,10 +31,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.scheduler.scheduler import SepLLMScheduler
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
-from vllm_sepllm.integration.worker.cpu.builder import SepLLMCPUMetadataBuilder
+from vllm_sepllm.integration.worker.cpu.builder import CPUBuilderMixin
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.policy.step.batch import plan_batch
 from vllm_sepllm.policy.step.plan import StepPlan
@@ -119,8 +119,7 @@ class SchedulerRig:
         )
         if not is_sepllm:
             return full
-        policy = SepLLMConfig.from_additional_config(self.config.additional_config).policy
-        return SepLLMSpec.from_full_attention(full, policy)
+        return SepLLMSpec.from_full_attention(full, read_config(self.config).policy)
 
     def _tokens(self, num_tokens: int) -> list[int]:
         is_separator = (self._random.random() < self.load.density for _ in range(num_tokens))
@@ -148,10 +147,8 @@ class BuilderRig:
         config = rig.config
         self._ids = list(rig.scheduler.requests)
         self._step = CurrentStep()
-        self.builder = SepLLMCPUMetadataBuilder(rig.spec, [], config, torch.device("cpu"))
-        self.builder.bind(self._step, lambda: self._ids, 0)
-        assert isinstance(rig.spec, SepLLMSpec), "stock vLLM has no builder of ours"
-        self._policy = rig.spec.policy
+        self.builder = CPUBuilderMixin(rig.spec, [], config, torch.device("cpu"))
+        self.builder.bind(self._step, lambda common: self._ids, 0, BLOCK_SIZE, [])
         self._blocks = rig.scheduler.kv_cache_manager
         longest = config.model_config.max_model_len
         self._table = torch.zeros(len(self._ids), longest // BLOCK_SIZE, dtype=torch.int32)
@@ -185,9 +182,7 @@ class BuilderRig:
         with self._step.of(output):
             rows = self._step.rows(self._ids, 0)
             num_rows = len(self._ids)
-            plan_batch(
-                rows.policy(self._policy), rows, np.arange(num_rows + 1), num_rows, BLOCK_SIZE
-            )
+            plan_batch(rows, np.arange(num_rows + 1), num_rows, BLOCK_SIZE)
 
     def build_wrapped(self, common: CommonAttentionMetadata) -> None:
         """vLLM's own metadata for the same cache: what any backend pays."""

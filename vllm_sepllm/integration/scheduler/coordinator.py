@@ -1,75 +1,130 @@
-"""Puts our managers to work under vLLM's KV cache coordinators."""
+"""What happens once per request, for the managers of all KV cache groups of SepLLM layers."""
 
-from vllm.logger import init_logger
+from collections.abc import Sequence
+
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator, KVCacheCoordinator
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.log import logger
+from vllm_sepllm.integration.scheduler.live_requests import Holding, LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.cache import PrefixCache
 from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
+from vllm_sepllm.integration.scheduler.usage import KvUsage
 from vllm_sepllm.policy.visibility import Policy
 
-# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
-logger = init_logger("vllm.plugins.sepllm")
 
+class SepLLMCoordinator:
+    """Answers the managers' questions, and tells their news to whoever keeps track.
 
-def bind_managers(
-    coordinator: KVCacheCoordinator,
-    separators: RequestSeparators,
-    checkpoint_interval: int,
-    num_staging: int = 0,
-    tails: SharedTails | None = None,
-) -> PrefixCache:
-    """Give the managers of all SepLLM groups the requests' tokens and one prefix cache.
-
-    Args:
-        coordinator: the scheduler's.
-        separators: of its requests.
-        checkpoint_interval: tokens between regular checkpoints.
-        num_staging: entries of each request beyond its compact length (policy/step/staging.py).
-        tails: of the requests; None: nobody looks at those that run.
+    It stands beside vLLM's coordinator, which calls each manager on its own.
     """
-    every = coordinator.single_type_managers
-    managers = [m for m in every if isinstance(m, SepLLMManager)]
-    are_alone = len(managers) == len(every)
-    alignment = 1 if are_alone else coordinator.scheduler_block_size
-    tails = tails or SharedTails(separators, 1)
-    cache = PrefixCache(managers, separators, checkpoint_interval, alignment)
-    interval = cache.interval_of(separators.policy)
-    if managers[0].enable_caching and interval != checkpoint_interval:
-        logger.warning(
-            "sepllm leaves a checkpoint every %d tokens, not every %d: prefixes end where all "
-            "kinds of layers have a block boundary.",
-            interval,
-            checkpoint_interval,
+
+    def __init__(
+        self,
+        coordinator: KVCacheCoordinator,
+        requests: LiveRequests,
+        checkpoint_interval: int,
+        *,
+        num_staging: int = 0,
+        most_per_step: int = 1,
+    ) -> None:
+        """Take over the managers of all SepLLM groups.
+
+        Args:
+            coordinator: vLLM's, which has the managers.
+            requests: of the scheduler.
+            checkpoint_interval: tokens between regular checkpoints.
+            num_staging: entries of each request beyond its compact length (policy/step/staging.py).
+            most_per_step: tokens that a request can gain in a step.
+        """
+        every = coordinator.single_type_managers
+        self.managers = [m for m in every if isinstance(m, SepLLMManager)]
+        self.requests = requests
+        self.num_staging = num_staging
+        self._coordinator = coordinator
+        are_alone = len(self.managers) == len(every)
+        alignment = 1 if are_alone else coordinator.scheduler_block_size
+        self.prefix_cache = PrefixCache(
+            self.managers, requests.engine, checkpoint_interval, alignment
         )
-    for number, manager in enumerate(managers):
-        manager.bind(separators, cache, tails, num_staging, is_first=number == 0)
-    if isinstance(coordinator, HybridKVCacheCoordinator):
-        _answer_by_instance(coordinator)
-    return cache
-
-
-def most_blocks(
-    coordinator: KVCacheCoordinator, policy: Policy, request: Request, num_tokens: int
-) -> int:
-    """The most blocks that a new request holds at once by the time it has ``num_tokens`` tokens."""
-    total = 0
-    for manager in coordinator.single_type_managers:
-        if isinstance(manager, SepLLMManager):
-            total += manager.most_blocks(policy, num_tokens)
-        else:
-            total += manager.get_num_blocks_to_allocate(
-                request_id=request.request_id,
-                num_tokens=num_tokens,
-                new_computed_blocks=(),
-                total_computed_tokens=0,
-                num_local_computed_tokens=0,
-                num_tokens_main_model=num_tokens,
-                apply_admission_cap=True,
+        self.shared_tails = SharedTails(requests, most_per_step)
+        self._usage: KvUsage | None = None
+        interval = self.prefix_cache.interval_of(requests.engine)
+        if self.prefix_cache.is_enabled and interval != checkpoint_interval:
+            logger.warning(
+                "sepllm leaves a checkpoint every %d tokens, not every %d: prefixes end where all "
+                "kinds of layers have a block boundary.",
+                interval,
+                checkpoint_interval,
             )
-    return total
+        for manager in self.managers:
+            manager.events = self
+        if isinstance(coordinator, HybridKVCacheCoordinator):
+            _answer_by_instance(coordinator)
+
+    def watch(self, max_model_len: int) -> KvUsage:
+        """Follow what requests and checkpoints hold from now on, for the metrics."""
+        block_count = self.prefix_cache.registry.block_count
+        self._usage = KvUsage(self.managers, self.requests, block_count, max_model_len)
+        return self._usage
+
+    def most_blocks(self, policy: Policy, request: Request, num_tokens: int) -> int:
+        """The most blocks of all groups that a new request holds with ``num_tokens`` tokens."""
+        total = 0
+        for manager in self._coordinator.single_type_managers:
+            if isinstance(manager, SepLLMManager):
+                total += manager.most_blocks(policy, num_tokens)
+            else:
+                total += manager.get_num_blocks_to_allocate(
+                    request_id=request.request_id,
+                    num_tokens=num_tokens,
+                    new_computed_blocks=(),
+                    total_computed_tokens=0,
+                    num_local_computed_tokens=0,
+                    num_tokens_main_model=num_tokens,
+                    apply_admission_cap=True,
+                )
+        return total
+
+    # ------------------------------------------------------------------ RequestEvents
+
+    def find(
+        self, live: LiveRequest, max_length: int, group_ids: Sequence[int]
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """See RequestEvents."""
+        return self.prefix_cache.find(live, max_length, group_ids)
+
+    def starts(self, live: LiveRequest, num_tokens: int) -> None:
+        """See RequestEvents."""
+        # the metrics count separators that leave a window, not those that a hit comes with
+        live.holding.num_counted = live.num_spilled(num_tokens)
+
+    def takes_part(self, live: LiveRequest) -> None:
+        """See RequestEvents."""
+        if self.prefix_cache.is_enabled:
+            self.prefix_cache.takes_part(live)
+            self.shared_tails.takes_part(live)
+
+    def all_take_part(self) -> None:
+        """See RequestEvents."""
+        if self.prefix_cache.is_enabled:
+            self.prefix_cache.plan_copies()
+            self.prefix_cache.joint_prefills.end_step()
+
+    def leaves(self, live: LiveRequest) -> None:
+        """See RequestEvents; nothing of what the request held is known afterwards."""
+        self.prefix_cache.keep_final_state(live)
+        if self._usage is not None:
+            self._usage.leaves(live)
+        for manager in self.managers:
+            manager.sources.leaves(manager.group_state(live).sources)
+        live.holding = Holding()
+
+    def may_wrap(self, live: LiveRequest) -> bool:
+        """See RequestEvents."""
+        return self.shared_tails.may_wrap(live)
 
 
 def _answer_by_instance(coordinator: HybridKVCacheCoordinator) -> None:

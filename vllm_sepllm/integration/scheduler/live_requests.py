@@ -1,131 +1,237 @@
-"""The separators of every live request, shared by the managers and the scheduler."""
+"""What the plugin knows of each request that vLLM's scheduler has: one object, one dictionary."""
 
-from collections.abc import Callable, Mapping
-from hashlib import sha256
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
 
 import numpy as np
-from vllm.v1.core.kv_cache_utils import BlockHash
+from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
 from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.separators.definition import Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.decode_table import DecodeTable
-from vllm_sepllm.policy.step.staging import Commit, Staged, propose
-from vllm_sepllm.policy.visibility import BoolArray, Policy
+from vllm_sepllm.policy.step.staging import Staged
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
+
+KeyedBlock = tuple[KVCacheBlock, BlockHashWithGroupId]
 
 
-def salt_of(salted: BlockHash) -> bytes:
-    """The policy in a hash of :meth:`RequestSeparators.salted`."""
-    return salted[: sha256().digest_size]
+@dataclass(slots=True)
+class GroupState:
+    """What a request holds in one KV cache group, besides vLLM's own block table.
+
+    Attributes:
+        to_copy: block indices of its prefix-cache hit that it must own; copied in its first step.
+        sources: keys of the blocks that it has copies of (SharedSources).
+        overwritten: blocks that the prefix cache can find and that its ring overwrites in the step
+            that is being scheduled, with the keys they had.
+        first_tokens: lowest number of tokens that takes ``num_blocks`` blocks, as far as known.
+        last_tokens: highest such number; below ``first_tokens``: nothing is known.
+        num_blocks: blocks that these numbers of tokens take.
+    """
+
+    to_copy: list[int] = field(default_factory=list)
+    sources: list[BlockHashWithGroupId] = field(default_factory=list)
+    overwritten: list[KeyedBlock] = field(default_factory=list)
+    first_tokens: int = 0
+    last_tokens: int = -1
+    num_blocks: int = 0
 
 
-class RequestSeparators:
-    """Request id -> its separators, read from the scheduler's own requests."""
+class Awaited(NamedTuple):
+    """A checkpoint that a running prefill is about to leave.
 
-    def __init__(
-        self,
-        policy: Policy,
-        flags: BoolArray,
-        requests: Mapping[str, Request],
-        interval: int | None = None,
-        choose: Callable[[Request], Policy] | None = None,
-    ) -> None:
-        """Nothing is known of any request yet.
+    Attributes:
+        number: of the running request.
+        position: tokens of the checkpoint.
+    """
+
+    number: int
+    position: int
+
+
+@dataclass(slots=True)
+class Holding:
+    """What is known of a request until it loses its blocks: by its end, or by preemption.
+
+    Attributes:
+        groups: KV cache group -> what it holds there.
+        staged: what its last step proposed, until its next step (policy/step/staging.py).
+        is_seen: whether its prompt was compared with others (BranchPoints).
+        awaited: the checkpoint that it waits for, to start from it (JointPrefills).
+        keyed_until: tokens up to which its full blocks have their keys; None: none has.
+        next_look: number of tokens from which on its tail may nearly be a ring (SharedTails); None:
+            it did not take part in a step yet.
+        last_copies: blocks of its last checkpoint while it decodes, with the keys they had
+            (DecodeCheckpoints).
+        num_counted: spilled separators that the metrics have counted, or that its hit came with.
+    """
+
+    groups: defaultdict[int, GroupState] = field(default_factory=lambda: defaultdict(GroupState))
+    staged: Staged | None = None
+    is_seen: bool = False
+    awaited: Awaited | None = None
+    keyed_until: int | None = None
+    next_look: int | None = None
+    last_copies: list[KeyedBlock] = field(default_factory=list)
+    num_counted: int = 0
+
+
+@dataclass(slots=True)
+class LiveRequest:
+    """A request of the scheduler.
+
+    Attributes:
+        request: vLLM's.
+        number: of its own among all that ever arrived.
+        index: its separators, and its policy.
+        slot: its row in the table of decode steps.
+        refusal: why it ends with an error instead of being scheduled; None: it is served.
+        holding: what it holds now.
+    """
+
+    request: Request
+    number: int
+    index: SeparatorIndex
+    slot: int
+    refusal: str | None = None
+    holding: Holding = field(default_factory=Holding)
+
+    @property
+    def policy(self) -> Policy:
+        """The request's own policy."""
+        return self.index.policy
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether it ends within a + n tokens, so that its ring never goes round."""
+        request = self.request
+        longest = request.num_prompt_tokens + request.max_tokens
+        return longest <= self.policy.num_dense and not request.resumable
+
+    def count_below(self, position: int) -> int:
+        """Separators at positions in [initial_tokens, position)."""
+        self.index.extend(self.request._all_token_ids, position)
+        return self.index.count_below(position)
+
+    def num_spilled(self, num_tokens: int) -> int:
+        """Separators that have left the window after ``num_tokens`` tokens."""
+        return self.count_below(layout.num_left_window(self.policy, num_tokens))
+
+    def compact_length(self, num_tokens: int) -> int:
+        """Entries of the cache after ``num_tokens`` tokens."""
+        return layout.compact_length(self.policy, num_tokens, self.num_spilled(num_tokens))
+
+
+class RequestHashes(list[BlockHash]):
+    """The block hashes of a request, and whose they are.
+
+    vLLM hands a manager no more than these to look a prefix up by; a checkpoint is compared with
+    the request's tokens after its last whole block, too.
+    """
+
+    def __init__(self, hashes: Iterable[BlockHash], live: LiveRequest) -> None:
+        super().__init__(hashes)
+        self.live = live
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Requests that were scheduled together, as long as none comes, goes or is truncated.
+
+    Attributes:
+        ids: [num_rows] request ids.
+        rows: request id -> row.
+        live: [num_rows].
+        requests: [num_rows], vLLM's: their progress is read in every step.
+        slots: [num_rows], in the table of decode steps.
+        policy: of the rows.
+    """
+
+    ids: list[str]
+    rows: dict[str, int]
+    live: list[LiveRequest]
+    requests: list[Request]
+    slots: IntArray
+    policy: BatchPolicy
+
+    @classmethod
+    def of(cls, live: list[LiveRequest], engine: Policy) -> "Batch":
+        """The batch of these requests, in this order; ``engine`` is the engine's policy."""
+        ids = [one.request.request_id for one in live]
+        return cls(
+            ids=ids,
+            rows={request_id: row for row, request_id in enumerate(ids)},
+            live=live,
+            requests=[one.request for one in live],
+            slots=np.array([one.slot for one in live], dtype=np.int64),
+            policy=BatchPolicy.of([one.policy for one in live], engine),
+        )
+
+    def subset(self, chosen: list[int]) -> "Batch":
+        """The batch of some of its rows."""
+        ids = [self.ids[row] for row in chosen]
+        return Batch(
+            ids=ids,
+            rows={request_id: row for row, request_id in enumerate(ids)},
+            live=[self.live[row] for row in chosen],
+            requests=[self.requests[row] for row in chosen],
+            slots=self.slots[chosen],
+            policy=self.policy.of_rows(chosen),
+        )
+
+
+class LiveRequests:
+    """Request id -> :class:`LiveRequest`, from arrival to end."""
+
+    def __init__(self, separators: Separators, engine: Policy) -> None:
+        """No request has arrived yet.
 
         Args:
-            policy: the engine's.
-            flags: [vocab_size], whether each token id is a separator.
-            requests: the scheduler's table, not a copy.
-            interval: see SepLLMConfig.
-            choose: the policy of a request, always the same; None: all have the engine's.
+            separators: of the engine.
+            engine: the policy of requests that choose none.
         """
-        self.policy = policy
-        self._choose = choose or (lambda request: policy)
-        self._interval = interval
-        # token ids past the vocabulary (added tokens) read the last entry, which is False
-        self._flags = np.append(flags, False)
-        self._requests = requests
-        self._indices: dict[str, SeparatorIndex] = {}
-        self._salts: dict[Policy, bytes] = {}
-        # request -> what its last step proposed, until its next step or its blocks are freed
-        self.staged: dict[str, Staged] = {}
+        self._separators = separators
+        self.engine = engine
+        self._by_id: dict[str, LiveRequest] = {}
+        self._numbers = count()
         self.decodes = DecodeTable()
-        self._slots: dict[str, int] = {}
-        # grows whenever a request comes, goes or is truncated
-        self.version = 0
+        # of the last step; most steps have the same requests in the same order
+        self._batch: Batch | None = None
 
-    def request(self, request_id: str) -> Request:
-        """The scheduler's request."""
-        return self._requests[request_id]
+    def add(self, request: Request, policy: Policy, refusal: str | None = None) -> LiveRequest:
+        """Take in a request that has arrived."""
+        index = SeparatorIndex(policy, self._separators)
+        number, slot = next(self._numbers), self.decodes.add()
+        live = LiveRequest(request, number, index, slot, refusal)
+        request.block_hashes = RequestHashes(request.block_hashes, live)
+        self._by_id[request.request_id] = live
+        self._batch = None
+        return live
 
-    def salt(self, request_id: str) -> bytes:
-        """The policy of the request, separators included, as 32 bytes.
+    def __getitem__(self, request_id: str) -> LiveRequest:
+        return self._by_id[request_id]
 
-        It keeps SepLLM layers apart. Layers of other kinds are found by vLLM's hashes, which know
-        of a policy by the request's ``cache_salt`` (RequestChoices).
-        """
-        policy = self.policy_of(request_id)
-        salt = self._salts.get(policy)
-        if salt is None:
-            salt = sha256(repr(policy).encode() + self._flags.tobytes()).digest()
-            self._salts[policy] = salt
-        return salt
-
-    def salted(self, request: Request) -> list[BlockHash]:
-        """vLLM's hashes of the request's blocks, which no request of another policy has."""
-        salt = self.salt(request.request_id)
-        return [BlockHash(salt + block_hash) for block_hash in request.block_hashes]
-
-    def policy_of(self, request_id: str) -> Policy:
-        """The request's own policy."""
-        return self.index(request_id).policy
-
-    def index(self, request_id: str) -> SeparatorIndex:
-        """The request's index, empty when first asked for."""
-        index = self._indices.get(request_id)
-        if index is None:
-            policy = self._choose(self._requests[request_id])
-            index = SeparatorIndex(policy, self._flags, self._interval)
-            self._indices[request_id] = index
-            self._slots[request_id] = self.decodes.add()
-            self.version += 1
-        return index
-
-    def slot(self, request_id: str) -> int:
-        """The request's slot in ``decodes``."""
-        self.index(request_id)
-        return self._slots[request_id]
-
-    def count_below(self, request_id: str, position: int) -> int:
-        """Separators of the request at positions in [initial_tokens, position)."""
-        index = self.index(request_id)
-        index.extend(self._requests[request_id]._all_token_ids, position)
-        return index.count_below(position)
-
-    def truncate(self, request_id: str, num_tokens: int) -> None:
+    def truncate(self, live: LiveRequest, num_tokens: int) -> None:
         """The request's tokens from position ``num_tokens`` on were replaced."""
-        self.index(request_id).truncate(num_tokens)
-        self.decodes.forget(self._slots[request_id])
-        self.version += 1
-
-    def propose(
-        self, request_id: str, start: int, num_drafts: int, max_tokens: int
-    ) -> tuple[Commit | None, Staged | None]:
-        """Follow the proposals of a request through its next step (policy/step/staging.py)."""
-        index = self.index(request_id)
-        self.count_below(request_id, layout.num_left_window(index.policy, start))
-        last = self.staged.pop(request_id, None)
-        commit, staged = propose(index, last, start, num_drafts, max_tokens)
-        if staged is not None:
-            self.staged[request_id] = staged
-        return commit, staged
+        live.index.truncate(num_tokens)
+        self.decodes.forget(live.slot)
+        self._batch = None
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
-        if self._indices.pop(request_id, None) is not None:
-            self.decodes.remove(self._slots.pop(request_id))
-            self.version += 1
+        self.decodes.remove(self._by_id.pop(request_id).slot)
+        self._batch = None
+
+    def batch(self, ids: list[str]) -> Batch:
+        """The requests of a step."""
+        if self._batch is None or self._batch.ids != ids:
+            self._batch = Batch.of([self._by_id[request_id] for request_id in ids], self.engine)
+        return self._batch
 
     def __len__(self) -> int:
-        """Requests that are remembered."""
-        return len(self._indices)
+        return len(self._by_id)

@@ -1,27 +1,56 @@
-"""Counts the blocks of a request by its compact length instead of its tokens, and reuses them."""
+"""The blocks of one KV cache group of SepLLM layers, counted by compact length."""
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import BlockHashList, BlockHashWithGroupId, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.prefix_cache.shared_sources import SourcePins
+from vllm_sepllm.integration.scheduler.live_requests import (
+    GroupState,
+    LiveRequest,
+    LiveRequests,
+    RequestHashes,
+)
+from vllm_sepllm.integration.scheduler.shared_sources import SharedSources
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.step import checkpoint
 from vllm_sepllm.policy.visibility import Policy
 
-if TYPE_CHECKING:
-    from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
-    from vllm_sepllm.integration.scheduler.prefix_cache.cache import PrefixCache
-    from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
-    from vllm_sepllm.integration.scheduler.usage import KvUsage
+
+class RequestEvents(Protocol):
+    """What the managers of all groups tell and ask (coordinator.py has the one that answers).
+
+    Each manager says each thing of a request, so the first word counts and the others change
+    nothing.
+    """
+
+    requests: LiveRequests
+    num_staging: int
+
+    def find(
+        self, live: LiveRequest, max_length: int, group_ids: Sequence[int]
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """Blocks of the longest cached prefix, by group, and its tokens."""
+
+    def starts(self, live: LiveRequest, num_tokens: int) -> None:
+        """The request starts from a cached prefix of ``num_tokens`` tokens."""
+
+    def takes_part(self, live: LiveRequest) -> None:
+        """The request has its blocks for the step that is being scheduled."""
+
+    def all_take_part(self) -> None:
+        """All requests of the step have their blocks, and no block has changed yet."""
+
+    def leaves(self, live: LiveRequest) -> None:
+        """The request is about to lose its blocks."""
+
+    def may_wrap(self, live: LiveRequest) -> bool:
+        """Whether its tail may become a ring while it runs."""
 
 
 class SepLLMManager(SingleTypeKVCacheManager):
@@ -29,88 +58,45 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     The block table of a running request stays vLLM's own, append-only and shorter. Nothing is
     freed in mid-request, and no block that others may find is ever written: what is kept for them
-    is copied first, and a request that starts from it has copies of the blocks it will write.
+    is copied first (copy-on-write), and a request that starts from it has copies of the blocks
+    that it will write.
     """
 
-    _separators: "RequestSeparators"
-    _cache: "PrefixCache"
-    _tails: "SharedTails"
-    _num_staging: int
+    # vLLM makes a manager of a spec alone; the coordinator takes it over before any request
+    events: RequestEvents
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, *args, **kwargs)
-        # the engine's; requests may have a window of their own
-        self.policy = kv_cache_spec.policy  # type: ignore[attr-defined]  # a SepLLMSpec
-        # of several groups, the one that speaks for all
-        self._is_first = True
-        # whom that one tells who starts from a prefix and who leaves; None: nobody asked
-        self.usage: KvUsage | None = None
-        # request -> block indices of its hit that must become its own
-        self._to_copy: dict[str, list[int]] = {}
-        self._pins = SourcePins(self.block_pool)
-        # request -> blocks that others may find and that it overwrites in this step, their keys
-        self._overwritten: defaultdict[str, list[tuple[KVCacheBlock, BlockHashWithGroupId]]]
-        self._overwritten = defaultdict(list)
-        # request -> range of its token counts, ends included, that take the same number of blocks
-        self._same_blocks: dict[str, tuple[int, int, int]] = {}
+        self.sources = SharedSources(self.block_pool)
+        # requests of the step that is being scheduled that overwrite blocks others may find
+        self._overwriting: list[LiveRequest] = []
 
-    def bind(
-        self,
-        separators: "RequestSeparators",
-        cache: "PrefixCache",
-        tails: "SharedTails",
-        num_staging: int,
-        *,
-        is_first: bool,
-    ) -> None:
-        """Give the manager the requests' tokens; the scheduler does so before any request.
-
-        Args:
-            separators: of the scheduler's requests.
-            cache: shared by the managers of all SepLLM groups.
-            tails: shared as well.
-            num_staging: entries of each request beyond its compact length.
-            is_first: of those managers; it speaks for all.
-        """
-        self._separators = separators
-        self._cache = cache
-        self._tails = tails
-        self._num_staging = num_staging
-        self._is_first = is_first
+    def group_state(self, live: LiveRequest) -> GroupState:
+        """What the request holds in this group."""
+        return live.holding.groups[self.kv_cache_group_id]
 
     # ------------------------------------------------------------------ block accounting
 
-    def _num_spilled(self, request_id: str, num_tokens: int) -> int:
-        left = layout.num_left_window(self._separators.policy_of(request_id), num_tokens)
-        return self._separators.count_below(request_id, left)
-
-    def _num_entries(self, request_id: str, num_tokens: int) -> int:
-        """Compact length of the request after ``num_tokens`` tokens."""
-        num_spilled = self._num_spilled(request_id, num_tokens)
-        policy = self._separators.policy_of(request_id)
-        return layout.compact_length(policy, num_tokens, num_spilled)
-
-    def num_blocks(self, request_id: str, num_tokens: int) -> int:
-        """Blocks the request holds once ``num_tokens`` of its tokens are computed."""
-        first, last, known = self._same_blocks.get(request_id, (0, -1, 0))
-        if first <= num_tokens <= last:
-            return known
-        entries = self._num_entries(request_id, num_tokens)
-        num_blocks = cdiv(entries, self.block_size)
+    def num_blocks(self, live: LiveRequest, num_tokens: int) -> int:
+        """Blocks of the request once ``num_tokens`` of its tokens are computed."""
+        known = self.group_state(live)
+        if known.first_tokens <= num_tokens <= known.last_tokens:
+            return known.num_blocks
+        entries = live.compact_length(num_tokens)
+        known.num_blocks = cdiv(entries, self.block_size)
         # a token adds one entry at most, and never takes one away
-        room = num_blocks * self.block_size - entries
-        self._same_blocks[request_id] = (num_tokens, num_tokens + room, num_blocks)
-        return num_blocks
+        room = known.num_blocks * self.block_size - entries
+        known.first_tokens, known.last_tokens = num_tokens, num_tokens + room
+        return known.num_blocks
 
-    def _num_blocks_to_hold(self, request_id: str, num_tokens: int) -> int:
-        if not self._num_staging:
-            return self.num_blocks(request_id, num_tokens)
-        entries = self._num_entries(request_id, num_tokens) + self._num_staging
-        return cdiv(entries, self.block_size)
+    def _num_blocks_to_hold(self, live: LiveRequest, num_tokens: int) -> int:
+        if not self.events.num_staging:
+            return self.num_blocks(live, num_tokens)
+        return cdiv(live.compact_length(num_tokens) + self.events.num_staging, self.block_size)
 
     def most_blocks(self, policy: Policy, num_tokens: int) -> int:
         """The most that a request of ``num_tokens`` tokens can hold, whatever its tokens are."""
-        entries = layout.max_compact_length(policy, num_tokens) + self._num_staging
+        entries = layout.max_compact_length(policy, num_tokens) + self.events.num_staging
         return cdiv(entries, self.block_size)
 
     def get_num_blocks_to_allocate(
@@ -125,11 +111,11 @@ class SepLLMManager(SingleTypeKVCacheManager):
         prefill_end: int = 0,
     ) -> int:
         """See the base class; a hit also costs copies of the blocks that will be written."""
+        live = self.events.requests[request_id]
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        num_new = max(0, self._num_blocks_to_hold(request_id, num_tokens) - held)
+        num_new = max(0, self._num_blocks_to_hold(live, num_tokens) - held)
         if new_computed_blocks:
-            hit = new_computed_blocks, num_local_computed_tokens
-            num_new += len(self._unshared(request_id, *hit))
+            num_new += len(self.to_own(live, num_local_computed_tokens, new_computed_blocks))
             num_new += self._get_num_evictable_blocks(new_computed_blocks)
         return num_new
 
@@ -137,15 +123,12 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """See the base class; ``num_tokens`` are the request's, not compact entries."""
-        request = self._separators.request(request_id)
-        # asked for every request of every step
-        copies = self._copy_hit_blocks(request_id) if request_id in self._to_copy else []
+        live = self.events.requests[request_id]
+        copies = self._copy_hit_blocks(live) if self.group_state(live).to_copy else []
         if self.enable_caching:
-            self._note_overwritten(request, num_tokens)
-            if self._is_first:
-                self._cache.note_step(request)
-                self._tails.takes_part(request)
-        slots = self._num_blocks_to_hold(request_id, num_tokens) * self.block_size
+            self._note_overwritten(live, num_tokens)
+        self.events.takes_part(live)
+        slots = self._num_blocks_to_hold(live, num_tokens) * self.block_size
         return copies + super().allocate_new_blocks(request_id, slots, slots)
 
     # ------------------------------------------------------------------ starting from a prefix
@@ -163,7 +146,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         pcp_world_size: int = 1,
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix of the request, beyond a + n tokens the longest checkpoint."""
-        return self._cache.find(max_length, kv_cache_group_ids)
+        assert isinstance(block_hashes, RequestHashes), "LiveRequests.add replaces the hashes"
+        return self.events.find(block_hashes.live, max_length, kv_cache_group_ids)
 
     def add_local_computed_blocks(
         self,
@@ -172,93 +156,97 @@ class SepLLMManager(SingleTypeKVCacheManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        """See the base class; remembers which of the blocks the request must not share."""
+        """See the base class; remembers which of the blocks the request must own."""
         if not new_computed_blocks:
             return
         blocks = self.req_to_blocks[request_id]
         assert not blocks, "a hit comes before any block of one's own"
-        hit = new_computed_blocks, num_local_computed_tokens
-        self._to_copy[request_id] = self._unshared(request_id, *hit)
+        live = self.events.requests[request_id]
+        to_copy = self.to_own(live, num_local_computed_tokens, new_computed_blocks)
+        self.group_state(live).to_copy = to_copy
         self.block_pool.touch(new_computed_blocks)
         blocks.extend(new_computed_blocks)
         # vLLM's mark of a request that is past its lookup
         self.num_cached_block[request_id] = len(blocks)
-        if self.usage is not None:
-            self.usage.request_starts(request_id, num_local_computed_tokens)
+        self.events.starts(live, num_local_computed_tokens)
 
-    def _copy_hit_blocks(self, request_id: str) -> list[KVCacheBlock]:
-        """Replace the blocks the request will write by copies, made before the step's forward."""
-        indices = self._to_copy.pop(request_id)
+    def _copy_hit_blocks(self, live: LiveRequest) -> list[KVCacheBlock]:
+        """Replace the blocks that the request must own by copies, made before the forward."""
+        request_id, state = live.request.request_id, self.group_state(live)
+        indices, state.to_copy = state.to_copy, []
         sources = [self.req_to_blocks[request_id][index] for index in indices]
         copies = self.block_pool.get_new_blocks(len(indices))
         for index, source, copy in zip(indices, sources, copies, strict=True):
             self._apply_cow(request_id, index, source, copy)
-        if sources:
-            self._pins.copied(request_id, sources)
+        state.sources = self.sources.copied(sources)
         return copies
 
-    def _unshared(self, request_id: str, hit: Sequence[KVCacheBlock], num_tokens: int) -> list[int]:
-        """Blocks of a hit of ``num_tokens`` tokens that the request or another one will write."""
-        written = self.written_blocks(request_id, num_tokens)
-        if not self._stays_dense(request_id):
-            return written
-        # a block of a prefix has the same place in every request that holds it
-        used = [i for i, block in enumerate(hit) if block.ref_cnt > 0]
-        if not used:
-            return written
-        rings = [b for name, b in self.req_to_blocks.items() if not self._stays_dense(name)]
-        overwritten = {i for b in rings for i in used if i < len(b) and b[i] is hit[i]}
-        return sorted({*written, *overwritten})
+    def to_own(
+        self, live: LiveRequest, num_tokens: int, hit: Sequence[KVCacheBlock] = ()
+    ) -> list[int]:
+        """Block indices of a state that the request may not share, ascending.
 
-    def _stays_dense(self, request_id: str) -> bool:
-        """Whether the request ends within a + n tokens, so that its ring never goes round."""
-        request = self._separators.request(request_id)
-        longest = request.num_prompt_tokens + request.max_tokens
-        policy = self._separators.policy_of(request_id)
-        return longest <= policy.num_dense and not request.resumable
+        A block may be shared as long as nobody who runs writes into it again. Into these somebody
+        does: the ring's blocks, unless the request ends before its ring goes round; the tail's
+        last block, unless it is full; all blocks, if the tail may become a ring; and for a request
+        that would share its ring's blocks, those that another running request holds and will
+        overwrite.
 
-    def written_blocks(self, request_id: str, num_tokens: int) -> list[int]:
-        """Blocks of the request's state after ``num_tokens`` tokens that it would write later."""
-        stays_dense = self._stays_dense(request_id)
-        request = self._separators.request(request_id)
-        return checkpoint.written_blocks(
-            self._separators.policy_of(request_id),
+        Args:
+            live: whoever goes on from the state.
+            num_tokens: tokens of the state.
+            hit: its blocks, if the request starts from them; empty: they are its own already.
+        """
+        written = checkpoint.written_blocks(
+            live.policy,
             self.block_size,
             num_tokens,
-            self._num_spilled(request_id, num_tokens),
-            may_wrap=not stays_dense and self._tails.may_wrap(request),
-            stays_dense=stays_dense,
+            live.num_spilled(num_tokens),
+            may_wrap=not live.stays_dense and self.events.may_wrap(live),
+            stays_dense=live.stays_dense,
         )
+        # a block of a prefix has the same place in every request that holds it
+        used = [i for i, block in enumerate(hit) if block.ref_cnt > 0]
+        if not used or not live.stays_dense:
+            return written
+        requests = self.events.requests
+        rings = [b for name, b in self.req_to_blocks.items() if not requests[name].stays_dense]
+        overwritten = {i for b in rings for i in used if i < len(b) and b[i] is hit[i]}
+        return sorted({*written, *overwritten})
 
     # ------------------------------------------------------------------ leaving prefixes
 
     def state(
-        self, request_id: str, num_tokens: int, own: Mapping[int, KVCacheBlock] | None = None
+        self, live: LiveRequest, num_tokens: int, own: Mapping[int, KVCacheBlock] | None = None
     ) -> list[KVCacheBlock]:
         """Blocks of the request after ``num_tokens`` tokens, ``own`` in place of its own."""
-        blocks = self.req_to_blocks[request_id][: self.num_blocks(request_id, num_tokens)]
+        blocks = self.req_to_blocks[live.request.request_id][: self.num_blocks(live, num_tokens)]
         return [(own or {}).get(i, block) for i, block in enumerate(blocks)]
 
-    def _note_overwritten(self, request: Request, num_tokens: int) -> None:
-        start = request.num_computed_tokens
-        policy = self._separators.policy_of(request.request_id)
+    def _note_overwritten(self, live: LiveRequest, num_tokens: int) -> None:
+        start, policy = live.request.num_computed_tokens, live.policy
         # the ring goes round once over blocks that others may find
         if num_tokens <= policy.num_dense or start >= policy.num_dense + policy.window:
             return
-        blocks = self.req_to_blocks[request.request_id]
+        blocks = self.req_to_blocks[live.request.request_id]
+        state = self.group_state(live)
         for i in checkpoint.overwritten_blocks(policy, self.block_size, start, num_tokens):
             if i < len(blocks) and (key := blocks[i].block_hash) is not None:
-                self._overwritten[request.request_id].append((blocks[i], key))
+                state.overwritten.append((blocks[i], key))
+        if state.overwritten:
+            self._overwriting.append(live)
 
     def take_overwritten(self) -> list[KVCacheBlock]:
-        """Blocks that others may find and that this step overwrites; asked once per step."""
-        noted = list(chain.from_iterable(self._overwritten.values()))
-        self._overwritten.clear()
+        """Blocks that others may find and that this step overwrites; once per step."""
         blocks = []
-        for block, key in noted:
-            if block.block_hash == key:
-                self._pins.release(key)
-                blocks.append(block)
+        for live in self._overwriting:
+            # empty if the request was preempted in the same step
+            for block, key in self.group_state(live).overwritten:
+                if block.block_hash == key:
+                    self.sources.release(key)
+                    blocks.append(block)
+            self.group_state(live).overwritten.clear()
+        self._overwriting.clear()
         return blocks
 
     def copy_block(self, block: KVCacheBlock, copy: KVCacheBlock) -> None:
@@ -268,23 +256,12 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
     def take_pending_cow_copies(self) -> list[tuple[KVCacheBlock, KVCacheBlock]]:
         """See the base class; vLLM asks once all requests of a step are scheduled."""
-        if self.enable_caching and self._is_first:
-            self._cache.plan_copies()
+        self.events.all_take_part()
         return super().take_pending_cow_copies()
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """See the base class; the state of a request that ends is kept."""
-        if self._is_first:
-            self._cache.request_leaves(request_id)
-            self._tails.leaves(request_id)
-        if self.usage is not None:
-            self.usage.request_leaves(request_id)
-        self._to_copy.pop(request_id, None)
-        self._pins.leaves(request_id)
-        # preempted in the step that it would have overwritten them in
-        self._overwritten.pop(request_id, None)
-        self._separators.staged.pop(request_id, None)
-        self._same_blocks.pop(request_id, None)
+        self.events.leaves(self.events.requests[request_id])
         return super().pop_blocks_for_free(request_id)
 
     def cache_blocks(

@@ -4,13 +4,11 @@ Nothing flows back from the workers: what is kept depends on token ids and posit
 """
 
 import time
-from functools import partial
 from typing import Any
 
 from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
-from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -21,20 +19,17 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.request import Request, StreamingUpdate
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
-from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.frontend import request_choices
-from vllm_sepllm.integration.scheduler.coordinator import bind_managers, most_blocks
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
-from vllm_sepllm.integration.scheduler.shared_tails import SharedTails
+from vllm_sepllm.integration.log import logger
+from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.integration.wire import choices
+from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import max_proposed
-from vllm_sepllm.integration.worker.current_step import attach_plan
-from vllm_sepllm.policy.separators.rules import flags
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.step.plan import StepPlan
-
-# vLLM logs through the handlers of the logger "vllm"; ours must be its child to be seen
-logger = init_logger("vllm.plugins.sepllm")
+from vllm_sepllm.policy.visibility import Policy
 
 
 class _SepLLMMixin(Scheduler):
@@ -42,36 +37,25 @@ class _SepLLMMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
-        vocab_size = self.vllm_config.model_config.get_vocab_size()
-        separator_ids = [int(i) for i in config.separators]
-        self._limits = request_choices.request_limits(self.vllm_config)
-        # requests that wait for their end: what they ask for cannot be served
-        self._refused: set[str] = set()
-        self._separators = RequestSeparators(
-            config.policy,
-            flags(separator_ids, vocab_size),
-            self.requests,
-            config.interval,
-            partial(request_choices.policy_of, self._limits),
-        )
+        config = read_config(self.vllm_config)
+        self._limits = choices.request_limits(self.vllm_config, config)
+        self._live = LiveRequests(config.separators, config.policy)
         most_proposed = max_proposed(self.vllm_config)
-        self._tails = SharedTails(self._separators, max(1, most_proposed))
-        assert config.checkpoint_interval is not None, "resolved at start-up"
-        self._prefix_cache = bind_managers(
+        self._coordinator = SepLLMCoordinator(
             self.kv_cache_manager.coordinator,
-            self._separators,
+            self._live,
             config.checkpoint_interval,
-            staging.num_entries(most_proposed),
-            self._tails,
+            num_staging=staging.num_entries(most_proposed),
+            most_per_step=max(1, most_proposed),
         )
+        self._prefix_cache = self._coordinator.prefix_cache
         self._planner = StepPlanner(
-            self._separators,
+            self._live,
             self._prefix_cache.plan_checkpoints,
             self._prefix_cache.interval_of,
             most_proposed,
         )
-        self._usage = self._prefix_cache.watch(self.max_model_len) if self.log_stats else None
+        self._usage = self._coordinator.watch(self.max_model_len) if self.log_stats else None
 
     def make_stats(
         self,
@@ -92,41 +76,56 @@ class _SepLLMMixin(Scheduler):
     def add_request(self, request: Request) -> None:
         """See vLLM's Scheduler.add_request; a request may choose its own policy."""
         if request.request_id not in self.requests:
-            try:
-                self._take_choice(request)
-            except ValueError as error:
-                logger.warning(
-                    "sepllm: request %s ends with an error: %s.", request.request_id, error
-                )
-                self._refused.add(request.request_id)
+            self._take_in(request)
         super().add_request(request)
 
-    def _take_choice(self, request: Request) -> None:
-        policy = request_choices.policy_of(self._limits, request)
-        if policy != self._limits.engine:
-            kv = self.kv_cache_manager
-            longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-            needed = most_blocks(kv.coordinator, policy, request, longest)
-            request_choices.check_fits(needed, kv.block_pool.num_gpu_blocks - 1, longest)
-        salt = request_choices.salted(self._limits, policy, request.cache_salt)
+    def _take_in(self, request: Request) -> None:
+        policy, refusal = self._limits.engine, None
+        try:
+            policy = self._policy_of(request)
+        except ValueError as error:
+            refusal = str(error)
+            logger.warning("sepllm: request %s ends with an error: %s.", request.request_id, error)
+        salt = choices.salted(self._limits, policy, request.cache_salt)
         if salt != request.cache_salt:
             request.cache_salt = salt
             request.block_hashes.clear()
             request.update_block_hashes()
+        self._live.add(request, policy, refusal)
+
+    def _policy_of(self, request: Request) -> Policy:
+        """The policy that a request chooses.
+
+        Raises:
+            ValueError: if the engine does not serve it, or if its cache would never fit.
+        """
+        policy = choices.policy_of(self._limits, request)
+        if policy != self._limits.engine:
+            longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+            needed = self._coordinator.most_blocks(policy, request, longest)
+            num_blocks = self.kv_cache_manager.block_pool.num_gpu_blocks - 1
+            choices.check_fits(needed, num_blocks, longest)
+        return policy
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
-        """A refused request is not scheduled; vLLM ends it as one whose grammar is wrong."""
-        if request.request_id in self._refused:
+        """Whether vLLM may schedule the request now.
+
+        A refused one never; vLLM ends it as one whose grammar is wrong. One that begins like a
+        running prefill waits for what that leaves in the prefix cache.
+        """
+        live = self._live[request.request_id]
+        if live.refusal is not None:
             self.grammar_compile_error_reqs.add(request.request_id)
             return False
         is_ready: bool = super()._handle_blocked_waiting_request(request)
-        return is_ready
+        is_cached = self._prefix_cache.is_enabled
+        return is_ready and not (is_cached and self._prefix_cache.must_wait(live))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See vLLM's Scheduler.schedule; requests whose tail becomes a ring begin anew before."""
         if self._pause_state != PauseState.PAUSED_ALL:
             # the last one first, so that they wait in their order
-            for request in reversed(self._tails.near_the_bound(self.running)):
+            for request in reversed(self._coordinator.shared_tails.near_the_bound(self.running)):
                 self._begin_anew(request)
         output: SchedulerOutput = super().schedule(throttle_prefills)
         return output
@@ -154,12 +153,11 @@ class _SepLLMMixin(Scheduler):
         return plan
 
     def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
-        with self._prefix_cache.looking_up(request):
-            hit: tuple[KVCacheBlocks, int, int, bool]
-            hit = super()._get_local_prefix_cache_hit(request)
+        kv, cache = self.kv_cache_manager, self._prefix_cache
+        hit: tuple[KVCacheBlocks, int, int, bool]
+        hit = super()._get_local_prefix_cache_hit(request)
         blocks, num_tokens, _, _ = hit
-        kv = self.kv_cache_manager
-        if num_tokens and not self._prefix_cache.fits(kv, request, blocks, num_tokens):
+        if num_tokens and not cache.fits(kv, request, blocks, num_tokens):
             return kv.empty_kv_cache_blocks, 0, 0, False
         return hit
 
@@ -169,22 +167,19 @@ class _SepLLMMixin(Scheduler):
         Drafts that turned out right wait for a step that goes on from them: with new input behind
         them, the session begins anew.
         """
-        has_staged = session.request_id in self._separators.staged
+        live = self._live[session.request_id]
+        has_staged = live.holding.staged is not None
         if has_staged:
             self.kv_cache_manager.free(session)
-        self._separators.truncate(session.request_id, session.num_computed_tokens)
+        self._live.truncate(live, session.num_computed_tokens)
         super()._update_request_as_session(session, update)
         if has_staged:
             session.num_computed_tokens = 0
 
-    def _free_request(
-        self, request: Request, delay_free_blocks: bool = False
-    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        freed: tuple[dict[str, Any] | None, dict[str, Any] | None]
-        freed = super()._free_request(request, delay_free_blocks)
-        self._separators.forget(request.request_id)
-        self._refused.discard(request.request_id)
-        return freed
+    def _free_blocks(self, request: Request) -> None:
+        """See vLLM's Scheduler._free_blocks, which forgets the request; so do we."""
+        super()._free_blocks(request)
+        self._live.forget(request.request_id)
 
 
 class SepLLMScheduler(_SepLLMMixin, Scheduler):

@@ -1,4 +1,4 @@
-"""Which requests may share their tail: those whose tail will not become a ring.
+"""Sharing of tails: a running request may share its tail until the tail becomes a ring.
 
 With ``max_separators`` separators in it the tail is a ring, too, and its blocks are written again.
 How many separators an answer will have nobody knows, and most requests may be as long as the model
@@ -7,76 +7,70 @@ goes on with copies of everything.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from vllm.v1.request import Request
 
-if TYPE_CHECKING:
-    from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests
 
 # steps between two looks at the running requests
 _STEPS = 16
-# of those that a look comes too late by: also the steps that are in flight
+# safety factor: steps already in flight when we look
 _MARGIN = 4
 _NEVER = 1 << 62
 
 
 class SharedTails:
-    """The running requests whose tail others may read."""
+    """Finds the running requests that must stop sharing their tail."""
 
-    def __init__(self, separators: "RequestSeparators", most_per_step: int) -> None:
+    def __init__(self, requests: LiveRequests, most_per_step: int) -> None:
         """``most_per_step``: tokens that a request can gain in a step."""
-        self._separators = separators
-        self._limit = separators.policy.max_separators
+        self._requests = requests
+        self._limit = requests.engine.max_separators
         self._slack = _STEPS * _MARGIN * most_per_step
         self._num_steps = 0
-        # request -> the number of tokens from which on it may be near the bound
-        self._due: dict[str, int] = {}
 
-    def may_wrap(self, request: Request) -> bool:
+    def may_wrap(self, live: LiveRequest) -> bool:
         """Whether the tail of the request may become a ring soon, or at any time in a session."""
         if self._limit is None:
             return False
-        # who did not share from the start is not looked at
-        shares_nothing = self._due.get(request.request_id) == _NEVER
-        return shares_nothing or request.resumable or self._room(request) < 0
+        # a request that did not share from the start is not looked at
+        shares_nothing = live.holding.next_look == _NEVER
+        return shares_nothing or live.request.resumable or self._room(live) < 0
 
-    def _room(self, request: Request) -> int:
-        """Separators that it may still get before it is near the bound; below 0: it is.
+    def _room(self, live: LiveRequest) -> int:
+        """Separators that the request may still get before it is near the bound; below 0: it is.
 
-        What it may generate counts as separators, up to what the next look comes too late by. Once
-        all of that fits, it always will.
+        Tokens that it may generate until the next look count as separators. Once all that it may
+        ever generate fits, it always will.
         """
         assert self._limit is not None, "asked of a tail with a bound"
-        known = request.num_tokens
-        unknown = max(0, request.num_prompt_tokens + request.max_tokens - known)
-        num_separators = self._separators.count_below(request.request_id, known)
+        request = live.request
+        unknown = max(0, request.num_prompt_tokens + request.max_tokens - request.num_tokens)
+        num_separators = live.count_below(request.num_tokens)
         return self._limit - num_separators - min(unknown, self._slack)
 
-    def takes_part(self, request: Request) -> None:
+    def takes_part(self, live: LiveRequest) -> None:
         """The request is in the step that is being scheduled."""
-        if self._limit is not None and request.request_id not in self._due:
-            is_near = self.may_wrap(request)
-            self._due[request.request_id] = _NEVER if is_near else self._look_at(request)
+        if self._limit is not None and live.holding.next_look is None:
+            is_near = self.may_wrap(live)
+            live.holding.next_look = _NEVER if is_near else self._next_look(live)
 
-    def _look_at(self, request: Request) -> int:
-        return request.num_tokens + self._room(request) + 1
-
-    def leaves(self, request_id: str) -> None:
-        """The request has lost its blocks."""
-        self._due.pop(request_id, None)
+    def _next_look(self, live: LiveRequest) -> int:
+        return live.request.num_tokens + self._room(live) + 1
 
     def near_the_bound(self, running: Iterable[Request]) -> list[Request]:
-        """Of the running requests those that must not share any longer; asked before each step."""
+        """The running requests that must not share any longer; asked before each step."""
         self._num_steps += 1
-        if self._num_steps % _STEPS:
+        if self._limit is None or self._num_steps % _STEPS:
             return []
         found = []
         for request in running:
-            if request.num_tokens < self._due.get(request.request_id, _NEVER):
+            live = self._requests[request.request_id]
+            next_look = live.holding.next_look
+            if next_look is None or request.num_tokens < next_look:
                 continue
-            if self.may_wrap(request):
+            if self.may_wrap(live):
                 found.append(request)
             else:
-                self._due[request.request_id] = self._look_at(request)
+                live.holding.next_look = self._next_look(live)
         return found

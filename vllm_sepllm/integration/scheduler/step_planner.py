@@ -1,54 +1,20 @@
 """Plans the steps of a scheduler: decode rows all at once, others one by one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder, row_windows
+from vllm_sepllm.integration.scheduler.live_requests import Batch, LiveRequest, LiveRequests
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
+from vllm_sepllm.policy.step.staging import propose
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
 # request, start and end of its step -> checkpoints that the step leaves
-PlanCheckpoints = Callable[[Request, int, int], tuple[PlannedCheckpoint, ...]]
+PlanCheckpoints = Callable[[LiveRequest, int, int], tuple[PlannedCheckpoint, ...]]
 
 _NUM_COMPUTED = attrgetter("num_computed_tokens")  # a step reads it of every request
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Requests that were scheduled together, as long as none comes, goes or is truncated.
-
-    Attributes:
-        version: of the requests' separators when the rest was looked up.
-        ids: [num_rows] request ids.
-        rows: request id -> row.
-        requests: [num_rows].
-        slots: [num_rows], in the table of decodes.
-        window: [num_rows], as in StepPlan.
-    """
-
-    version: int
-    ids: list[str]
-    rows: dict[str, int]
-    requests: list[Request]
-    slots: IntArray
-    window: IntArray | None
-
-    def subset(self, chosen: list[int]) -> "_Batch":
-        """The batch of some of its rows."""
-        ids = [self.ids[row] for row in chosen]
-        return _Batch(
-            version=self.version,
-            ids=ids,
-            rows={request_id: row for row, request_id in enumerate(ids)},
-            requests=[self.requests[row] for row in chosen],
-            slots=self.slots[chosen],
-            window=None if self.window is None else self.window[chosen],
-        )
 
 
 class StepPlanner:
@@ -56,7 +22,7 @@ class StepPlanner:
 
     def __init__(
         self,
-        separators: RequestSeparators,
+        live: LiveRequests,
         plan_checkpoints: PlanCheckpoints,
         interval: Callable[[Policy], int],
         max_proposed: int = 0,
@@ -64,108 +30,82 @@ class StepPlanner:
         """Plan the steps of one scheduler.
 
         Args:
-            separators: of its requests.
+            live: its requests.
             plan_checkpoints: says which checkpoints a step leaves; asked of every step that leaves
                 the rows of ``DecodeTable``.
             interval: of a policy: beyond a + n tokens, decode steps leave checkpoints at its
                 multiples only.
             max_proposed: most tokens that a step of speculative decoding proposes; 0: none.
         """
-        self._separators = separators
+        self._live = live
         self._plan_checkpoints = plan_checkpoints
         self._interval = interval
         self._max_proposed = max_proposed
-        self._batch = _Batch(0, [], {}, [], np.zeros(0, dtype=np.int64), None)
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of a step, while ``num_computed_tokens`` still is the start of the step."""
         if self._max_proposed:
             return self._plan_proposing(output)
         num_new = output.num_scheduled_tokens
-        batch = self._batch_of(list(num_new))
+        batch = self._live.batch(list(num_new))
         others: list[int] = []
         if output.total_num_scheduled_tokens > len(num_new):
             others = [row for row, size in enumerate(num_new.values()) if size > 1]
         start = np.fromiter(map(_NUM_COMPUTED, batch.requests), np.int64, len(batch.ids))
-        for row in self._separators.decodes.unknown(batch.slots, start).tolist():
-            if num_new[batch.ids[row]] == 1 and not self._look_up(batch, row):
+        for row in self._live.decodes.unknown(batch.slots, start).tolist():
+            if num_new[batch.ids[row]] == 1 and not self._look_up(batch.live[row]):
                 others.append(row)
         if not others:
             return self._decodes(batch, start)
         single = sorted(set(range(len(start))).difference(others))
-        builder = StepPlanBuilder(self._separators.policy)
+        builder = StepPlanBuilder(self._live.engine)
         for row in others:
-            self._add(builder, batch.requests[row], num_new[batch.ids[row]])
+            self._add(builder, batch.live[row], num_new[batch.ids[row]])
         return builder.build_after(self._decodes(batch.subset(single), start[single]))
 
-    def _batch_of(self, ids: list[str]) -> _Batch:
-        batch, separators = self._batch, self._separators
-        if ids == batch.ids and batch.version == separators.version:
-            return batch
-        slots = np.array([separators.slot(request_id) for request_id in ids], dtype=np.int64)
-        self._batch = _Batch(
-            version=separators.version,
-            ids=ids,
-            rows={request_id: row for row, request_id in enumerate(ids)},
-            requests=[separators.request(request_id) for request_id in ids],
-            slots=slots,
-            window=row_windows(
-                [separators.policy_of(request_id).window for request_id in ids], separators.policy
-            ),
-        )
-        return self._batch
-
-    def _look_up(self, batch: _Batch, row: int) -> bool:
+    def _look_up(self, live: LiveRequest) -> bool:
         """Prepare a step of one token; False if it may leave a checkpoint: it is planned alone."""
-        request = batch.requests[row]
+        request, policy = live.request, live.policy
         start = request.num_computed_tokens
-        index = self._separators.index(request.request_id)
-        interval = self._interval(index.policy)
+        interval = self._interval(policy)
         # the step that reaches position P = start + 1 leaves the checkpoint at P
         stop = (start + interval) // interval * interval - 1
-        is_dense = start < index.policy.num_dense
-        if is_dense or start < request.num_prompt_tokens or start == stop:
+        if start < policy.num_dense or start < request.num_prompt_tokens or start == stop:
             return False
-        self._separators.decodes.look_up(
-            int(batch.slots[row]), index, request._all_token_ids, start, stop
-        )
+        self._live.decodes.look_up(live.slot, live.index, request._all_token_ids, start, stop)
         return True
 
-    def _decodes(self, batch: _Batch, start: IntArray) -> StepPlan:
-        num_spilled, spills = self._separators.decodes.step(batch.slots, start)
-        return StepPlan(
-            batch.rows,
-            start,
-            num_spilled,
-            spills,
-            separators={},
-            checkpoints={},
-            window=batch.window,
-        )
+    def _decodes(self, batch: Batch, start: IntArray) -> StepPlan:
+        num_spilled, spills = self._live.decodes.step(batch.slots, start)
+        return StepPlan(batch.rows, start, num_spilled, spills, batch.policy)
 
-    def _add(self, plan: StepPlanBuilder, request: Request, num_new_tokens: int) -> None:
+    def _add(self, plan: StepPlanBuilder, live: LiveRequest, num_new_tokens: int) -> None:
+        request = live.request
         start = request.num_computed_tokens
         plan.add(
             request.request_id,
-            self._separators.index(request.request_id),
+            live.index,
             request._all_token_ids,
             start,
             num_new_tokens,
-            self._plan_checkpoints(request, start, start + num_new_tokens),
+            self._plan_checkpoints(live, start, start + num_new_tokens),
         )
 
     def _plan_proposing(self, output: SchedulerOutput) -> StepPlan:
         """A step of speculative decoding, in which the next step of a request starts anywhere."""
-        plan = StepPlanBuilder(self._separators.policy)
+        plan = StepPlanBuilder(self._live.engine)
         drafts = output.scheduled_spec_decode_tokens
         for name, num_new_tokens in output.num_scheduled_tokens.items():
-            request = self._separators.request(name)
+            live = self._live[name]
             if name not in drafts and num_new_tokens > 1:
-                assert name not in self._separators.staged, "a prefill follows no drafts"
-                self._add(plan, request, num_new_tokens)
+                assert live.holding.staged is None, "a prefill follows no drafts"
+                self._add(plan, live, num_new_tokens)
                 continue
-            start, num_drafts = request.num_computed_tokens, len(drafts.get(name, ()))
-            commit, staged = self._separators.propose(name, start, num_drafts, self._max_proposed)
-            index = self._separators.index(name)
-            plan.add_proposing(name, index, request._all_token_ids, start, commit, staged)
+            start, num_drafts = live.request.num_computed_tokens, len(drafts.get(name, ()))
+            live.num_spilled(start)  # takes in the tokens that have left the window
+            commit, staged = propose(
+                live.index, live.holding.staged, start, num_drafts, self._max_proposed
+            )
+            live.holding.staged = staged
+            plan.add_proposing(name, live.index, live.request._all_token_ids, start, commit, staged)
         return plan.build()

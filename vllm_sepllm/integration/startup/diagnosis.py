@@ -11,8 +11,10 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
-from vllm_sepllm.integration.contracts import CONTRACTS
+from vllm_sepllm.integration.contracts import check
+from vllm_sepllm.integration.patch import is_wrapped
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+from vllm_sepllm.integration.wire.config import read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +40,18 @@ def platform() -> str:
 def is_registered() -> bool:
     """Whether vLLM, loading its plugins as it does at every start, comes to know our name."""
     load_general_plugins()  # type: ignore[no-untyped-call]
-    wraps_arguments = getattr(EngineArgs.create_engine_config, "is_sepllm", False)
+    wraps_arguments = is_wrapped(EngineArgs, "create_engine_config")
     return wraps_arguments and BACKEND_NAME in AttentionBackendEnum.__members__
 
 
 def num_contracts() -> int:
-    """How many of vLLM's names the seam leans on."""
-    return len(CONTRACTS)
+    """How many of vLLM's names an engine leans on."""
+    return len(check.contracts(check.installed()))
 
 
 def broken_contracts() -> list[str]:
-    """What of them the installed vLLM does not keep, one line each."""
-    broken = []
-    for contract in CONTRACTS:
-        try:
-            message = contract.broken()
-        except (ImportError, TypeError, ValueError) as error:
-            message = f"{contract.where}: {error} ({contract.why})"
-        if message:
-            broken.append(message)
-    return broken
+    """Those that the installed vLLM does not keep, one line each."""
+    return check.broken(check.installed())
 
 
 def judge(model: str, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Verdict:
@@ -72,7 +66,7 @@ def judge(model: str, arguments: Mapping[str, Any], config: Mapping[str, Any]) -
     made = _configured({"model": model, **arguments, **selected})
     if isinstance(made, str):
         return Verdict(made, refusal({"model": model, **arguments}) is not None, {})
-    return Verdict(None, False, _settings(made))
+    return Verdict(None, False, _settings(made, config))
 
 
 def refusal(arguments: Mapping[str, Any]) -> str | None:
@@ -100,13 +94,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _settings(vllm_config: VllmConfig) -> dict[str, Any]:
-    additional_config = vllm_config.additional_config
-    assert isinstance(additional_config, dict), "apply_selection writes a dict"
-    resolved = additional_config[ADDITIONAL_CONFIG_KEY]
-    # what is None after resolving does not apply
-    config = {name: value for name, value in resolved.items() if value is not None}
-    num_separators = len(config.pop("separators"))
+def _settings(vllm_config: VllmConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    resolved = read_config(vllm_config).to_json()
+    # what start-up alone needed: decode_backend, and a preset that stands for other settings
+    others = {name: value for name, value in given.items() if name not in resolved}
+    config = resolved | {name: value for name, value in others.items() if value is not None}
+    num_separators = len(config.pop("separators", ()))
     return {
         **config,
         "num_separator_ids": num_separators,

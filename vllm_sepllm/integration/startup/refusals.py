@@ -10,10 +10,9 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
-from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
-from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
+from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME, FP8_CACHE_DTYPES
 from vllm_sepllm.integration.wire.spec import max_proposed
-from vllm_sepllm.integration.worker.layers import FP8_CACHE_DTYPES
 from vllm_sepllm.policy.step import staging
 
 # drafters with caches of their own, or none
@@ -92,15 +91,14 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
             raise ValueError(f"sepllm does not support {reason}")
 
 
-def check_drafts(vllm_config: VllmConfig) -> None:
-    """Refuse more draft tokens than can be staged; the policy is resolved.
+def check_drafts(vllm_config: VllmConfig, window: int) -> None:
+    """Refuse more draft tokens than can be staged beside the window of the engine's policy.
 
     Raises:
         ValueError: naming the remedy.
     """
     if vllm_config.speculative_config is None:
         return
-    window = SepLLMConfig.from_additional_config(vllm_config.additional_config).window
     if staging.num_entries(max_proposed(vllm_config)) > window:
         raise ValueError(
             f"sepllm does not support {vllm_config.num_speculative_tokens} draft tokens with a "

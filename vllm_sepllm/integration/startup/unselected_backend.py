@@ -1,13 +1,14 @@
 """What the name ``SEPLLM`` resolves to if vLLM looks the backend class up by itself."""
 
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from vllm.platforms import current_platform
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.selector import AttentionSelectorConfig
 
+from vllm_sepllm.integration.patch import wrap_once
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
 
 
@@ -43,7 +44,7 @@ class SepLLMBackend(AttentionBackend):
 
 
 def install() -> None:
-    """Let vLLM's CPU platform look our name up, once per process.
+    """Let vLLM's CPU platform look our name up; once per process.
 
     It answers with its own backend whatever is asked for (vLLM 0.32), so an engine that was not
     set up by EngineArgs would serve with full attention without a word.
@@ -53,22 +54,16 @@ def install() -> None:
     # not at the top: this module also loads where that platform is not the current one
     from vllm.platforms.cpu import CpuPlatform
 
-    original = CpuPlatform.get_attn_backend_cls.__func__  # type: ignore[attr-defined]
-    if getattr(original, "is_sepllm", False):
-        return
+    wrap_once(CpuPlatform, "get_attn_backend_cls", _get_attn_backend_cls)
 
-    def get_attn_backend_cls(
-        cls: type[Platform],
-        selected_backend: AttentionBackendEnum,
-        attn_selector_config: AttentionSelectorConfig,
-        num_heads: int | None = None,
-    ) -> str:
-        if selected_backend and selected_backend.name == BACKEND_NAME:
-            return selected_backend.get_path()
-        path: str = original(cls, selected_backend, attn_selector_config, num_heads)
-        return path
 
-    setattr(get_attn_backend_cls, "is_sepllm", True)  # noqa: B010  # a function has no such field
-    CpuPlatform.get_attn_backend_cls = classmethod(  # type: ignore[method-assign, assignment]
-        get_attn_backend_cls
-    )
+def _get_attn_backend_cls(
+    original: Callable[..., str],
+    cls: type[Platform],
+    selected_backend: AttentionBackendEnum | None,
+    *args: Any,
+    **kwargs: Any,
+) -> str:
+    if selected_backend and selected_backend.name == BACKEND_NAME:
+        return selected_backend.get_path()
+    return original(cls, selected_backend, *args, **kwargs)

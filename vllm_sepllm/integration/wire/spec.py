@@ -2,26 +2,43 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Self
+from pkgutil import resolve_name
+from typing import Any, Self
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry, register_kv_cache_spec
 
-from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.policy.layout import max_compact_length
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.visibility import Policy
+
+_MANAGER = "vllm_sepllm.integration.scheduler.manager:SepLLMManager"
 
 # vLLM 0.32 registers its own specs on first use, and only while its table is empty: a plugin that
 # comes first would leave every built-in spec without a manager.
 KVCacheSpecRegistry.check_kv_cache_spec_registry({})
 
 
+class _ManagerByName(SingleTypeKVCacheManager):
+    """Makes a SepLLMManager.
+
+    vLLM's registry wants the manager's class in every process that has the spec, workers included,
+    and only the scheduler makes one; so no other process loads the manager's module. Of the class
+    itself vLLM reads nothing that SepLLMManager overrides.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> SingleTypeKVCacheManager:  # type: ignore[misc]
+        """The manager, which is no instance of this class."""
+        manager: SingleTypeKVCacheManager = resolve_name(_MANAGER)(*args, **kwargs)
+        return manager
+
+
 # Not a FullAttentionSpec: FullAttentionSpec.merge accepts subclasses and drops their fields, so a
 # model with full_layers would silently become one full-attention group.
-@register_kv_cache_spec(manager_class=SepLLMManager)
+@register_kv_cache_spec(manager_class=_ManagerByName)
 @dataclass(frozen=True, kw_only=True)
 class SepLLMSpec(AttentionSpec):
     """A layer that holds the compact entries of each request (policy/layout.py).

@@ -1,4 +1,4 @@
-"""The plan's way from the scheduler's output to the metadata builders of one worker."""
+"""The plan of the step that a worker is executing, for its metadata builders."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -7,17 +7,9 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
+from vllm_sepllm.integration.wire.plan import attached_plan
 from vllm_sepllm.policy.step.plan import BatchRows, StepPlan
-from vllm_sepllm.policy.visibility import IntArray
-
-# vLLM's SchedulerOutput has no field for plugins; it is a plain dataclass, so an attribute of our
-# own travels with it through every executor's pickling.
-_PLAN_ATTRIBUTE = "sepllm_plan"
-
-
-def attach_plan(scheduler_output: SchedulerOutput, plan: StepPlan) -> None:
-    """Send ``plan`` to the workers with this step."""
-    setattr(scheduler_output, _PLAN_ATTRIBUTE, plan)
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
 
 class CurrentStep:
@@ -26,20 +18,24 @@ class CurrentStep:
     def __init__(self) -> None:
         self._plan: StepPlan | None = None
         self._afterwards: list[Callable[[], None]] = []
-        self._is_warm_up = False
+        # of the engine, while the worker warms up
+        self._warm_up_policy: Policy | None = None
         # the last batch: most steps have the same requests in the same order
         self._ids: Sequence[str] = ()
         self._rows: dict[str, int] = {}
         self._order = np.zeros(0, dtype=np.int64)
 
     @contextmanager
-    def warm_up(self) -> Iterator[None]:
-        """Accept steps that the worker makes up itself: they have requests, but no scheduler."""
-        self._is_warm_up = True
+    def warm_up(self, policy: Policy) -> Iterator[None]:
+        """Accept steps that the worker makes up itself: they have requests, but no scheduler.
+
+        ``policy`` is the engine's.
+        """
+        self._warm_up_policy = policy
         try:
             yield
         finally:
-            self._is_warm_up = False
+            self._warm_up_policy = None
 
     @contextmanager
     def of(self, scheduler_output: SchedulerOutput) -> Iterator[None]:
@@ -48,10 +44,10 @@ class CurrentStep:
         Raises:
             RuntimeError: if tokens are scheduled without a plan: another scheduler is at work.
         """
-        plan = getattr(scheduler_output, _PLAN_ATTRIBUTE, None)
+        plan = attached_plan(scheduler_output)
         is_run = scheduler_output.total_num_scheduled_tokens > 0
-        if plan is None and is_run and self._is_warm_up:
-            plan = _warm_up_plan(scheduler_output)
+        if plan is None and is_run and self._warm_up_policy is not None:
+            plan = _warm_up_plan(scheduler_output, self._warm_up_policy)
         if plan is None and is_run:
             raise RuntimeError(
                 "sepllm's worker got a step without a plan: the engine does not run "
@@ -105,7 +101,7 @@ class CurrentStep:
         return self._order
 
 
-def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:
+def _warm_up_plan(scheduler_output: SchedulerOutput, policy: Policy) -> StepPlan:
     """The plan of requests without a separator (vLLM: v1/worker/gpu/warmup.py makes such steps)."""
     cached = scheduler_output.scheduled_cached_reqs
     start = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
@@ -117,6 +113,6 @@ def _warm_up_plan(scheduler_output: SchedulerOutput) -> StepPlan:
         start=np.array([start[name] for name in names], dtype=np.int64),
         num_spilled=np.zeros(len(names), dtype=np.int64),
         spills=np.zeros(len(names), dtype=np.bool_),
+        policy=BatchPolicy.of([policy] * len(names), policy),
         separators=dict.fromkeys(range(len(names)), nothing),
-        checkpoints={},
     )

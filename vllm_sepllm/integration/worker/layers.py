@@ -9,14 +9,12 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
-from vllm_sepllm.config import SepLLMConfig
-
-# one scale a tensor and the platform's own fp8 format: what the prefill kernel dequantises
-FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
+from vllm_sepllm.config import ResolvedConfig
+from vllm_sepllm.integration.wire.backend_name import FP8_CACHE_DTYPES
 
 
 def sepllm_layers(
-    vllm_config: VllmConfig, config: SepLLMConfig, *, drafting: Collection[str] = ()
+    vllm_config: VllmConfig, config: ResolvedConfig, *, drafting: Collection[str] = ()
 ) -> list[Attention]:
     """The decoder layers with plain causal full attention that ``full_layers`` does not name.
 
@@ -25,7 +23,7 @@ def sepllm_layers(
 
     Args:
         vllm_config: the worker's, with the model loaded.
-        config: resolved.
+        config: the engine's.
         drafting: names of a draft model's layers, which stay as they are.
 
     Raises:
@@ -48,7 +46,7 @@ def sepllm_layers(
     return list(chosen.values())
 
 
-def _is_chosen(name: str, layer: Attention, config: SepLLMConfig) -> bool:
+def _is_chosen(name: str, layer: Attention, config: ResolvedConfig) -> bool:
     if type(layer) is not Attention or layer.attn_type != AttentionType.DECODER:
         return False
     if layer.sliding_window is not None:

@@ -1,4 +1,4 @@
-"""Which keys each query tile of a prefill step touches, as tables for the prefill kernel.
+"""Which keys each query tile of a prefill step touches, as tables for the kernels.
 
 A key is visible to the queries at positions [its own, its ``until``). For initial tokens ``until``
 is never, for other tokens it is position + window, and for a separator it is never or, in bounded
@@ -6,21 +6,25 @@ mode, the position at which the separator ``max_separators`` ranks later leaves 
 index among the request's separators at positions >= initial_tokens, in order.
 
 The keys of a tile are three ranges: initial tokens and separators (by rank) older than the tile's
-window, and all positions in its window. A tile is therefore one row of integers, whatever the
-length of the request, and what the tables hold grows with the chunk, not with the context. The keys
-that the tiles of a request touch are listed on the device (:func:`vllm_sepllm.ops.list_keys`).
+window ("far"), and all positions in its window ("near"). A tile is therefore one row of integers,
+whatever the length of the request, and what the tables hold grows with the chunk, not with the
+context. The keys that the tiles of a request touch are listed once, on the device
+(:func:`vllm_sepllm.ops.list_keys`): a tile names ranges of that list.
 """
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_sepllm.policy.keys.columns import REQUEST, TILE
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 NEVER = 2**31 - 1
 UNBOUNDED = 2**30  # as max_separators: more than any request has, and UNBOUNDED + rank fits int32
+_WORD = 4  # bytes
 _ALIGN = 4  # int32 words; each table starts on 16 bytes, as Triton specialises on pointer alignment
 
 
@@ -57,47 +61,38 @@ class PrefillRequests:
 
 @dataclass(frozen=True, slots=True)
 class PrefillTiles:
-    """Tables of a step, all int32 views into ``packed`` (one copy brings them to the device).
+    """Tables of a step, all views into ``packed`` (one copy brings them to the device).
 
     Attributes:
-        packed: [size] tiles, requests, separators and until, each padded to 16 bytes.
-        tiles: [num_tiles, 8] request, first row in the activations, first position, num_tokens,
-            window_start (first position in the window of the first query), rank_start, rank_split,
-            rank_end. Far separators are the ranks [rank_start, rank_split) in the cache and
-            [rank_split, rank_end) in the chunk.
-        requests: [num_requests, 13] table_row, chunk_start, chunk_end, query_start, num_spilled,
-            offset in ``separators``, number of separators there, offset of position 0 in ``until``,
-            window, offset in the list of keys, rank_start, rank_split, rank_end: the far separators
-            that any of its tiles reads.
-        separators: [num_separators] as in :class:`PrefillRequests`.
-        until: [num_positions] ``until`` of the positions that leave the window during the chunk,
-            [chunk_start - window + 1, chunk_end - window) of each request, from 0 at the lowest.
-        num_keys: [num_requests] length of each request's list of keys: initial tokens, cached far
-            separators and ring, then far separators of the chunk and the chunk itself.
+        packed: [size] int32: tiles, requests, separators and until, each padded to 16 bytes.
+        tiles: [num_tiles] of :data:`vllm_sepllm.policy.keys.columns.TILE`.
+        requests: [num_requests] of :data:`vllm_sepllm.policy.keys.columns.REQUEST`.
+        separators: [num_separators] int32 as in :class:`PrefillRequests`.
+        until: [num_positions] int32, ``until`` of the positions that leave the window during the
+            chunk, [chunk_start - window + 1, chunk_end - window) of each request, from 0 at the
+            lowest.
         tile_tokens: tokens of a full tile.
+        max_separators: of the policy that the tables were made for.
     """
 
     packed: NDArray[np.int32]
-    tiles: NDArray[np.int32]
-    requests: NDArray[np.int32]
+    tiles: NDArray[np.void]
+    requests: NDArray[np.void]
     separators: NDArray[np.int32]
     until: NDArray[np.int32]
-    num_keys: IntArray
     tile_tokens: int
+    max_separators: int | None
 
     @property
-    def tables(self) -> tuple[NDArray[np.int32], ...]:
-        """The tables in the order of ``packed``."""
-        return self.tiles, self.requests, self.separators, self.until
+    def tables(self) -> dict[str, NDArray[Any]]:
+        """Name -> table, in the order of ``packed``."""
+        return {name: getattr(self, name) for name in ("tiles", "requests", "separators", "until")}
 
     @property
-    def offsets(self) -> tuple[int, ...]:
-        """Where each of ``tables`` starts in ``packed``, in int32 words."""
-        return tuple(accumulate((_padded(table.size) for table in self.tables[:-1]), initial=0))
-
-
-def _padded(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
+    def offsets(self) -> dict[str, int]:
+        """Name -> where the table starts in ``packed``, in int32 words."""
+        sizes = list(map(_padded, self.tables.values()))
+        return dict(zip(self.tables, accumulate(sizes[:-1], initial=0), strict=True))
 
 
 def plan_tiles(requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int) -> PrefillTiles:
@@ -111,151 +106,202 @@ def plan_tiles(requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int)
     Raises:
         ValueError: if a separator lies outside the positions that matter in this step.
     """
-    window = np.broadcast_to(policy.window, requests.chunk_start.shape)
-    _check_separators(requests, policy)
-    first = np.maximum(0, requests.chunk_start - policy.window + 1)
-    # what is in the window of the chunk's last query is in that of all before it
-    num_positions = np.maximum(requests.chunk_end - policy.window - first, 0)
-    until_start = np.cumsum(num_positions) - num_positions - first
-    until = _until(requests, policy, first, num_positions)
-    starts = requests.separators_start
-    everyone = np.arange(len(requests.chunk_start))
-    first_in_chunk = requests.num_spilled + _count_below(requests, everyone, requests.chunk_start)
-    tiles = _tile_rows(requests, policy, first_in_chunk, tile_tokens)
-    ranks = _rank_ranges(tiles, first_in_chunk)
-    num_keys = _num_keys(requests, policy, ranks)
-    request_rows = (
-        requests.table_row,
-        requests.chunk_start,
-        requests.chunk_end,
-        requests.query_start,
-        requests.num_spilled,
-        starts[:-1],
-        np.diff(starts),
-        until_start,
-        window,
-        np.cumsum(num_keys) - num_keys,
-        *ranks,
+    bound = rank_bound(policy.max_separators)
+    rows = _request_rows(requests, policy)
+    _check_separators(requests, rows)
+    cuts = _cut(requests, rows, bound, tile_tokens)
+    _lay_out_lists(rows, cuts)
+    until = _until(requests, rows, bound)
+    tables: dict[str, NDArray[Any]] = {
+        "tiles": _tile_rows(rows, cuts, bound),
+        "requests": rows,
+        "separators": requests.separators.astype(np.int32),
+        "until": until,
+    }
+    packed = np.zeros(sum(_padded(table) for table in tables.values()), dtype=np.int32)
+    views, first = {}, 0
+    for name, table in tables.items():
+        words = packed[first : first + table.nbytes // _WORD]
+        words[:] = table.view(np.int32)
+        views[name] = words.view(table.dtype)
+        first += _padded(table)
+    return PrefillTiles(
+        packed, **views, tile_tokens=tile_tokens, max_separators=policy.max_separators
     )
-    packed, views = _pack(tiles, request_rows, requests.separators, until)
-    return PrefillTiles(packed, views[0], views[1], views[2], views[3], num_keys, tile_tokens)
 
 
-def rank_bound(policy: BatchPolicy) -> int:
-    """``max_separators`` as a number: :data:`UNBOUNDED` stands for no bound."""
-    return UNBOUNDED if policy.max_separators is None else policy.max_separators
+def rank_bound(max_separators: int | None) -> int:
+    """A bound of separators as a number: :data:`UNBOUNDED` stands for none."""
+    return UNBOUNDED if max_separators is None else max_separators
 
 
-def _check_separators(requests: PrefillRequests, policy: BatchPolicy) -> None:
-    owner = np.repeat(np.arange(len(requests.chunk_start)), np.diff(requests.separators_start))
-    lowest = np.maximum(policy.initial_tokens, requests.chunk_start - policy.window)[owner]
-    highest = requests.chunk_end[owner]
-    wrong = (requests.separators < lowest) | (requests.separators >= highest)
+def _padded(table: NDArray[Any]) -> int:
+    """Words of a table in ``packed``, with those up to the next one."""
+    return -(-table.nbytes // (_WORD * _ALIGN)) * _ALIGN
+
+
+def _request_rows(requests: PrefillRequests, policy: BatchPolicy) -> NDArray[np.void]:
+    """The table of requests with what is given; see :func:`_lay_out_lists` and :func:`_until`."""
+    rows = np.zeros(len(requests.chunk_start), dtype=REQUEST)
+    rows["initial_tokens"] = policy.initial_tokens
+    rows["window"] = policy.window
+    for name in ("table_row", "query_start", "chunk_start", "chunk_end", "num_spilled"):
+        rows[name] = getattr(requests, name)
+    rows["window_start"] = np.maximum(0, rows["chunk_start"] - rows["window"] + 1)
+    rows["separators_start"] = requests.separators_start[:-1]
+    rows["num_separators"] = np.diff(requests.separators_start)
+    return rows
+
+
+def _check_separators(requests: PrefillRequests, rows: NDArray[np.void]) -> None:
+    lowest = np.maximum(rows["initial_tokens"], rows["chunk_start"] - rows["window"])
+    counts = rows["num_separators"]
+    is_low = requests.separators < np.repeat(lowest, counts)
+    wrong = is_low | (requests.separators >= np.repeat(rows["chunk_end"], counts))
     if wrong.any():
         index = int(np.argmax(wrong))
+        owner = np.searchsorted(requests.separators_start, index, side="right") - 1
         raise ValueError(
-            f"separators[{index}] must be a position in [{lowest[index]}, {highest[index]}), got "
-            f"{requests.separators[index]}: leave out initial tokens and separators that have left"
+            f"separators[{index}] must be a position in [{lowest[owner]}, "
+            f"{rows['chunk_end'][owner]}), got {requests.separators[index]}: leave out initial "
+            "tokens and separators that have left"
         )
 
 
-def _until(
-    requests: PrefillRequests, policy: BatchPolicy, first: IntArray, num_positions: IntArray
-) -> IntArray:
-    """First position that no longer sees each token that leaves the window, request by request.
+@dataclass(frozen=True, slots=True)
+class _Cuts:
+    """The tiles of a step.
 
-    Args:
-        requests: the step's prefill requests.
-        policy: a, n and s of the requests.
-        first: [num_requests] lowest position to cover.
-        num_positions: [num_requests] positions to cover.
+    Attributes:
+        num_tiles: [num_requests].
+        first_in_chunk: [num_requests] rank of the first separator in the chunk, there or not.
+        owner: [num_tiles] index of the tile's request, and so below.
+        position: of its first token.
+        num_tokens: its tokens.
+        window_start: first position in the window of its first query.
+        rank_start: first far separator that its first query sees.
+        rank_split: first far separator in the chunk, or rank_end.
+        rank_end: first separator that is not far for its first query.
     """
-    offset = np.cumsum(num_positions) - num_positions - first
-    position = np.arange(num_positions.sum()) - np.repeat(offset, num_positions)
-    window = policy.of_rows(np.repeat(np.arange(len(first)), num_positions)).window
-    until = np.where(position < policy.initial_tokens, NEVER, position + window)
-    separators, counts = requests.separators, np.diff(requests.separators_start)
-    owner = np.repeat(np.arange(len(counts)), counts)
-    later = np.arange(len(separators)) + rank_bound(policy)
-    is_known = later < requests.separators_start[1:][owner]
-    leaves = np.full(len(separators), NEVER)
-    leaves[is_known] = separators[later[is_known]] + policy.of_rows(owner[is_known]).window
-    # chunk_start - window is in the ring for its spill alone: no query of the chunk has it in view
-    is_covered = (separators >= first[owner]) & (separators < (first + num_positions)[owner])
-    until[(offset[owner] + separators)[is_covered]] = leaves[is_covered]
-    return until
+
+    num_tiles: IntArray
+    first_in_chunk: IntArray
+    owner: IntArray
+    position: IntArray
+    num_tokens: IntArray
+    window_start: IntArray
+    rank_start: IntArray
+    rank_split: IntArray
+    rank_end: IntArray
 
 
-def _tile_rows(
-    requests: PrefillRequests, policy: BatchPolicy, first_in_chunk: IntArray, tile_tokens: int
-) -> tuple[IntArray, ...]:
-    """Columns of :attr:`PrefillTiles.tiles`, each [num_tiles].
+def _cut(requests: PrefillRequests, rows: NDArray[np.void], bound: int, tile_tokens: int) -> _Cuts:
+    num_tiles = -(-(requests.chunk_end - requests.chunk_start) // tile_tokens)
+    everyone = np.arange(len(rows))
+    owner = np.repeat(everyone, num_tiles)
+    index = np.arange(len(owner)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
+    position = requests.chunk_start[owner] + index * tile_tokens
+    window_start = np.maximum(0, position - rows["window"][owner] + 1)
+    # ranks by one sorted key over all requests: positions are below 2**31
+    keys = requests.separators + np.repeat(everyone << 32, rows["num_separators"])
 
-    ``first_in_chunk`` is [num_requests] the rank of the first separator in the chunk, there or not.
-    """
-    start, end = requests.chunk_start, requests.chunk_end
-    num_tiles = -(-(end - start) // tile_tokens)
-    owner = np.repeat(np.arange(len(start)), num_tiles)
-    index = np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)
-    position = start[owner] + index * tile_tokens
-    window_start = np.maximum(0, position - policy.of_rows(owner).window + 1)
-    num_spilled = requests.num_spilled[owner]
-    rank_end = num_spilled + _count_below(requests, owner, window_start)
-    rank_start = np.maximum(0, rank_end - rank_bound(policy))
-    return (
-        owner,
-        requests.query_start[owner] + index * tile_tokens,
-        position,
-        np.minimum(tile_tokens, end[owner] - position),
-        window_start,
-        rank_start,
-        np.clip(first_in_chunk[owner], rank_start, rank_end),
-        rank_end,
+    def rank_at(owner: IntArray, position: IntArray) -> IntArray:
+        """Rank of the owner's first separator at or after a position, there or not."""
+        before = np.searchsorted(keys, position + (owner << 32))
+        return before + (requests.num_spilled - requests.separators_start[:-1])[owner]
+
+    first_in_chunk = rank_at(everyone, requests.chunk_start)
+    rank_end = rank_at(owner, window_start)
+    rank_start = np.maximum(0, rank_end - bound)
+    return _Cuts(
+        num_tiles=num_tiles,
+        first_in_chunk=first_in_chunk,
+        owner=owner,
+        position=position,
+        num_tokens=np.minimum(tile_tokens, requests.chunk_end[owner] - position),
+        window_start=window_start,
+        rank_start=rank_start,
+        rank_split=np.minimum(np.maximum(first_in_chunk[owner], rank_start), rank_end),
+        rank_end=rank_end,
     )
 
 
-def _rank_ranges(tiles: tuple[IntArray, ...], first_in_chunk: IntArray) -> tuple[IntArray, ...]:
-    """rank_start, rank_split and rank_end over all tiles of each request, 0 without a tile."""
-    owner, rank_start, rank_end = tiles[0], tiles[5], tiles[7]
-    has_tiles, first = np.unique(owner, return_index=True)
-    last = np.append(first[1:], len(owner))[: len(first)] - 1
-    start, end = np.zeros((2, len(first_in_chunk)), dtype=np.int64)
+def _lay_out_lists(rows: NDArray[np.void], cuts: _Cuts) -> None:
+    """Fill the columns of the lists of keys: their parts, one behind the other."""
+    end = np.cumsum(cuts.num_tiles)
+    has_tiles = cuts.num_tiles > 0
     # later tiles read later ranks
-    start[has_tiles], end[has_tiles] = rank_start[first], rank_end[last]
-    return start, np.clip(first_in_chunk, start, end), end
+    rows["rank_start"][has_tiles] = cuts.rank_start[(end - cuts.num_tiles)[has_tiles]]
+    rows["rank_end"][has_tiles] = cuts.rank_end[(end - 1)[has_tiles]]
+    rank_start, rank_end = rows["rank_start"], rows["rank_end"]
+    rank_split = np.minimum(np.maximum(cuts.first_in_chunk, rank_start), rank_end)
+    chunk_start, chunk_tokens = rows["chunk_start"], rows["chunk_end"] - rows["chunk_start"]
+
+    rows["rank_split"] = rank_split
+    rows["far_from"] = np.minimum(rows["initial_tokens"], chunk_start)
+    rows["window_from"] = rows["far_from"] + rank_split - rank_start
+    rows["chunk_far_from"] = rows["window_from"] + chunk_start - rows["window_start"]
+    rows["chunk_from"] = rows["chunk_far_from"] + rank_end - rank_split
+    num_keys = np.where(has_tiles, rows["chunk_from"] + chunk_tokens, 0)
+    rows["num_keys"] = num_keys
+    rows["keys_start"] = np.cumsum(num_keys) - num_keys
 
 
-def _num_keys(
-    requests: PrefillRequests, policy: BatchPolicy, ranks: tuple[IntArray, ...]
-) -> IntArray:
-    """[num_requests] as in :class:`PrefillTiles`."""
-    start, length = requests.chunk_start, requests.chunk_end - requests.chunk_start
-    initial, ring = np.minimum(policy.initial_tokens, start), np.minimum(start, policy.window - 1)
-    return np.where(length > 0, initial + ring + ranks[2] - ranks[0] + length, 0)
+def _until(requests: PrefillRequests, rows: NDArray[np.void], bound: int) -> NDArray[np.int32]:
+    """The table of until, request by request; fills the column that says where each begins."""
+    # what is in the window of the chunk's last query is in that of all before it
+    first, end = rows["window_start"], rows["chunk_end"] - rows["window"]
+    num_positions = np.maximum(end - first, 0)
+    start = np.cumsum(num_positions) - num_positions - first
+    rows["until_start"] = start
+    owner = np.repeat(np.arange(len(rows)), num_positions)
+    position = np.arange(len(owner), dtype=np.int32) - rows["until_start"][owner]
+    is_initial = position < rows["initial_tokens"][owner]
+    until: NDArray[np.int32] = np.where(is_initial, NEVER, position + rows["window"][owner])
+
+    separators, counts = requests.separators, rows["num_separators"]
+    owner = np.repeat(np.arange(len(rows)), counts)
+    # a separator stays until the one so many ranks later leaves the window
+    later = np.arange(len(separators)) + bound
+    is_known = later < requests.separators_start[1:][owner]
+    leaves = np.full(len(separators), NEVER)
+    leaves[is_known] = separators[later[is_known]] + rows["window"][owner[is_known]]
+    # chunk_start - window is in the ring for its spill alone: no query of the chunk has it in view
+    is_covered = (separators >= first[owner]) & (separators < end[owner])
+    until[(start[owner] + separators)[is_covered]] = leaves[is_covered]
+    return until
 
 
-def _count_below(requests: PrefillRequests, owner: IntArray, position: IntArray) -> IntArray:
-    """How many of the owner's listed separators lie before each position; [num_tiles]."""
-    starts = requests.separators_start
-    # one sorted key over all requests: positions are below 2**31
-    keys = requests.separators + np.repeat(np.arange(len(starts) - 1) << 32, np.diff(starts))
-    return np.searchsorted(keys, position + (owner << 32)) - starts[owner]
+def _tile_rows(rows: NDArray[np.void], cuts: _Cuts, bound: int) -> NDArray[np.void]:
+    """The table of tiles: ranges of positions and ranks as ranges of the lists of keys."""
+    row, tiles = rows[cuts.owner], np.zeros(len(cuts.owner), dtype=TILE)
+    chunk_start, window_start = row["chunk_start"], cuts.window_start
+    tiles["chunk_query_start"] = row["query_start"]
+    tiles["chunk_offset"] = cuts.position - chunk_start
+    tiles["query_start"] = row["query_start"] + tiles["chunk_offset"]
+    tiles["num_tokens"] = cuts.num_tokens
+    tiles["position"] = cuts.position
+    # initial tokens in the window are near
+    num_initial = np.minimum(row["initial_tokens"], window_start)
 
+    cached, start = tiles["cached"], row["keys_start"]
+    cached["first_initial"] = start
+    cached["num_initial"] = np.minimum(num_initial, chunk_start)
+    cached["first_far"] = start + row["far_from"] + cuts.rank_start - row["rank_start"]
+    cached["num_far"] = cuts.rank_split - cuts.rank_start
+    cached["first_near"] = start + row["window_from"] + window_start - row["window_start"]
+    cached["num_near"] = np.maximum(chunk_start - window_start, 0)
 
-def _pack(
-    tiles: tuple[IntArray, ...],
-    request_rows: tuple[IntArray, ...],
-    separators: IntArray,
-    until: IntArray,
-) -> tuple[NDArray[np.int32], list[NDArray[np.int32]]]:
-    """Write the tables into one array and keep a view of each."""
-    parts = [np.stack(tiles, axis=1), np.stack(request_rows, axis=1), separators, until]
-    packed = np.zeros(sum(_padded(part.size) for part in parts), dtype=np.int32)
-    views: list[NDArray[np.int32]] = []
-    first = 0
-    for part in parts:
-        view = packed[first : first + part.size].reshape(part.shape)
-        view[:] = part
-        views.append(view)
-        first += _padded(part.size)
-    return packed, views
+    chunk, first_near = tiles["chunk"], np.maximum(window_start, chunk_start)
+    chunk["first_initial"] = start + row["chunk_from"]
+    chunk["num_initial"] = np.maximum(num_initial - chunk_start, 0)
+    chunk["first_far"] = start + row["chunk_far_from"] + cuts.rank_split - row["rank_split"]
+    chunk["num_far"] = cuts.rank_end - cuts.rank_split
+    chunk["first_near"] = start + row["chunk_from"] + first_near - chunk_start
+    chunk["num_near"] = cuts.position + cuts.num_tokens - first_near
+
+    # all stay if those that leave the windows of the tile's queries find room beside them
+    is_sure = cuts.rank_end + cuts.num_tokens <= bound
+    for runs in (cached, chunk):
+        runs["num_sure"] = np.where(is_sure, runs["num_initial"] + runs["num_far"], 0)
+    return tiles

@@ -6,23 +6,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
+from vllm_sepllm.policy.separators.definition import Separators
+from vllm_sepllm.policy.visibility import IntArray, Policy
 
 
 class SeparatorIndex:
     """Append-only list of the separators of one request at positions >= initial_tokens."""
 
-    __slots__ = ("_flags", "_interval", "_num_seen", "_positions", "policy")
+    __slots__ = ("_num_seen", "_positions", "_separators", "policy")
 
-    def __init__(self, policy: Policy, flags: BoolArray, interval: int | None = None) -> None:
-        """``flags`` is [vocab_size], whether each token id is a separator.
-
-        A token id past the end reads the last entry. With ``interval`` the tokens at positions
-        that it divides are the separators instead, whatever they are. ``policy`` is the request's.
-        """
+    def __init__(self, policy: Policy, separators: Separators) -> None:
+        """``policy`` is the request's; ``separators`` are the engine's, shared by all requests."""
         self.policy = policy
-        self._flags = flags
-        self._interval = interval
+        self._separators = separators
         self._positions = array("i")  # 4 bytes a separator
         self._num_seen = policy.initial_tokens
 
@@ -41,14 +37,12 @@ class SeparatorIndex:
                 f"separators up to position {num_tokens} were asked for, "
                 f"but only {len(token_ids)} token ids are known"
             )
-        if self._interval is not None:
-            start = -(-first // self._interval) * self._interval
-            self._positions.extend(range(start, num_tokens, self._interval))
-        elif num_tokens - first == 1:  # a decode step: no array for one token
-            if self._flags[min(token_ids[first], len(self._flags) - 1)]:
+        previous = token_ids[first - 1] if first else None
+        if num_tokens - first == 1:  # a decode step: no array for one token
+            if self._separators.includes(token_ids[first], first, previous):
                 self._positions.append(first)
         else:
-            is_separator = self._flags.take(token_ids[first:num_tokens], mode="clip")
+            is_separator = self._separators.mask(token_ids[first:num_tokens], first, previous)
             found = first + np.flatnonzero(is_separator)
             self._positions.frombytes(found.astype(np.intc).tobytes())
         self._num_seen = num_tokens

@@ -1,8 +1,11 @@
 """One step of a whole batch: which entries its tokens fill, and which entries move.
 
-Entries are (row of the batch, compact index) pairs; whoever knows the block table makes slots of
-them. Rows that read no more than their cache come first and form the *library* rows, served by
-paged attention over compact lengths; the others are prefill chunks (policy/keys/tiles.py).
+Entries are (row of the batch, compact index) pairs; a platform that knows the block table makes
+slots of them. A row needs nothing but its own cache if it has one token, or ends inside a + n. The
+first rows of that kind are the *library* rows, served by paged attention over compact lengths; all
+rows from the first other one on are prefill chunks. vLLM puts single tokens that follow others of
+their request first in a batch, so that what comes behind a chunk has its separators listed, or is a
+request's first token.
 """
 
 from collections.abc import Sequence
@@ -13,24 +16,12 @@ import numpy as np
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.keys.tiles import PrefillRequests
 from vllm_sepllm.policy.step import checkpoint, decode, prefill
+from vllm_sepllm.policy.step.decode import Moves
 from vllm_sepllm.policy.step.plan import BatchRows
 from vllm_sepllm.policy.step.staging import commit_moves
-from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
+from vllm_sepllm.policy.visibility import IntArray
 
-
-@dataclass(frozen=True, slots=True)
-class Moves:
-    """Copies of entries inside the caches of the batch; targets are entries as well.
-
-    Attributes:
-        rows: [num_moves], row of the batch.
-        source: [num_moves], compact index.
-        target: [num_moves], compact index.
-    """
-
-    rows: IntArray
-    source: IntArray
-    target: IntArray
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +40,23 @@ class Saves:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenSaves:
+    """Tokens of the step whose KV goes to a checkpoint as well.
+
+    Attributes:
+        tokens: [num_saves], rows of activations.
+        slots: [num_saves], slot of the checkpoint's own blocks.
+    """
+
+    tokens: IntArray
+    slots: IntArray
+
+
+_NO_MOVES, _NO_SAVES = Moves(_NONE, _NONE, _NONE), Saves(_NONE, _NONE, _NONE)
+_NO_TOKENS = TokenSaves(_NONE, _NONE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchStep:
     """What a step does to the caches of its rows, in this order.
 
@@ -57,166 +65,176 @@ class BatchStep:
         commits: proposed tokens that turned out right, staging -> ring.
         saves_before: entries that a checkpoint keeps, as they are before the step.
         spills: separators that leave the ring of a single-token row, ring -> tail.
+        first: [num_rows + 1], first token of each row.
         num_library: the first rows, served by the library.
-        num_library_tokens: their tokens.
         lengths: [num_library], their compact lengths after the step.
         max_query_len: their longest query; 0 if there are none.
-        requests: the other rows, prefill chunks; None: there are none.
+        chunks: the other rows, prefill chunks.
         moves_after: after the chunks' attention, separators that leave their rings.
-        saved_tokens: [num_saved], rows of activations whose KV goes to a checkpoint as well.
-        saved_slots: [num_saved], slots there.
+        token_saves: tokens that a checkpoint keeps.
         rows: [num_tokens], row of the batch of each token.
         target: [num_tokens], compact index that the token fills; -1: its KV is not kept.
         saves_after: entries that a checkpoint keeps, as they are after the step.
     """
 
-    commit_spills: Moves
-    commits: Moves
-    saves_before: Saves
+    commit_spills: Moves = _NO_MOVES
+    commits: Moves = _NO_MOVES
+    saves_before: Saves = _NO_SAVES
     spills: Moves
+    first: IntArray
     num_library: int
-    num_library_tokens: int
     lengths: IntArray
     max_query_len: int
-    requests: PrefillRequests | None
-    moves_after: Moves
-    saved_tokens: IntArray
-    saved_slots: IntArray
+    chunks: Sequence[prefill.Chunk] = ()
+    moves_after: Moves = _NO_MOVES
+    token_saves: TokenSaves = _NO_TOKENS
     rows: IntArray
     target: IntArray
-    saves_after: Saves
+    saves_after: Saves = _NO_SAVES
+
+    @property
+    def num_library_tokens(self) -> int:
+        """Tokens of the library rows."""
+        return int(self.first[self.num_library])
+
+    def prefill_requests(self) -> PrefillRequests:
+        """The chunks, for policy/keys/tiles.py."""
+        table_row = np.arange(self.num_library, self.num_library + len(self.chunks))
+        counts = [len(chunk.separators) for chunk in self.chunks]
+        return PrefillRequests(
+            table_row=table_row,
+            query_start=self.first[table_row],
+            chunk_start=np.array([chunk.start for chunk in self.chunks], dtype=np.int64),
+            chunk_end=np.array([chunk.end for chunk in self.chunks], dtype=np.int64),
+            num_spilled=np.array([chunk.num_spilled for chunk in self.chunks], dtype=np.int64),
+            separators=_flat([chunk.separators for chunk in self.chunks]),
+            separators_start=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        )
 
 
-def plan_batch(
-    policy: BatchPolicy, rows: BatchRows, first: IntArray, num_tokens: int, block_size: int
-) -> BatchStep:
+def plan_batch(rows: BatchRows, first: IntArray, num_tokens: int, block_size: int) -> BatchStep:
     """Plan the step.
 
     Args:
-        policy: a, n and s of the rows.
-        rows: the step's plan in the order of the batch, single-token rows first.
+        rows: the step's plan in the order of the batch.
         first: [num_rows + 1], first token of each row.
         num_tokens: tokens of the batch, padding of a CUDA graph included.
-        block_size: tokens a block.
+        block_size: tokens of a block that the scheduler counts.
     """
-    num_new = np.diff(first)
-    is_library = (num_new == 1) | (rows.start + num_new <= policy.num_dense)
-    for row, staged in enumerate(rows.staged):
-        is_library[row] &= staged is None
-    num_rows = len(num_new)
-    num_library = num_rows if is_library.all() else int(np.argmin(is_library))
     owner = np.zeros(num_tokens, dtype=np.int64)
     target = np.full(num_tokens, -1, dtype=np.int64)
-    until = int(first[num_library])
+    if not rows.separators:
+        return _plan_decode(rows, first, owner, target)
+    num_rows, num_new = len(first) - 1, np.diff(first)
     owner[: first[-1]] = np.repeat(np.arange(num_rows), num_new)
-    position = rows.start[owner[:until]] + np.arange(until) - first[owner[:until]]
-    target[:until] = layout.ring_index(policy.of_rows(owner[:until]), position)
+    num_library = _num_library(rows, num_new)
+    library, until = slice(num_library), int(first[num_library])
+    of = owner[:until]
+    position = rows.start[of] + np.arange(until) - first[of]
+    target[:until] = layout.ring_index(rows.policy.of_rows(of), position)
+    chunks = [_chunk(rows, row, first) for row in range(num_library, num_rows)]
+    moves_after = _write_chunks(chunks, rows, first, target)
 
-    of_library = slice(num_library)
-    start, spilled = rows.start[of_library], rows.num_spilled[of_library]
-    spills = rows.spills[of_library]
-    own = policy.of_rows(of_library)
-    copies = decode.spill_copies(own, start, spilled, spills)
-    chunks = [_chunk(policy, rows, row, first) for row in range(num_library, num_rows)]
-    moves = _write_chunks(chunks, rows, num_library, first, target)
-    commit_spills, commits = _commits(policy, rows)
-    before, tokens, slots, after = _checkpoints(policy, rows, first, block_size)
+    policy, end = rows.policy.of_rows(library), rows.start[library] + num_new[library]
+    step = (rows.num_spilled[library], rows.spills[library])
+    commit_spills, commits = _commits(rows)
+    saves_before, token_saves, saves_after = _checkpoints(rows, first, block_size)
     return BatchStep(
         commit_spills=commit_spills,
         commits=commits,
-        saves_before=before,
-        spills=Moves(copies.rows, copies.source, copies.target),
+        saves_before=saves_before,
+        spills=decode.spill_copies(policy, target[first[library]], *step),
+        first=first,
         num_library=num_library,
-        num_library_tokens=until,
-        lengths=decode.compact_lengths(own, start + num_new[of_library], spilled, spills),
-        max_query_len=int(num_new[of_library].max(initial=0)),
-        requests=_requests(chunks, num_library, first) if chunks else None,
-        moves_after=moves,
-        saved_tokens=tokens,
-        saved_slots=slots,
+        lengths=decode.compact_lengths(policy, end, *step),
+        max_query_len=int(num_new[library].max(initial=0)),
+        chunks=chunks,
+        moves_after=moves_after,
+        token_saves=token_saves,
         rows=owner,
         target=target,
-        saves_after=after,
+        saves_after=saves_after,
     )
 
 
-def _chunk(policy: BatchPolicy, rows: BatchRows, row: int, first: IntArray) -> prefill.Chunk:
-    separators = rows.separators[row]
+def _plan_decode(rows: BatchRows, first: IntArray, owner: IntArray, target: IntArray) -> BatchStep:
+    """The step of rows that list no separators: one token each, as in most steps."""
+    num_rows, step = len(rows.start), (rows.num_spilled, rows.spills)
+    assert first[-1] == num_rows, "the plan of a row of several tokens lists its separators"
+    entry = layout.ring_index(rows.policy, rows.start)
+    owner[:num_rows], target[:num_rows] = np.arange(num_rows), entry
+    return BatchStep(
+        spills=decode.spill_copies(rows.policy, entry, *step),
+        first=first,
+        num_library=num_rows,
+        lengths=decode.compact_lengths(rows.policy, rows.start + 1, *step),
+        max_query_len=1,
+        rows=owner,
+        target=target,
+    )
+
+
+def _num_library(rows: BatchRows, num_new: IntArray) -> int:
+    is_library = (num_new == 1) | (rows.start + num_new <= rows.policy.num_dense)
+    return len(num_new) if is_library.all() else int(np.argmin(is_library))
+
+
+def _chunk(rows: BatchRows, row: int, first: IntArray) -> prefill.Chunk:
     start = int(rows.start[row])
     end = start + int(first[row + 1] - first[row])
+    separators = rows.separators.get(row)
     if separators is None:
-        # Model Runner V1 puts a prompt of one token among chunks; it reads itself alone
         assert end == 1, "the plan of a row of several tokens lists its separators"
-        separators = np.zeros(0, dtype=np.int64)
-    return prefill.Chunk(policy.of_row(row), start, end, int(rows.num_spilled[row]), separators)
-
-
-def _requests(chunks: Sequence[prefill.Chunk], first_row: int, first: IntArray) -> PrefillRequests:
-    counts = [len(chunk.separators) for chunk in chunks]
-    table_row = np.arange(first_row, first_row + len(chunks))
-    return PrefillRequests(
-        table_row=table_row,
-        query_start=first[table_row],
-        chunk_start=np.array([chunk.start for chunk in chunks], dtype=np.int64),
-        chunk_end=np.array([chunk.end for chunk in chunks], dtype=np.int64),
-        num_spilled=np.array([chunk.num_spilled for chunk in chunks], dtype=np.int64),
-        separators=np.concatenate([chunk.separators for chunk in chunks]),
-        separators_start=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
-    )
+        separators = _NONE
+    num_spilled = int(rows.num_spilled[row])
+    return prefill.Chunk(rows.policy.of_row(row), start, end, num_spilled, separators)
 
 
 def _write_chunks(
-    chunks: Sequence[prefill.Chunk],
-    rows: BatchRows,
-    first_row: int,
-    first: IntArray,
-    target: IntArray,
+    chunks: Sequence[prefill.Chunk], rows: BatchRows, first: IntArray, target: IntArray
 ) -> Moves:
-    """Fill ``target`` for the chunks' tokens; return what moves inside their caches."""
+    """Fill ``target`` for the chunks, which are the last rows; return what moves in their caches.
+
+    Their tokens are not yet in ``target``.
+    """
     moved: list[IntArray] = []
-    for row, chunk in enumerate(chunks, start=first_row):
-        staged = rows.staged[row] if rows.staged else None
-        if staged is not None:
+    for row, chunk in enumerate(chunks, start=len(first) - 1 - len(chunks)):
+        if (staged := rows.staged.get(row)) is not None:
             target[first[row] : first[row + 1]] = staged.entry + np.arange(chunk.end - chunk.start)
             continue
         kept = prefill.survivors(chunk)
         target[first[row] + kept.tokens] = kept.target
         moved.append(_of_row(row, kept.copy_source, kept.copy_target))
-    return Moves(*_joined(moved))
+    return _moves(moved)
 
 
-def _commits(policy: BatchPolicy, rows: BatchRows) -> tuple[Moves, Moves]:
+def _commits(rows: BatchRows) -> tuple[Moves, Moves]:
+    """Copies of the rows' commits: spills, which come first, and tokens."""
     spills: list[IntArray] = []
-    commits: list[IntArray] = []
-    for row, commit in enumerate(rows.commits):
-        if commit is not None:
-            moves = commit_moves(policy.of_row(row), commit)
-            spills.append(_of_row(row, moves.spill_source, moves.spill_target))
-            commits.append(_of_row(row, moves.source, moves.target))
-    return Moves(*_joined(spills)), Moves(*_joined(commits))
-
-
-def _of_row(row: int, *columns: IntArray) -> IntArray:
-    return np.stack([np.full(len(columns[0]), row), *columns])
+    tokens: list[IntArray] = []
+    for row, commit in rows.commits.items():
+        moves = commit_moves(rows.policy.of_row(row), commit)
+        spills.append(_of_row(row, moves.spill_source, moves.spill_target))
+        tokens.append(_of_row(row, moves.source, moves.target))
+    return _moves(spills), _moves(tokens)
 
 
 def _checkpoints(
-    policy: BatchPolicy, rows: BatchRows, first: IntArray, block_size: int
-) -> tuple[Saves, IntArray, IntArray, Saves]:
-    """Checkpoints of the step: saves before it, tokens and their slots, saves after it.
+    rows: BatchRows, first: IntArray, block_size: int
+) -> tuple[Saves, TokenSaves, Saves]:
+    """Checkpoints of the step: saves before it, of its tokens, and after it.
 
     A row of one token saves its blocks once the step is done: a CUDA graph writes each token once.
     """
-    nothing = np.zeros(0, dtype=np.int64)
-    if not any(rows.checkpoints):
-        return Saves(nothing, nothing, nothing), nothing, nothing, Saves(nothing, nothing, nothing)
+    if not rows.checkpoints:
+        return _NO_SAVES, _NO_TOKENS, _NO_SAVES
     before: list[IntArray] = []
     after: list[IntArray] = []
     tokens: list[IntArray] = []
     slots: list[IntArray] = []
-    for row, planned in enumerate(rows.checkpoints):
+    for row, planned in rows.checkpoints.items():
+        chunk = _chunk(rows, row, first)
         for item in planned:
-            chunk = _chunk(policy, rows, row, first)
             own = _own_slots(item.blocks, block_size)
             if chunk.end - chunk.start == 1:
                 length = layout.compact_length(chunk.policy, chunk.end, chunk.num_spilled_after)
@@ -227,7 +245,8 @@ def _checkpoints(
             before.append(_of_row(row, part.copy_source, own[part.copy_target]))
             tokens.append(part.tokens + first[row])
             slots.append(own[part.target])
-    return Saves(*_joined(before)), _flat(tokens), _flat(slots), Saves(*_joined(after))
+    of_tokens = TokenSaves(_flat(tokens), _flat(slots))
+    return Saves(*_joined(before)), of_tokens, Saves(*_joined(after))
 
 
 def _own_slots(blocks: dict[int, int], block_size: int) -> IntArray:
@@ -238,10 +257,18 @@ def _own_slots(blocks: dict[int, int], block_size: int) -> IntArray:
     return slots.reshape(-1)
 
 
+def _of_row(row: int, *columns: IntArray) -> IntArray:
+    return np.stack([np.full(len(columns[0]), row), *columns])
+
+
+def _moves(parts: list[IntArray]) -> Moves:
+    return Moves(*_joined(parts)) if parts else _NO_MOVES
+
+
 def _joined(parts: list[IntArray]) -> IntArray:
     """Columns [3, num] of all rows, one after the other."""
     return np.concatenate(parts, axis=1) if parts else np.zeros((3, 0), dtype=np.int64)
 
 
 def _flat(parts: list[IntArray]) -> IntArray:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return np.concatenate(parts) if parts else _NONE

@@ -5,7 +5,9 @@ after its tokens. Blocks that no continuation writes are shared, the others are 
 the checkpoint is taken and when a request starts from it.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import numpy as np
 
@@ -88,7 +90,7 @@ def checkpoint_parts(
 
 
 def checkpoint_positions(
-    start: int, end: int, *, interval: int, wanted: tuple[int, ...]
+    start: int, end: int, *, interval: int, wanted: Sequence[int]
 ) -> list[int]:
     """Positions in (start, end] at which a step leaves a checkpoint, ascending.
 
@@ -100,3 +102,12 @@ def checkpoint_positions(
     """
     regular = range((start // interval + 1) * interval, end + 1, interval)
     return sorted({*regular, *(p for p in wanted if start < p <= end)})
+
+
+def first_of_each(positions: Iterable[int], distance: int) -> list[int]:
+    """The first of the ascending positions in each stretch of ``distance`` tokens.
+
+    A request that goes on from another position of a stretch computes fewer than ``distance``
+    tokens once more, if it starts from the first one.
+    """
+    return [next(group) for _, group in groupby(positions, lambda p: (p - 1) // distance)]

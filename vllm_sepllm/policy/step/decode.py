@@ -5,17 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_sepllm.policy import layout
-from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray
+from vllm_sepllm.policy.visibility import AnyPolicy, BoolArray, IntArray
 
 
 @dataclass(frozen=True, slots=True)
-class Spills:
-    """Copies ring -> tail that must happen before anything else is written.
+class Moves:
+    """Copies of entries inside the caches of a batch; all are read before any is written.
 
     Attributes:
-        rows: [num_spills], the request of each copy.
-        source: [num_spills], compact index in the ring.
-        target: [num_spills], compact index in the tail.
+        rows: [num_moves], row of the batch.
+        source: [num_moves], compact index.
+        target: [num_moves], compact index.
     """
 
     rows: IntArray
@@ -24,7 +24,7 @@ class Spills:
 
 
 def compact_lengths(
-    policy: BatchPolicy, end: IntArray, num_spilled: IntArray, spills: BoolArray
+    policy: AnyPolicy, end: IntArray, num_spilled: IntArray, spills: BoolArray
 ) -> IntArray:
     """Compact length of each row after the step, [num_rows].
 
@@ -39,15 +39,13 @@ def compact_lengths(
 
 
 def spill_copies(
-    policy: BatchPolicy, start: IntArray, num_spilled: IntArray, spills: BoolArray
-) -> Spills:
-    """The copies that decode rows need: the token at ``start`` overwrites one at start - n.
+    policy: AnyPolicy, entry: IntArray, num_spilled: IntArray, spills: BoolArray
+) -> Moves:
+    """Copies ring -> tail, which come before any write: a new token overwrites the one that leaves.
 
-    Arguments as in :func:`compact_lengths`; ``start`` is the position of the new token.
+    Arguments as in :func:`compact_lengths`; ``entry`` is the compact index of the new token.
     """
-    rows = np.flatnonzero(spills)
-    if policy.max_separators == 0:
-        rows = rows[:0]
-    policy = policy.of_rows(rows)
-    source = layout.ring_index(policy, start[rows])
-    return Spills(rows, source, layout.tail_index(policy, num_spilled[rows]))
+    rows = spills.nonzero()[0]  # faster than flatnonzero on so few elements
+    if len(rows) == 0 or policy.max_separators == 0:
+        return Moves(rows[:0], rows[:0], rows[:0])
+    return Moves(rows, entry[rows], layout.tail_index(policy, num_spilled)[rows])

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.staging import Commit, Staged
-from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray, Policy, RowPolicies
+from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray, Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,41 +43,50 @@ class StepPlan:
         start: [num_rows], tokens computed before the step: i0.
         num_spilled: [num_rows], separators that left the window before the step.
         spills: [num_rows], for a row of one token: whether the token it overwrites is a separator.
+        policy: a, n and s of the rows.
         separators: row -> positions of the separators in [max(a, i0-n), i1), for rows of several
-            tokens and rows with checkpoints.
+            tokens and rows with checkpoints; rows of one token may be absent.
         checkpoints: row -> checkpoints that the step leaves; rows without any are absent.
         commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
-        staged: row -> where the step leaves its proposals.
-        window: [num_rows], of requests that chose one; None: all rows have the engine's.
+        staged: row -> where the step leaves its proposals, for rows with drafts beyond a + n.
     """
 
     rows: dict[str, int]
     start: IntArray
     num_spilled: IntArray
     spills: BoolArray
-    separators: dict[int, IntArray]
-    checkpoints: dict[int, tuple[PlannedCheckpoint, ...]]
+    policy: BatchPolicy
+    separators: dict[int, IntArray] = field(default_factory=dict)
+    checkpoints: dict[int, tuple[PlannedCheckpoint, ...]] = field(default_factory=dict)
     commits: dict[int, Commit] = field(default_factory=dict)
     staged: dict[int, Staged] = field(default_factory=dict)
-    window: IntArray | None = None
 
     def of(self, order: IntArray, group_id: int) -> "BatchRows":
         """The rows in ``order``, for a KV cache group."""
-        rows = order.tolist() if self.separators or self.checkpoints else ()
-        nothing = len(order) - len(rows)  # a step of single tokens lists none of it
+        checkpoints = {
+            row: _of_group(planned, group_id)
+            for row, planned in _reordered(self.checkpoints, order).items()
+        }
         return BatchRows(
             start=self.start[order],
             num_spilled=self.num_spilled[order],
             spills=self.spills[order],
-            separators=(*(self.separators.get(row) for row in rows), *[None] * nothing),
-            checkpoints=(
-                *(_of_group(self.checkpoints.get(row, ()), group_id) for row in rows),
-                *[()] * nothing,
-            ),
-            commits=tuple(self.commits.get(row) for row in rows) if self.commits else (),
-            staged=tuple(self.staged.get(row) for row in rows) if self.staged else (),
-            window=None if self.window is None else self.window[order],
+            policy=self.policy.of_rows(order),
+            separators=_reordered(self.separators, order),
+            checkpoints=checkpoints,
+            commits=_reordered(self.commits, order),
+            staged=_reordered(self.staged, order),
         )
+
+
+Item = TypeVar("Item")
+
+
+def _reordered(items: dict[int, Item], order: IntArray) -> dict[int, Item]:
+    """``items`` by their place in ``order``."""
+    if not items:  # a step of single tokens has none
+        return {}
+    return {row: items[old] for row, old in enumerate(order.tolist()) if old in items}
 
 
 def _of_group(planned: Sequence[PlannedCheckpoint], group_id: int) -> tuple[GroupCheckpoint, ...]:
@@ -86,25 +96,16 @@ def _of_group(planned: Sequence[PlannedCheckpoint], group_id: int) -> tuple[Grou
 
 @dataclass(frozen=True, slots=True)
 class BatchRows:
-    """The plan in the order of a model runner's batch; arrays are [num_requests].
-
-    ``commits`` and ``staged`` are empty where nothing is proposed.
-    """
+    """The plan in the order of a model runner's batch, for one KV cache group; as StepPlan."""
 
     start: IntArray
     num_spilled: IntArray
     spills: BoolArray
-    separators: tuple[IntArray | None, ...]
-    checkpoints: tuple[tuple[GroupCheckpoint, ...], ...]
-    commits: tuple[Commit | None, ...] = ()
-    staged: tuple[Staged | None, ...] = ()
-    window: IntArray | None = None
-
-    def policy(self, engine: Policy) -> BatchPolicy:
-        """The policy of the rows, under an engine with policy ``engine``."""
-        if self.window is None:
-            return engine
-        return RowPolicies(engine.initial_tokens, self.window, engine.max_separators)
+    policy: BatchPolicy
+    separators: dict[int, IntArray]
+    checkpoints: dict[int, tuple[GroupCheckpoint, ...]]
+    commits: dict[int, Commit]
+    staged: dict[int, Staged]
 
 
 @dataclass(slots=True)
@@ -115,7 +116,7 @@ class StepPlanBuilder:
     _rows: dict[str, int] = field(default_factory=dict)
     _start: list[int] = field(default_factory=list)
     _num_spilled: list[int] = field(default_factory=list)
-    _window: list[int] = field(default_factory=list)
+    _policies: list[Policy] = field(default_factory=list)
     _spills: list[bool] = field(default_factory=list)
     _separators: dict[int, IntArray] = field(default_factory=dict)
     _checkpoints: dict[int, tuple[PlannedCheckpoint, ...]] = field(default_factory=dict)
@@ -149,7 +150,7 @@ class StepPlanBuilder:
         num_known = index.count_below(last)
         self._start.append(start)
         self._num_spilled.append(num_spilled)
-        self._window.append(policy.window)
+        self._policies.append(policy)
         leaves = num_new_tokens == 1 and index.count_below(left_after) > num_spilled
         self._spills.append(leaves)
         if needs_all:
@@ -190,11 +191,11 @@ class StepPlanBuilder:
             start=np.array(self._start, dtype=np.int64),
             num_spilled=np.array(self._num_spilled, dtype=np.int64),
             spills=np.array(self._spills, dtype=np.bool_),
+            policy=BatchPolicy.of(self._policies, self.policy),
             separators=self._separators,
             checkpoints=self._checkpoints,
             commits=self._commits,
             staged=self._staged,
-            window=row_windows(self._window, self.policy),
         )
 
     def build_after(self, decodes: StepPlan) -> StepPlan:
@@ -205,23 +206,7 @@ class StepPlanBuilder:
             start=np.concatenate([decodes.start, own.start]),
             num_spilled=np.concatenate([decodes.num_spilled, own.num_spilled]),
             spills=np.concatenate([decodes.spills, own.spills]),
+            policy=decodes.policy.followed_by(own.policy),
             separators={offset + row: found for row, found in own.separators.items()},
             checkpoints={offset + row: made for row, made in own.checkpoints.items()},
-            window=self._joined_window(decodes, own),
         )
-
-    def _joined_window(self, *parts: StepPlan) -> IntArray | None:
-        if all(part.window is None for part in parts):
-            return None
-        window: list[IntArray] = [
-            np.full(len(p.rows), self.policy.window) if p.window is None else p.window
-            for p in parts
-        ]
-        return np.concatenate(window)
-
-
-def row_windows(windows: Sequence[int], engine: Policy) -> IntArray | None:
-    """The windows of a plan's rows; None if all are the engine's, which is the fast path."""
-    if all(window == engine.window for window in windows):
-        return None
-    return np.array(windows, dtype=np.int64)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -28,12 +27,13 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from tests.support.labelled_worker import BLOCK, LabelledWorker, Scheduled
-from vllm_sepllm.integration.frontend.request_choices import salted
-from vllm_sepllm.integration.scheduler.coordinator import bind_managers
-from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
+from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.policy.choice import RequestLimits
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
@@ -49,7 +49,7 @@ OTHERS: dict[str, list[KVCacheSpec]] = {
     "full and sliding": [FULL, SLIDING],
     "wide": [WIDE],
 }
-FLAGS = np.array([False, True, False])
+SEPARATORS = TokenSeparators((1,))
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):
@@ -92,10 +92,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             enable_caching=True,
         )
         self.pool = self.kv.block_pool
-        self.separators = RequestSeparators(
-            policy, FLAGS, self.requests, choose=lambda request: self.policies[request.request_id]
-        )
-        self.cache = bind_managers(self.kv.coordinator, self.separators, interval)
+        self.live = LiveRequests(SEPARATORS, policy)
+        coordinator = SepLLMCoordinator(self.kv.coordinator, self.live, interval)
+        self.cache = coordinator.prefix_cache
         every = self.kv.coordinator.single_type_managers
         self.ours = [m.kv_cache_group_id for m in every if isinstance(m, SepLLMManager)]
         assert len(self.ours) == num_groups
@@ -127,6 +126,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             cache_salt=salted(self.limits, policy, "salt" if apart == 2 else None),
             lora_request=LoRARequest("adapter", 1, "path") if apart == 3 else None,
         )
+        self.live.add(self.requests[name], policy)
 
     @precondition(lambda self: self.requests)
     @rule(
@@ -159,8 +159,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         hit = 0
         blocks = None
         if request.num_computed_tokens == 0:
-            with self.cache.looking_up(request):
-                blocks, hit, _ = self.kv.get_computed_blocks(request)
+            if self.cache.must_wait(self.live[request.request_id]):
+                return None
+            blocks, hit, _ = self.kv.get_computed_blocks(request)
             if hit and not self.cache.fits(self.kv, request, blocks, hit):
                 blocks, hit = self.kv.empty_kv_cache_blocks, 0
         size = min(size, request.num_tokens - request.num_computed_tokens - hit)
@@ -187,9 +188,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         builder = StepPlanBuilder(self.policy)
         for part in scheduled:
             end = part.start + part.size
-            part.checkpoints = self.cache.plan_checkpoints(part.request, part.start, end)
-            tokens = list(part.request.all_token_ids)
-            index = self.separators.index(part.name)
+            live = self.live[part.name]
+            part.checkpoints = self.cache.plan_checkpoints(live, part.start, end)
+            tokens, index = list(part.request.all_token_ids), live.index
             builder.add(part.name, index, tokens, part.start, part.size, part.checkpoints)
         taken = [
             block_id
@@ -206,8 +207,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert sources.isdisjoint(c.dst_block_id for c in copies), "a copy of a copy"
         for copy in copies:
             self.worker.copy_block(copy.src_block_id, copy.dst_block_id)
-        for part in scheduled:
-            self.worker.forward(part, plan)
+        if scheduled:
+            self.worker.forward(scheduled, plan)
 
     @precondition(lambda self: self.requests)
     @rule(which=st.integers(0, 99))
@@ -222,7 +223,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         request = self.pick(which)
         self.kv.free(request)
         del self.requests[request.request_id]
-        self.separators.forget(request.request_id)
+        self.live.forget(request.request_id)
 
     @rule()
     def reset(self) -> None:
@@ -244,8 +245,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
                 if block_id != self.pool.null_block.block_id:
                     held[block_id] = held.get(block_id, 0) + 1
         for manager in self.kv.coordinator.single_type_managers:
-            pins = manager._pins._held if isinstance(manager, SepLLMManager) else {}
-            for block in pins.values():
+            sources = manager.sources.held if isinstance(manager, SepLLMManager) else {}
+            for block in sources.values():
                 held[block.block_id] = held.get(block.block_id, 0) + 1
         for block in self.pool.blocks[1:]:
             assert block.ref_cnt == held.get(block.block_id, 0), "leak or double free"

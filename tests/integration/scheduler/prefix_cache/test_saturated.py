@@ -16,8 +16,8 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.support.tiny_configs import llama_config
-from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.scheduler.scheduler import SepLLMScheduler
+from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 
 BLOCK = 32
@@ -40,7 +40,7 @@ def make_scheduler(folder: Path, num_blocks: int, **settings: int) -> SepLLMSche
         async_scheduling=False,
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = num_blocks
-    policy = SepLLMConfig.from_additional_config(config.additional_config).policy
+    policy = read_config(config).policy
     group = KVCacheGroupSpec(["layer"], SepLLMSpec.from_full_attention(FULL, policy))
     cache = KVCacheConfig(num_blocks, [], [group])
     return SepLLMScheduler(config, cache, StructuredOutputManager(config), BLOCK, log_stats=False)

@@ -5,8 +5,7 @@ import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_sepllm.integration.worker.cpu.kv_layout import probe_layout, split_cache
-from vllm_sepllm.integration.worker.cpu.metadata import SlotCopies
+from vllm_sepllm.integration.worker.cpu.kv_layout import copy_elements, probe_layout, split_cache
 
 NUM_BLOCKS, NUM_HEADS = 5, 3
 
@@ -51,7 +50,7 @@ def test_copied_slots_carry_every_bit_and_nothing_else_moves(head_size: int) -> 
     layout = probe_layout(NUM_HEADS, head_size, block_size, torch.bfloat16, isa)
     before = layout.gather(kv_cache, torch.arange(NUM_BLOCKS))
     source, target = torch.tensor([5, 70, 33]), torch.tensor([129, 4, 100])
-    SlotCopies(layout.slot_elements(source), layout.slot_elements(target)).run(kv_cache)
+    copy_elements(kv_cache, layout.slot_elements(source), layout.slot_elements(target))
     after = layout.gather(kv_cache, torch.arange(NUM_BLOCKS))
     want = before.clone()
     want[:, target] = before[:, source]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_sepllm.integration.worker.cpu.masked_tiles import TileAttention
-from vllm_sepllm.integration.worker.cpu.metadata import TileTensors
+from vllm_sepllm.integration.worker.cpu.masked_tiles import TileAttention, TileTensors
+from vllm_sepllm.policy.keys.masked_tiles import query_tiles
 from vllm_sepllm.policy.step import prefill
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
@@ -43,7 +43,7 @@ def test_tiles_attend_like_the_dense_mask(max_separators: int | None, tile_size:
     key, value = (torch.randn(2, num_tokens, 16, generator=gen) for _ in range(2))
     attend, zeros = TileAttention(0.25, 0.0, None), torch.zeros(tile_size, num_tokens)
     got = torch.full(query.shape, float("nan"))
-    for found in prefill.query_tiles(chunk, tile_size):
+    for found in query_tiles(chunk, tile_size):
         tile = TileTensors.of(found, torch.float32)
         keys, values = key[:, tile.keys], value[:, tile.keys]
         rows = slice(tile.first, tile.last)

@@ -21,16 +21,20 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sepllm.integration.contracts.source_tree import SourceTree
+from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
-from vllm_sepllm.integration.worker.current_step import CurrentStep, attach_plan
-from vllm_sepllm.integration.worker.gpu.backend import _wrap_builder
+from vllm_sepllm.integration.worker.backend import wrap_builder
+from vllm_sepllm.integration.worker.current_step import CurrentStep
+from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
+from vllm_sepllm.policy.keys.columns import REQUEST
+from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 POLICY = Policy(2, 6, 8)
 BLOCK_SIZE, NUM_BLOCKS = 4, 20
-FLAGS = np.array([False, True])
+SEPARATORS = TokenSeparators((1,))
 
 
 @dataclass
@@ -74,12 +78,12 @@ def builder(cache: torch.Tensor) -> Any:
         scheduler_config=SimpleNamespace(max_num_batched_tokens=32, max_num_seqs=8),
         compilation_config=SimpleNamespace(max_cudagraph_capture_size=None),
     )
-    made = _wrap_builder(LibraryBuilder)(
+    made = wrap_builder(LibraryBuilder, GPUBuilderMixin)(
         SepLLMSpec.from_full_attention(full, POLICY), ["layer"], config, torch.device("cpu")
     )
     layer = SimpleNamespace(
         num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
-        impl=SimpleNamespace(prefill=lambda *arguments: None),
+        impl=SimpleNamespace(prefill=lambda *arguments: None, bind=lambda kv_cache: None),
     )  # fmt: skip
     made.bind(
         CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, BLOCK_SIZE, [layer]
@@ -122,7 +126,7 @@ def step(
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         tokens = [int(i % 5 == 4) for i in range(start + length)]
         own = replace(POLICY, window=windows[row]) if row < len(windows) else POLICY
-        plan.add(str(row), SeparatorIndex(own, FLAGS), tokens, start, length)
+        plan.add(str(row), SeparatorIndex(own, SEPARATORS), tokens, start, length)
     output = SchedulerOutput.make_empty()
     output.total_num_scheduled_tokens = sum(lengths)
     attach_plan(output, plan.build())
@@ -161,6 +165,12 @@ def test_spills_run_before_the_forward(builder: Any, cache: torch.Tensor) -> Non
     assert torch.equal(cache, before)
 
 
+def read(made: Any, *columns: str) -> list[tuple[int, ...]]:
+    """Columns of the requests' table, row by row."""
+    rows = made.prefill.metadata.requests.numpy()
+    return [tuple(row[name].item() for name in columns) for row in rows.view(REQUEST)[:, 0]]
+
+
 def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
     made = step(builder, [20, 0, 30], [1, 5, 7], num_tokens=13, num_reqs=3)
     assert made.library.num_tokens == 1 + 5  # the second is inside a + n
@@ -168,7 +178,8 @@ def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
     assert (part.num_reqs, part.num_actual_tokens, part.max_query_len) == (2, 6, 5)
     assert part.query_start_loc.tolist() == [0, 1, 6]
     assert part.seq_lens.tolist() == [11, 5]
-    assert made.prefill.metadata.requests[:, :4].tolist() == [[2, 30, 37, 6]]
+    columns = ("table_row", "chunk_start", "chunk_end", "query_start")
+    assert read(made, *columns) == [(2, 30, 37, 6)]
     # of positions 30 .. 36 the window keeps the last six
     assert (made.slots[6:] == -1).tolist() == [True] + [False] * 6
 
@@ -202,9 +213,9 @@ def test_rows_have_windows_of_their_own(builder: Any) -> None:
     # far of the first: 4 and 9; the second is full attention; entries 2 + 10 % 3 and 12
     assert part.seq_lens.tolist() == [2 + 3 + 2, 13]
     assert made.slots[:2].tolist() == [1 * 4 + 3, (5 + 3) * 4 + 0]
-    assert made.prefill.metadata.requests[:, [0, 1, 8]].tolist() == [[2, 30, 6]]
+    assert read(made, "table_row", "chunk_start", "window") == [(2, 30, 6)]
     made = step(builder, [30], [7], num_tokens=7, num_reqs=1, windows=(4,))
-    assert made.prefill.metadata.requests[:, 8].tolist() == [4]
+    assert read(made, "window") == [(4,)]
     assert (made.slots == -1).tolist() == [True] * 3 + [False] * 4
 
 

@@ -1,8 +1,10 @@
-"""How many blocks of vLLM's pool hold checkpoints, without a word from the pool."""
+"""How many blocks of vLLM's pool hold checkpoints: for one metric, without the pool's help."""
 
 from collections import Counter, deque
 
 from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+
+from vllm_sepllm.policy.visibility import Policy
 
 # entries that a count looks at; a pool with more such blocks is counted over several counts
 _MAX_VISITS = 1024
@@ -10,25 +12,25 @@ _MAX_VISITS = 1024
 _VISITS_PER_BLOCK = 2
 
 
-class NamedBlocks:
-    """Blocks that were given keys, by the policy they belong to.
+class CheckpointBlockCount:
+    """Blocks that were given keys of checkpoints, by the policy of the request.
 
     The pool takes a key away when it reuses the block and tells nobody, so the entries are visited
     in turn: a few with each new block, the rest when they are counted.
     """
 
     def __init__(self) -> None:
-        self._entries: deque[tuple[KVCacheBlock, BlockHashWithGroupId, bytes]] = deque()
-        self._counts: Counter[bytes] = Counter()
+        self._entries: deque[tuple[KVCacheBlock, BlockHashWithGroupId, Policy]] = deque()
+        self._counts: Counter[Policy] = Counter()
 
-    def add(self, block: KVCacheBlock, salt: bytes) -> None:
-        """The block has got a key; ``salt`` stands for the policy."""
+    def add(self, block: KVCacheBlock, policy: Policy) -> None:
+        """The block has got a key."""
         assert block.block_hash is not None, "only blocks with a key are counted"
-        self._entries.append((block, block.block_hash, salt))
-        self._counts[salt] += 1
+        self._entries.append((block, block.block_hash, policy))
+        self._counts[policy] += 1
         self._visit(_VISITS_PER_BLOCK)
 
-    def count(self) -> dict[bytes, int]:
+    def count(self) -> dict[Policy, int]:
         """Policy -> blocks that still have their key; policies that had any stay, with 0."""
         self._visit(_MAX_VISITS)
         return dict(self._counts)
@@ -37,8 +39,8 @@ class NamedBlocks:
         entries = self._entries
         for _ in range(min(num_visits, len(entries))):
             entry = entries.popleft()
-            block, key, salt = entry
+            block, key, policy = entry
             if block.block_hash == key:
                 entries.append(entry)
             else:
-                self._counts[salt] -= 1
+                self._counts[policy] -= 1

@@ -1,33 +1,26 @@
-"""What of a request's cache is kept for others, and what of it a new request starts from.
+"""Prefix cache of SepLLM layers: saves a request's compact state, and starts new requests from it.
 
 One object serves all KV cache groups of SepLLM layers: a request advances in lockstep in all of
 them, so a checkpoint is its state in each.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from math import lcm
-from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
-from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import (
-    CheckpointRegistry,
-)
-from vllm_sepllm.integration.scheduler.prefix_cache.decode_checkpoints import (
-    StandingCheckpoints,
-)
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
+from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.integration.scheduler.prefix_cache.branch_points import BranchPoints
+from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import CheckpointRegistry
+from vllm_sepllm.integration.scheduler.prefix_cache.decode_checkpoints import DecodeCheckpoints
 from vllm_sepllm.integration.scheduler.prefix_cache.dense_prefixes import DensePrefixes
-from vllm_sepllm.integration.scheduler.usage import KvUsage
+from vllm_sepllm.integration.scheduler.prefix_cache.joint_prefills import JointPrefills
 from vllm_sepllm.policy.step import checkpoint
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint
 from vllm_sepllm.policy.visibility import Policy
-
-if TYPE_CHECKING:
-    from vllm_sepllm.integration.scheduler.live_requests import RequestSeparators
-    from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 
 
 class PrefixCache:
@@ -35,31 +28,37 @@ class PrefixCache:
 
     def __init__(
         self,
-        managers: Sequence["SepLLMManager"],
-        separators: "RequestSeparators",
+        managers: Sequence[SepLLMManager],
+        engine: Policy,
         checkpoint_interval: int,
         alignment: int,
     ) -> None:
-        """``alignment``: hits end at multiples of it; 1 where no other layers must agree."""
+        """Nothing is cached yet.
+
+        Args:
+            managers: of all SepLLM groups.
+            engine: the policy of requests that choose none.
+            checkpoint_interval: tokens between regular checkpoints.
+            alignment: hits end at its multiples; 1 where no other kind of layer must agree.
+        """
         self._managers = managers
-        self._separators = separators
+        self._engine = engine
         self._pool = managers[0].block_pool
-        self._is_enabled = managers[0].enable_caching
+        self.is_enabled = managers[0].enable_caching
         self._alignment = alignment
         # checkpoints end at multiples of it, except those of requests that end
         self._unit = lcm(alignment, *(m.block_size for m in managers))
         self._interval = checkpoint_interval
-        self._registry = CheckpointRegistry(self._pool)
+        self.registry = CheckpointRegistry(self._pool)
         self._dense = DensePrefixes(managers, alignment)
-        # a request that ends does so between two of the positions that other layers can hit
-        self._standing = (
-            StandingCheckpoints(managers, self._registry, self._unit) if alignment > 1 else None
+        self._branches = BranchPoints()
+        self.joint_prefills = JointPrefills(
+            self._pool.hash_block_size, self._positions_ahead, self._num_found
         )
-        self._looked_up: tuple[Request, list[BlockHash]] | None = None
-        # request -> positions at which its prefill leaves a checkpoint
-        self._wanted: dict[str, tuple[int, ...]] = {}
-        # request -> tokens up to which its full blocks have their keys, if any has
-        self._kept_until: dict[str, int] = {}
+        # a request that ends does so between two of the positions that other layers can hit
+        self._decoding = (
+            DecodeCheckpoints(managers, self.registry, self._unit) if alignment > 1 else None
+        )
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
 
@@ -69,41 +68,31 @@ class PrefixCache:
         It grows with a window that is larger than the engine's, as the ring does of which each
         checkpoint holds a copy.
         """
-        engine = self._separators.policy.num_dense
+        engine = self._engine.num_dense
         wanted = self._interval * max(policy.num_dense, engine)
         return -(-wanted // (engine * self._unit)) * self._unit
 
-    def watch(self, max_model_len: int) -> KvUsage:
-        """Follow what requests and checkpoints hold from now on."""
-        named_blocks = self._registry.named_blocks
-        return KvUsage(self._managers, self._separators, named_blocks, max_model_len)
-
     # ------------------------------------------------------------------ a new request
 
-    @contextmanager
-    def looking_up(self, request: Request) -> Iterator[None]:
-        """Say whose prefix vLLM is about to look for: it passes hashes of whole blocks only."""
-        if not self._is_enabled:
-            yield
-            return
-        hashes = self._separators.salted(request)
-        self._want_checkpoints(request, hashes)
-        self._looked_up = (request, hashes)
-        try:
-            yield
-        finally:
-            self._looked_up = None
+    def must_wait(self, live: LiveRequest) -> bool:
+        """Whether a waiting request should start in a later step, from what a prefill leaves."""
+        if not live.holding.is_seen:
+            self._branches.see(live.request.block_hashes)
+            live.holding.is_seen = True
+        return not live.request.skip_reading_prefix_cache and self.joint_prefills.must_wait(live)
+
+    def _num_found(self, live: LiveRequest) -> int:
+        """Tokens that the request would find now; layers of other kinds may have fewer."""
+        _, num_tokens = self.find(live, live.request.num_tokens - 1, ())
+        return num_tokens
 
     def find(
-        self, max_length: int, group_ids: Sequence[int]
+        self, live: LiveRequest, max_length: int, group_ids: Sequence[int]
     ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
         """The longest prefix of at most ``max_length`` tokens: its blocks by group, its length."""
-        assert self._looked_up is not None, "the scheduler says whose prefix is looked up"
-        request, hashes = self._looked_up
-        num_dense = self._separators.policy_of(request.request_id).num_dense
-        dense = self._dense.find(hashes, min(max_length, num_dense))
-        tokens = request._all_token_ids
-        found = self._registry.find(hashes, tokens, max_length, self._alignment)
+        hashes, tokens = live.request.block_hashes, live.request._all_token_ids
+        dense = self._dense.find(hashes, min(max_length, live.policy.num_dense))
+        found = self.registry.find(hashes, tokens, max_length, self._alignment)
         if found is not None and found.position > dense:
             return tuple(found.group(i) for i in group_ids), found.position
         managers = [m for m in self._managers if m.kv_cache_group_id in group_ids]
@@ -129,25 +118,14 @@ class PrefixCache:
         free = self._pool.get_num_free_blocks()
         return needed + kv_cache_manager.watermark_blocks <= free
 
-    def _want_checkpoints(self, request: Request, hashes: Sequence[BlockHash]) -> None:
-        """Where requests like this one begin alike, and the last block of its prompt.
-
-        A request that has to wait is looked up again and again, but compared with others once.
-        """
-        if request.request_id in self._wanted:
-            return
-        positions = self._registry.common_prefix(hashes), request.num_prompt_tokens - 1
-        self._wanted[request.request_id] = tuple(p // self._unit * self._unit for p in positions)
-
     # ------------------------------------------------------------------ a step
 
-    def note_step(self, request: Request) -> None:
+    def takes_part(self, live: LiveRequest) -> None:
         """The request takes part in the step that is being scheduled."""
+        self.joint_prefills.takes_part(live)
         # proposals that turned out right reach the cache in this step only
-        is_settled = request.request_id not in self._separators.staged
-        if self._standing is not None and is_settled:
-            policy = self._separators.policy_of(request.request_id)
-            self._standing.note(request, policy.num_dense)
+        if self._decoding is not None and live.holding.staged is None:
+            self._decoding.note(live)
 
     def plan_copies(self) -> None:
         """All requests of the step are known and no block is changed yet: copy what is kept."""
@@ -156,68 +134,87 @@ class PrefixCache:
                 copy = self._dense.move_away(manager, block)
                 if copy is not None:
                     manager.copy_block(block, copy)
-        if self._standing is not None:
-            self._standing.renew(self._separators)
+        if self._decoding is not None:
+            self._decoding.renew()
 
     def plan_checkpoints(
-        self, request: Request, start: int, end: int
+        self, live: LiveRequest, start: int, end: int
     ) -> tuple[PlannedCheckpoint, ...]:
         """Blocks for the checkpoints that the step [start, end) passes; the step fills them."""
-        if not self._is_enabled:
+        if not self.is_enabled:
             return ()
-        known = min(end, request.num_tokens)
-        policy = self._separators.policy_of(request.request_id)
-        if end <= policy.num_dense:
-            self._keep_dense(request, start, known)
+        known = min(end, live.request.num_tokens)
+        if end <= live.policy.num_dense:
+            self._key_dense(live, start, known)
             return ()
         if end > known:  # an asynchronous step beyond the known tokens
             return ()
-        wanted = self._wanted.get(request.request_id, ())
-        positions = checkpoint.checkpoint_positions(
-            start, end, interval=self.interval_of(policy), wanted=wanted
-        )
-        if not positions:
-            return ()
-        hashes = self._separators.salted(request)
-        planned = [self._plan_checkpoint(request, hashes, p) for p in positions]
+        positions = self._positions(live, start, end)
+        planned = [self._plan_checkpoint(live, p) for p in positions]
         return tuple(p for p in planned if p is not None)
+
+    def _positions(self, live: LiveRequest, start: int, end: int) -> list[int]:
+        """Positions in (start, end] at which the request's step leaves a checkpoint.
+
+        Regularly, at the last block of the prompt, and where prompts part. Beyond a + n tokens
+        that is once in a + n tokens at most, as each checkpoint holds a copy of the ring; up to
+        there once, as every block boundary before can be hit, too.
+        """
+        size, num_dense = self._pool.hash_block_size, live.policy.num_dense
+        first = start // num_dense * num_dense
+        numbers = self._branches.between(live.request.block_hashes, first // size, end // size)
+        branches = [self._aligned(number * size) for number in numbers]
+        wanted = [
+            *[p for p in branches if p <= num_dense][-1:],
+            *checkpoint.first_of_each((p for p in branches if p > num_dense), num_dense),
+            self._aligned(live.request.num_prompt_tokens - 1),
+        ]
+        interval = self.interval_of(live.policy)
+        return checkpoint.checkpoint_positions(start, end, interval=interval, wanted=wanted)
+
+    def _positions_ahead(self, live: LiveRequest, start: int, end: int) -> list[int]:
+        """Positions in (start, end] at which a prefill leaves something that others can hit."""
+        dense = self._aligned(min(end, live.policy.num_dense))
+        return [p for p in (dense, *self._positions(live, start, end)) if p > start]
+
+    def _aligned(self, position: int) -> int:
+        """The last position up to there at which a checkpoint may end."""
+        return position // self._unit * self._unit
 
     def release_checkpoints(self) -> None:
         """The step is planned: its checkpoints belong to nobody, so no admission waits for them."""
         self._pool.free_blocks(self._fresh)
         self._fresh = []
 
-    def _keep_dense(self, request: Request, start: int, end: int) -> None:
+    def _key_dense(self, live: LiveRequest, start: int, end: int) -> None:
         """Give the blocks that are full at ``end`` their keys: nothing has been overwritten yet.
 
         An asynchronous step fills a block before its last token is known, so it may be a later
         step that gives the key.
         """
-        size = self._pool.hash_block_size
-        start = self._kept_until.setdefault(request.request_id, start)
+        size, holding = self._pool.hash_block_size, live.holding
+        if holding.keyed_until is None:
+            holding.keyed_until = start
+        start = holding.keyed_until
         if start // size == end // size:
             return
-        self._kept_until[request.request_id] = end
-        hashes = self._separators.salted(request)
+        holding.keyed_until = end
         for manager in self._managers:
-            blocks = manager.req_to_blocks[request.request_id]
+            blocks = manager.req_to_blocks[live.request.request_id]
             for number in range(start // manager.block_size, end // manager.block_size):
-                self._dense.add(manager, hashes, number, blocks[number])
+                self._dense.add(manager, live.request.block_hashes, number, blocks[number])
 
-    def _plan_checkpoint(
-        self, request: Request, hashes: Sequence[BlockHash], position: int
-    ) -> PlannedCheckpoint | None:
+    def _plan_checkpoint(self, live: LiveRequest, position: int) -> PlannedCheckpoint | None:
+        hashes = live.request.block_hashes
         num_hashes = position // self._pool.hash_block_size
         if not 0 < num_hashes <= len(hashes):
             return None
         block_hash = hashes[num_hashes - 1]
-        is_dense = position <= self._separators.policy_of(request.request_id).num_dense
-        if not is_dense and self._registry.has(block_hash, ()):
+        is_dense = position <= live.policy.num_dense
+        if not is_dense and self.registry.has(block_hash, ()):
             return None
         own = [
-            self._dense.missing(m, hashes, 0, position)
-            if is_dense
-            else m.written_blocks(request.request_id, position)
+            self._dense.missing(m, hashes, 0, position) if is_dense else m.to_own(live, position)
             for m in self._managers
         ]
         num_own = sum(len(numbers) for numbers in own)
@@ -232,10 +229,10 @@ class PrefixCache:
                 self._dense.add(manager, hashes, number, block)
         if not is_dense:
             state = {
-                m.kv_cache_group_id: m.state(request.request_id, position, blocks)
+                m.kv_cache_group_id: m.state(live, position, blocks)
                 for m, blocks in zip(self._managers, fresh, strict=True)
             }
-            self._registry.add(block_hash, position, (), state)
+            self.registry.add(live.policy, block_hash, position, (), state)
         return PlannedCheckpoint(
             position,
             {
@@ -246,17 +243,11 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ a request that ends
 
-    def request_leaves(self, request_id: str) -> None:
-        """Keep the state of a request that ends or is preempted: its blocks are a checkpoint."""
-        if self._is_enabled and request_id in self._managers[0].req_to_blocks:
-            self._keep_final_state(self._separators.request(request_id))
-        self._wanted.pop(request_id, None)
-        self._kept_until.pop(request_id, None)
-        if self._standing is not None:
-            self._standing.forget(request_id)
-
-    def _keep_final_state(self, request: Request) -> None:
-        staged = self._separators.staged.get(request.request_id)
+    def keep_final_state(self, live: LiveRequest) -> None:
+        """Make the blocks of a request that ends or is preempted a checkpoint."""
+        request, staged = live.request, live.holding.staged
+        if not self.is_enabled or request.request_id not in self._managers[0].req_to_blocks:
+            return
         position = request.num_computed_tokens if staged is None else staged.position
         num_hashes = position // self._pool.hash_block_size
         token_ids = request._all_token_ids
@@ -265,8 +256,8 @@ class PrefixCache:
         if not is_known or request.mm_features or position % self._alignment:
             return
         rest = tuple(token_ids[num_hashes * self._pool.hash_block_size : position])
-        block_hash = self._separators.salted(request)[num_hashes - 1]
-        if self._registry.has(block_hash, rest):
+        block_hash = request.block_hashes[num_hashes - 1]
+        if self.registry.has(block_hash, rest):
             return
-        state = {m.kv_cache_group_id: m.state(request.request_id, position) for m in self._managers}
-        self._registry.add(block_hash, position, rest, state)
+        state = {m.kv_cache_group_id: m.state(live, position) for m in self._managers}
+        self.registry.add(live.policy, block_hash, position, rest, state)

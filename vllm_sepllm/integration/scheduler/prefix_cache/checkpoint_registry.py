@@ -1,6 +1,5 @@
-"""Which prefixes have a checkpoint in vLLM's block pool, and which were seen before."""
+"""Which prefixes have a checkpoint in vLLM's block pool."""
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -13,14 +12,11 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 
-from vllm_sepllm.integration.scheduler.live_requests import salt_of
-from vllm_sepllm.integration.scheduler.prefix_cache.block_count import NamedBlocks
+from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
+from vllm_sepllm.policy.visibility import Policy
 
-# 64 bytes each; a hash that was forgotten costs one more miss, never a wrong hit
-_MAX_SEEN = 1 << 17
-
-# one new checkpoint for so many blocks of the pool, and those that lost a block are forgotten:
-# of a long text each takes kilobytes of host memory
+# blocks of the pool per new checkpoint between two sweeps that forget checkpoints without all of
+# their blocks: the checkpoint of a long text takes kilobytes of host memory
 _BLOCKS_PER_SWEEP = 8
 
 State = Mapping[int, Sequence[KVCacheBlock]]
@@ -55,7 +51,7 @@ class CheckpointRegistry:
     """Checkpoints by the hash of their last whole hash block.
 
     vLLM's hashes chain over all tokens before and are salted with LoRA, multimodal content and
-    cache_salt; the caller adds the policy (RequestSeparators.salted).
+    cache_salt, which has a request's own policy in it (wire/choices.py).
     """
 
     def __init__(self, block_pool: BlockPool) -> None:
@@ -64,8 +60,7 @@ class CheckpointRegistry:
         self._by_hash: dict[BlockHash, list[Checkpoint]] = {}
         self._num_added = 0
         self._numbers = count()
-        self.named_blocks = NamedBlocks()
-        self._seen: OrderedDict[BlockHash, None] = OrderedDict()
+        self.block_count = CheckpointBlockCount()
 
     def find(
         self,
@@ -108,12 +103,17 @@ class CheckpointRegistry:
         return whole
 
     def add(
-        self, block_hash: BlockHash, position: int, rest: tuple[int, ...], state: State
+        self,
+        policy: Policy,
+        block_hash: BlockHash,
+        position: int,
+        rest: tuple[int, ...],
+        state: State,
     ) -> None:
         """Remember a checkpoint; its blocks get keys and may be freed afterwards."""
         keyed = {
             group_id: tuple(
-                (block, self._key(block, group_id, position, block_hash)) for block in blocks
+                (block, self._key(block, group_id, position, policy)) for block in blocks
             )
             for group_id, blocks in state.items()
         }
@@ -125,7 +125,7 @@ class CheckpointRegistry:
                 self._whole(known)
 
     def _key(
-        self, block: KVCacheBlock, group_id: int, position: int, block_hash: BlockHash
+        self, block: KVCacheBlock, group_id: int, position: int, policy: Policy
     ) -> BlockHashWithGroupId:
         """The block's key in vLLM's map of cached blocks, given now if it has none."""
         if block.block_hash is None:
@@ -133,22 +133,6 @@ class CheckpointRegistry:
             name = BlockHash(b"sepllm" + next(self._numbers).to_bytes(26, "big"))
             key = make_block_hash_with_group_id(name, group_id)
             self._pool._insert_block_hash(key, block, num_tokens=position)
-            self.named_blocks.add(block, salt_of(block_hash))
+            self.block_count.add(block, policy)
         assert block.block_hash is not None
         return block.block_hash
-
-    def common_prefix(self, hashes: Sequence[BlockHash]) -> int:
-        """Tokens of the longest prefix, in whole hash blocks, that an earlier request had too.
-
-        The request itself counts as seen from then on.
-        """
-        num_common = 0
-        for number, block_hash in enumerate(hashes, start=1):
-            if block_hash in self._seen:
-                num_common = number
-                self._seen.move_to_end(block_hash)
-            else:
-                self._seen[block_hash] = None
-        while len(self._seen) > _MAX_SEEN:
-            self._seen.popitem(last=False)
-        return num_common * self._hash_size

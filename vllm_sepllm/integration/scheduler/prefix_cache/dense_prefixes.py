@@ -7,7 +7,6 @@ away before that.
 
 from collections.abc import Sequence
 from math import lcm
-from typing import TYPE_CHECKING
 
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
@@ -16,14 +15,13 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 
-if TYPE_CHECKING:
-    from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 
 
 class DensePrefixes:
     """The first blocks of requests in vLLM's map of cached blocks, for all SepLLM groups."""
 
-    def __init__(self, managers: Sequence["SepLLMManager"], alignment: int) -> None:
+    def __init__(self, managers: Sequence[SepLLMManager], alignment: int) -> None:
         """``alignment``: hits end at multiples of it."""
         self._managers = managers
         self._pool = managers[0].block_pool
@@ -42,14 +40,14 @@ class DensePrefixes:
         return position
 
     def blocks(
-        self, manager: "SepLLMManager", hashes: Sequence[BlockHash], position: int
+        self, manager: SepLLMManager, hashes: Sequence[BlockHash], position: int
     ) -> list[KVCacheBlock]:
         """The blocks of a prefix of ``position`` tokens, which :meth:`find` returned."""
         found = [self._block(manager, hashes, i) for i in range(position // manager.block_size)]
         return [block for block in found if block is not None]
 
     def missing(
-        self, manager: "SepLLMManager", hashes: Sequence[BlockHash], start: int, end: int
+        self, manager: SepLLMManager, hashes: Sequence[BlockHash], start: int, end: int
     ) -> list[int]:
         """Numbers of the whole blocks in [start, end) that are not cached."""
         size = manager.block_size
@@ -57,20 +55,18 @@ class DensePrefixes:
         return [i for i in numbers if self._block(manager, hashes, i) is None]
 
     def _block(
-        self, manager: "SepLLMManager", hashes: Sequence[BlockHash], number: int
+        self, manager: SepLLMManager, hashes: Sequence[BlockHash], number: int
     ) -> KVCacheBlock | None:
         block_hash = self._hash(manager, hashes, number)
         found = self._pool.get_cached_block(block_hash, [manager.kv_cache_group_id])
         return found[0] if found else None
 
-    def _hash(
-        self, manager: "SepLLMManager", hashes: Sequence[BlockHash], number: int
-    ) -> BlockHash:
+    def _hash(self, manager: SepLLMManager, hashes: Sequence[BlockHash], number: int) -> BlockHash:
         return hashes[(number + 1) * manager.block_size // self._hash_size - 1]
 
     def add(
         self,
-        manager: "SepLLMManager",
+        manager: SepLLMManager,
         hashes: Sequence[BlockHash],
         number: int,
         block: KVCacheBlock,
@@ -82,7 +78,7 @@ class DensePrefixes:
             num_tokens = (number + 1) * manager.block_size
             self._pool._insert_block_hash(key, block, num_tokens=num_tokens)
 
-    def move_away(self, manager: "SepLLMManager", block: KVCacheBlock) -> KVCacheBlock | None:
+    def move_away(self, manager: SepLLMManager, block: KVCacheBlock) -> KVCacheBlock | None:
         """Take the key from a block that its request overwrites in this step.
 
         Returns:

@@ -86,6 +86,12 @@ class CPUCacheLayout:
         return tokens.transpose(0, 1).flatten(1, 2)
 
 
+def copy_elements(kv_cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy flat elements inside a contiguous cache. All are read before any is written."""
+    flat = kv_cache.view(-1)
+    flat.index_copy_(0, target, flat.index_select(0, source))
+
+
 @lru_cache
 def probe_layout(
     num_kv_heads: int, head_size: int, block_size: int, dtype: torch.dtype, isa: str

@@ -1,9 +1,54 @@
-"""Prefill attention of one query tile on the CPU."""
+"""Prefill attention of one query tile on the CPU, under a mask."""
 
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from vllm_sepllm.policy.keys.masked_tiles import QueryTile
+
+
+@dataclass(frozen=True, slots=True)
+class TileTensors:
+    """A query tile (policy/keys/masked_tiles.py) as tensors.
+
+    Attributes:
+        first: first query, counted from the start of the chunk.
+        last: end of the queries, exclusive.
+        keys: [num_keys] int64, key numbers; those that every query reads come first.
+        bias: [last - first, num_partial], 0 or -inf in the dtype of the queries, for the last keys.
+    """
+
+    first: int
+    last: int
+    keys: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def of(cls, tile: QueryTile, dtype: torch.dtype) -> "TileTensors":
+        """Of a planned tile, for queries of ``dtype``."""
+        bias = torch.zeros(tile.hidden.shape, dtype=dtype)
+        bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
+        return cls(tile.first, tile.last, torch.from_numpy(tile.keys), bias)
+
+    def mask(self, zeros: torch.Tensor) -> torch.Tensor | None:
+        """[last - first, num_keys] to add to scores, a view of ``zeros``; None: nothing is hidden.
+
+        Holds until the next call for the same ``zeros``, which is [most queries of a tile, most
+        keys]. Only the last columns are written: a mask for each tile would take as much memory as
+        the whole chunk's scores of a head.
+        """
+        num_queries, num_partial = self.bias.shape
+        if num_partial == 0:
+            return None
+        mask = zeros[:num_queries, zeros.shape[1] - len(self.keys) :]
+        mask[:, -num_partial:] = self.bias
+        return mask
+
+    def clear(self, zeros: torch.Tensor) -> None:
+        """Undo :meth:`mask`."""
+        num_queries, num_partial = self.bias.shape
+        zeros[:num_queries, zeros.shape[1] - num_partial :] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,10 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_sepllm.config import SepLLMConfig
-from vllm_sepllm.integration.worker.cpu.backend import SepLLMCPUBackend
-from vllm_sepllm.integration.worker.cpu.builder import SepLLMCPUMetadataBuilder
+from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.integration.worker.backend import wrap_backend
+from vllm_sepllm.integration.worker.builder import bind_builders
+from vllm_sepllm.integration.worker.cpu.builder import CPUBuilderMixin
 from vllm_sepllm.integration.worker.cpu.impl import SepLLMCPUImpl
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.layers import sepllm_layers
@@ -23,23 +24,20 @@ class SepLLMCPUWorker(CPUWorker):
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, then put ours around the implementation of each chosen layer."""
         super().load_model(load_dummy_weights=load_dummy_weights)
-        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
-        backend = SepLLMCPUBackend.with_policy(config.policy)
+        config = read_config(self.vllm_config)
         for layer in sepllm_layers(self.vllm_config, config):
-            layer.attn_backend = backend
+            layer.attn_backend = wrap_backend(layer.attn_backend, CPUBuilderMixin, config.policy)
             layer.impl = SepLLMCPUImpl(cast(CPUAttentionBackendImpl, layer.impl))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate as vLLM does, then show the builders where the plan is."""
         super().initialize_from_config(kv_cache_config)
         runner = self.model_runner
-        # vLLM sorts a batch if one of the worker's builders asks for it; a pipeline stage without
-        # a SepLLM layer has to sort alike, or the rows of two stages do not match
-        runner.reorder_batch_threshold = SepLLMCPUMetadataBuilder.reorder_batch_threshold
         step = CurrentStep()
         step.plan_runs_of(runner)
-        for group_id, groups in enumerate(runner.attn_groups):
-            for group in groups:
-                for builder in group.metadata_builders:
-                    if isinstance(builder, SepLLMCPUMetadataBuilder):
-                        builder.bind(step, lambda: runner.input_batch.req_ids, group_id)
+        bind_builders(
+            self.vllm_config,
+            runner,
+            step,
+            lambda common: runner.input_batch.req_ids[: common.num_reqs],
+        )

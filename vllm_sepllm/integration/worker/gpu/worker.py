@@ -4,7 +4,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.block_table import get_block_table_width
@@ -12,10 +11,11 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS
+from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.integration.worker.backend import wrap_backend
+from vllm_sepllm.integration.worker.builder import BuilderMixin, bind_builders
 from vllm_sepllm.integration.worker.current_step import CurrentStep
-from vllm_sepllm.integration.worker.gpu.backend import wrap_backend
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import SepLLMGPUImpl
 from vllm_sepllm.integration.worker.layers import sepllm_layers
@@ -37,7 +37,8 @@ class GPUWorkerMixin(Worker):
                 that our kernels do not read.
         """
         super().load_model(load_dummy_weights=load_dummy_weights)
-        config = SepLLMConfig.from_additional_config(self.vllm_config.additional_config)
+        config = read_config(self.vllm_config)
+        self._policy = config.policy
         runner: Any = self.model_runner  # vLLM types it as Model Runner V1's
         drafting: Collection[str] = ()
         if self.use_v2_model_runner and isinstance(runner.speculator, DraftModelSpeculator):
@@ -50,7 +51,7 @@ class GPUWorkerMixin(Worker):
                     f'not read; set {{"sepllm": {{"decode_backend": ...}}}} to one of '
                     f"{list(WRAPPED_BACKENDS)} in --additional-config"
                 )
-            layer.attn_backend = wrap_backend(layer.attn_backend, config.policy)
+            layer.attn_backend = wrap_backend(layer.attn_backend, GPUBuilderMixin, self._policy)
             layer.impl = SepLLMGPUImpl(layer.impl)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -58,21 +59,11 @@ class GPUWorkerMixin(Worker):
         super().initialize_from_config(kv_cache_config)
         self._step = CurrentStep()
         self._step.plan_runs_of(self.model_runner)
-        self._builders: list[tuple[GPUBuilderMixin, int]] = []
-        layers = self.vllm_config.compilation_config.static_forward_context
-        for group_id, groups in enumerate(self.model_runner.attn_groups):
-            for group in groups:
-                own = [layers[name] for name in group.layer_names]
-                # the scheduler's blocks may be cut for the kernels, one behind the other only
-                assert group.kernel_block_stride == 0, "kernel blocks with other layers' between"
-                for builder in group.metadata_builders:
-                    if isinstance(builder, GPUBuilderMixin):
-                        block_size = group.kv_cache_spec.block_size
-                        _bind_layers(own)
-                        builder.bind(self._step, self._request_ids, group_id, block_size, own)
-                        self._builders.append((builder, self._block_table_width(builder)))
+        self._builders = bind_builders(
+            self.vllm_config, self.model_runner, self._step, self._request_ids
+        )
 
-    def _block_table_width(self, builder: GPUBuilderMixin) -> int:
+    def _block_table_width(self, builder: BuilderMixin) -> int:
         spec, max_model_len = builder.kv_cache_spec, self.vllm_config.model_config.max_model_len
         return get_block_table_width(
             spec.max_num_blocks_per_req(self.vllm_config, max_model_len),
@@ -92,17 +83,12 @@ class GPUWorkerMixin(Worker):
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile our kernels before the first request, and let vLLM make up steps of its own."""
-        for builder, max_blocks in self._builders:
-            builder.warm_up(max_blocks)
-        with self._step.warm_up():
+        for builder in self._builders:
+            assert isinstance(builder, GPUBuilderMixin), "the platform's own"
+            builder.warm_up(self._block_table_width(builder))
+        with self._step.warm_up(self._policy):
             times: CompilationTimes = super().compile_or_warm_up_model()
             return times
-
-
-def _bind_layers(layers: Sequence[Attention]) -> None:
-    for layer in layers:
-        assert isinstance(layer.impl, SepLLMGPUImpl), "a SepLLM builder has SepLLM layers alone"
-        layer.impl.bind(layer.kv_cache)
 
 
 class SepLLMGPUWorker(GPUWorkerMixin):

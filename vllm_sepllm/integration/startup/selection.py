@@ -1,0 +1,199 @@
+"""The selection of sepllm: seen in EngineArgs, completed in the VllmConfig that they make.
+
+vLLM lets a plugin name a backend, but nothing in the name can bring its scheduler and worker.
+``EngineArgs.create_engine_config`` is the one place that the CLI, ``LLM``, the async engine and
+Ray Serve all pass, so that is what we wrap. To be dropped when a backend can name both itself.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from typing import Any
+
+from vllm.config import AttentionConfig, ModelConfig, VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, ResolvedConfig, SepLLMConfig
+from vllm_sepllm.integration.log import logger
+from vllm_sepllm.integration.patch import wrap_once
+from vllm_sepllm.integration.startup import refusals
+from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register_backend_name
+from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
+from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
+from vllm_sepllm.policy import trained
+from vllm_sepllm.policy.separators.definition import IntervalSeparators
+from vllm_sepllm.policy.separators.rules import token_separators
+
+_CPU_WORKER = "vllm_sepllm.integration.worker.cpu.worker.SepLLMCPUWorker"
+_GPU_WORKER = "vllm_sepllm.integration.worker.gpu.worker.SepLLMGPUWorker"
+# The default of vLLM's CPU platform is 128, in which a compact cache wastes 64 entries on average.
+# 32 is the smallest size for its kernels.
+_CPU_BLOCK_SIZE = 32
+
+
+def install() -> None:
+    """Wrap ``EngineArgs.create_engine_config``; once per process."""
+    wrap_once(EngineArgs, "create_engine_config", _create_engine_config)
+
+
+def _create_engine_config(
+    original: Callable[..., VllmConfig], engine_args: EngineArgs, *args: Any, **kwargs: Any
+) -> VllmConfig:
+    if not _is_named(engine_args):
+        refusals.check_not_selected(engine_args)
+        vllm_config = original(engine_args, *args, **kwargs)
+        check_served_as_trained(vllm_config)
+        return vllm_config
+    refusals.check_engine_args(engine_args)
+    given = SepLLMConfig.from_additional_config(engine_args.additional_config)
+    with _selection_hidden(engine_args, _decode_backend(given)):
+        vllm_config = original(engine_args, *args, **kwargs)
+    refusals.check_vllm_config(vllm_config)
+    given = _with_trained_policy(given, vllm_config.model_config)
+    config = _resolve(given, vllm_config)
+    refusals.check_drafts(vllm_config, config.window)
+    _complete(vllm_config, config)
+    _log(given, config, vllm_config.cache_config.block_size)
+    _install_in_front_end()
+    return vllm_config
+
+
+def _is_named(engine_args: EngineArgs) -> bool:
+    sepllm = register_backend_name()
+    named = AttentionConfig.validate_backend_before(engine_args.attention_backend)
+    return sepllm in (named, engine_args.attention_config.backend)
+
+
+def _decode_backend(given: SepLLMConfig) -> AttentionBackendEnum | None:
+    """The backend to wrap; None: vLLM chooses.
+
+    Raises:
+        ValueError: if the platform has no choice, or we cannot wrap the one that the user names.
+    """
+    named = given.decode_backend
+    if named is None:
+        # vLLM may choose one whose cache is not made of rows
+        return AttentionBackendEnum.TRITON_ATTN if current_platform.is_rocm() else None
+    if current_platform.is_cpu():
+        raise ValueError(
+            f"sepllm's decode_backend {named!r} is for GPUs: vLLM has one attention backend on "
+            "CPU; remove decode_backend"
+        )
+    if named.upper() not in WRAPPED_BACKENDS:
+        raise ValueError(
+            f"sepllm's decode_backend must be one of {list(WRAPPED_BACKENDS)}, got {named!r}"
+        )
+    return AttentionBackendEnum[named.upper()]
+
+
+@contextmanager
+def _selection_hidden(
+    engine_args: EngineArgs, backend: AttentionBackendEnum | None
+) -> Iterator[None]:
+    """Show vLLM the arguments it would get without us; the user's own come back afterwards.
+
+    The model is built with the platform's own backend, which the worker then wraps, so vLLM must
+    not look for a backend of our name: the CPU platform would ignore it, others resolve it.
+    """
+    names = ("attention_backend", "attention_config", "block_size", "async_scheduling")
+    saved = {name: getattr(engine_args, name) for name in names}
+    engine_args.attention_backend = None
+    engine_args.attention_config = replace(engine_args.attention_config, backend=backend)
+    if engine_args.block_size is None and current_platform.is_cpu():
+        engine_args.block_size = _CPU_BLOCK_SIZE
+    if engine_args.speculative_config is not None:
+        # which drafts are right decides where the next step begins, and the plan needs to know it
+        engine_args.async_scheduling = False
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(engine_args, name, value)
+
+
+def _with_trained_policy(given: SepLLMConfig, model_config: ModelConfig) -> SepLLMConfig:
+    """``given``, completed by what a checkpoint was trained with; what the user wrote wins.
+
+    Raises:
+        ValueError: if the checkpoint's policy cannot be served exactly.
+    """
+    if not is_trained(model_config):
+        return given
+    policy = trained.trained_policy(
+        model_config.hf_config.to_dict(),
+        num_layers=model_config.get_total_num_hidden_layers(),
+        max_model_len=model_config.max_model_len,
+    )
+    fields: dict[str, Any] = asdict(policy)
+    logger.info("The checkpoint was trained with SepLLM; its policy is %s.", fields)
+    for name in sorted(given.model_fields_set):
+        value = getattr(given, name)
+        if name in fields and value != fields[name]:
+            logger.warning(
+                "sepllm: %s is set to %s, but the checkpoint was trained with %s.",
+                name,
+                value,
+                fields[name],
+            )
+        fields[name] = value
+    return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: fields})
+
+
+def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
+    model_config = vllm_config.model_config
+    # None with skip_tokenizer_init, which does for a list of token ids
+    tokenizer = cached_tokenizer_from_config(model_config)
+    return given.resolve(
+        separators=token_separators(given.separators, tokenizer, model_config.get_vocab_size()),
+        num_layers=model_config.get_total_num_hidden_layers(),
+        max_model_len=model_config.max_model_len,
+        block_size=vllm_config.cache_config.block_size,
+    )
+
+
+def _complete(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
+    """Write what every process needs into ``vllm_config``; nothing is derived again later."""
+    write_config(vllm_config, config)
+    scheduler_config = vllm_config.scheduler_config
+    if scheduler_config.disable_hybrid_kv_cache_manager:
+        # without it vLLM gives all layers one kind of cache, and ours has a kind of its own
+        scheduler_config.disable_hybrid_kv_cache_manager = False
+        logger.warning("sepllm needs the hybrid KV cache manager: it stays on.")
+    scheduler_config.scheduler_cls = (
+        ASYNC_SCHEDULER if scheduler_config.async_scheduling else SCHEDULER
+    )
+    vllm_config.parallel_config.worker_cls = (
+        _CPU_WORKER if current_platform.is_cpu() else _GPU_WORKER
+    )
+
+
+def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
+    separators = config.separators
+    if isinstance(separators, IntervalSeparators):
+        rule, num_ids = f"every {separators.interval}th token", 0
+    else:
+        named = given.separators if isinstance(given.separators, str) else "given"
+        rule, num_ids = given.preset or named, len(separators.token_ids)
+    logger.info(
+        "sepllm keeps the first %d tokens, the last %d and up to %d separators in between "
+        "(%s, %d token ids)%s; block size %d.",
+        config.initial_tokens,
+        config.window,
+        config.max_separators,
+        rule,
+        num_ids,
+        f"; layers {list(config.full_layers)} keep full attention" if config.full_layers else "",
+        block_size,
+    )
+
+
+def _install_in_front_end() -> None:
+    # not at the top: the API server's half of vLLM takes seconds to import, and no worker needs it
+    from vllm_sepllm.integration.frontend import request_bodies, request_choices, stat_logger
+
+    request_choices.install()
+    request_bodies.install()
+    stat_logger.install()
