@@ -201,8 +201,8 @@ VALUES: list[tuple[Any, str, str]] = [
     (policy(full_layers=[0, -1]), "names all 2 layers", "without --attention-backend sepllm"),
     (policy(separators=[128]), "token ids in [0, 128), the vocabulary, got [128]", "take the ids"),
     (policy(separators=[-1]), "token ids in [0, 128), the vocabulary, got [-1]", "take the ids"),
-    (policy(separators="all"), "separators must be", "'paper', 'extended', a list of strings"),
-    (policy(separators=[7, "."]), "separators must be", "'paper', 'extended', a list of strings"),
+    (policy(separators="all"), "separators must be", "'sentences', a list of strings"),
+    (policy(separators=[7, "."]), "separators must be", "'sentences', a list of strings"),
     (
         {"sepllm": {"preset": "streaming-llm", "separators": SEPARATORS}},
         "preset 'streaming-llm' keeps no separators",
