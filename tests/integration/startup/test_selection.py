@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import logging
 import pickle
 import subprocess
 import sys
@@ -181,6 +182,21 @@ def test_prefix_caching_is_on_unless_the_user_says_no(
 ) -> None:
     config = selected(llama, enable_prefix_caching=given).create_engine_config()
     assert config.cache_config.enable_prefix_caching is is_on
+
+
+@pytest.mark.parametrize("max_model_len", [4096, 4097])
+def test_positions_beyond_the_trained_length_are_warned_of(
+    llama: str,
+    max_model_len: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    selected(llama, max_model_len=max_model_len).create_engine_config()
+    warnings = [r.getMessage() for r in caplog.records if "not positions" in r.getMessage()]
+    expected = "beyond the max_position_embeddings=4096 of the model's config.json"
+    assert [expected in warning for warning in warnings] == [True] * (max_model_len > 4096)
 
 
 def test_hybrid_kv_cache_manager_stays_on(llama: str) -> None:

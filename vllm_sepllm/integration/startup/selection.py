@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+from vllm import envs
 from vllm.config import AttentionConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
@@ -56,6 +57,7 @@ def _create_engine_config(
     config = _resolve(given, vllm_config)
     refusals.check_drafts(vllm_config, config.window)
     _complete(vllm_config, config)
+    _warn_of_positions(vllm_config.model_config)
     _log(given, config, vllm_config.cache_config.block_size)
     _install_in_front_end()
     return vllm_config
@@ -168,6 +170,25 @@ def _complete(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
     vllm_config.parallel_config.worker_cls = (
         _CPU_WORKER if current_platform.is_cpu() else _GPU_WORKER
     )
+
+
+def _warn_of_positions(model_config: ModelConfig) -> None:
+    """A warning where more positions are served than the model was trained on.
+
+    vLLM admits that only with its override variable. A bounded cache suggests that text may go on
+    for ever, but positions grow with it.
+    """
+    trained, key = model_config.model_arch_config.derived_max_model_len_and_key
+    if envs.VLLM_ALLOW_LONG_MAX_MODEL_LEN and model_config.max_model_len > trained:
+        logger.warning(
+            "sepllm bounds the KV cache, not positions: beyond the %s=%d of the model's "
+            "config.json answers may be nonsense, and max_model_len is %d; set max_model_len to %d "
+            "or configure RoPE scaling.",
+            key,
+            trained,
+            model_config.max_model_len,
+            trained,
+        )
 
 
 def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
