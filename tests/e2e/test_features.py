@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.support.engine import Engine, engine
-from tests.support.oracle import TOLERANCE, log_probabilities, rule_of
+from tests.support.oracle import TOLERANCE, differences, log_probabilities, rule_of
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_several_samples_of_one_prompt(
 
 @pytest.mark.compatibility("Stop strings, structured output", "works")
 def test_stop_strings_and_structured_output(
-    made: Engine, excerpt: Callable[[int, int], list[int]]
+    made: Engine, smollm2_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
     """Proves both past the window, where the cache is no longer vLLM's own layout.
 
@@ -79,6 +79,12 @@ def test_stop_strings_and_structured_output(
     (output,) = made.llm.generate([prompt], stopped)
     assert output.outputs[0].finish_reason == "stop"
     assert "." not in output.outputs[0].text
+    # what the stop string cut off is in the cache, and a following turn starts behind it
+    said = prompt["prompt_token_ids"] + list(output.outputs[0].token_ids)
+    following = said + excerpt(9000, 40)
+    (answer,) = made.generate([following], 20)
+    assert answer.num_cached_tokens >= len(said) - 1
+    assert differences(smollm2_path, [following], [answer], rule_of(made))[0] == 0
     values = {"insect": ["glow-worm", "ant"], "legs": [4, 6, 8]}
     schema = {
         "type": "object",
@@ -99,18 +105,44 @@ def test_stop_strings_and_structured_output(
 def test_sampling_parameters_reach_the_sampler(
     made: Engine, excerpt: Callable[[int, int], list[int]]
 ) -> None:
-    """Proves logit_bias, min_tokens and penalties beside a compact cache."""
+    """Proves logit_bias, bad_words, min_tokens and penalties beside a compact cache."""
     from vllm import SamplingParams
 
     prompt = {"prompt_token_ids": excerpt(6000, 150)}
     forced = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={42: 100.0})
     assert list(made.llm.generate([prompt], forced)[0].outputs[0].token_ids) == [42] * 5
+    (plain,) = made.generate([prompt["prompt_token_ids"]], 8)
+    tokenizer = made.llm.get_tokenizer()
+    word = tokenizer.decode(plain.token_ids[3]).strip()
+    kept = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, bad_words=[word])
+    tokens = list(made.llm.generate([prompt], kept)[0].outputs[0].token_ids)
+    assert tokens[:3] == plain.token_ids[:3]
+    assert tokens[3] != plain.token_ids[3]
     varied = SamplingParams(
         temperature=0.0, max_tokens=60, ignore_eos=True, frequency_penalty=2.0, min_tokens=60
     )
     tokens = made.llm.generate([prompt], varied)[0].outputs[0].token_ids
     assert len(tokens) == 60
     assert len(set(tokens)) > 30
+
+
+@pytest.mark.compatibility("Beam search (offline)", "exact")
+def test_beams_have_the_scores_of_the_oracle(
+    made: Engine, smollm2_path: Path, excerpt: Callable[[int, int], list[int]]
+) -> None:
+    """Proves it by scoring every beam anew."""
+    from vllm.sampling_params import BeamSearchParams
+
+    prompt = excerpt(700, 200)
+    asked = BeamSearchParams(beam_width=3, max_tokens=6, ignore_eos=True)
+    (output,) = made.llm.beam_search([{"prompt_token_ids": prompt}], asked)
+    assert len(output.sequences) == 3
+    for beam in output.sequences:
+        tokens = torch.tensor(beam.tokens[len(prompt) :])
+        assert len(tokens) == 6
+        scores = log_probabilities(smollm2_path, beam.tokens[:-1], rule_of(made), len(prompt) - 1)
+        total = float(scores[torch.arange(len(tokens)), tokens].sum())
+        assert beam.cum_logprob == pytest.approx(total, abs=TOLERANCE)
 
 
 @pytest.mark.compatibility("Aborted requests", "blocks come back")
@@ -124,6 +156,6 @@ def test_aborted_requests_give_their_blocks_back(
         answers = made.generate([excerpt(0, 900), excerpt(500, 200)], 200, max_steps=steps)
         assert answers == []
         assert made.num_free_blocks == made.num_blocks
-        assert len(made.scheduler._separators) == 0
+        assert not made.scheduler.requests
     (after,) = made.generate([prompt], 20)
     assert after.token_ids == before.token_ids

@@ -52,14 +52,18 @@ def test_answers_are_those_without_caching(
 
 
 def test_chats_with_their_own_answers_are_those_without_caching(tiny_llama_path: Path) -> None:
-    """Proves it for 6 turns of 3 chats at once, preempted in between, two of them twins."""
+    """Proves it for 6 turns of 4 chats at once, preempted in between, two of them twins."""
     common = tiny_sepllm(window=60, max_separators=60) | {"max_model_len": 1024}
     common |= {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 128}
     results = {}
     for caching in (False, True):
         watch = Watch()
         with engine(tiny_llama_path, **common, enable_prefix_caching=caching) as made:
-            chats = [tiny_text(0, 150), tiny_text(0, 150), tiny_text(3000, 90)]
+            chats = [
+                tiny_text(0, 150),
+                tiny_text(0, 150),
+                *(tiny_text(3000 * i, 20) for i in (1, 2)),
+            ]
             results[caching] = []
             for turn in range(6):
                 answers = made.generate(chats, 40, watch=watch)

@@ -64,7 +64,7 @@ def test_answers_of_a_sliding_window_hybrid_are_those_without_caching(tmp_path: 
 
 
 def test_chats_with_full_layers_reuse_what_stock_reuses(tmp_path: Path) -> None:
-    """Proves 6 turns of 2 chats, preempted in between: equal answers, and stock vLLM's hits.
+    """Proves 6 turns of 3 chats, preempted in between: equal answers, and stock vLLM's hits.
 
     Stock vLLM finds all whole blocks that the turn before computed; all but its last token. With
     one layer of four full, vLLM makes three KV cache groups of the others.
@@ -72,7 +72,7 @@ def test_chats_with_full_layers_reuse_what_stock_reuses(tmp_path: Path) -> None:
     common = {"max_model_len": 1024, "max_num_batched_tokens": 256, "block_size": BLOCK}
     ours = tiny_sepllm(window=60, full_layers=[0], max_separators=100)
     model = write_weights("llama-four-layers", tmp_path)
-    chats = [tiny_text(0, 150), tiny_text(3000, 90)]
+    chats = [tiny_text(0, 150), tiny_text(3000, 90), tiny_text(5000, 20)]
     turns: list[list[list[int]]] = []
     expected: list[Answer] = []
     with engine(model, **common, **ours, enable_prefix_caching=False) as made:

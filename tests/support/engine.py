@@ -98,18 +98,24 @@ class Engine:
         max_steps: int | None = None,
         loras: Sequence[Any] | None = None,
         choices: Sequence[Any] | None = None,
+        priorities: Sequence[int] | None = None,
+        reset_after: int | None = None,
         **sampling: Any,
     ) -> list[Answer]:
         """Greedy continuations of token-id prompts, all submitted at once.
 
-        ``loras`` has a LoRARequest or None for each prompt, ``choices`` its extra_args or None.
+        ``loras`` has a LoRARequest or None for each prompt, ``choices`` its extra_args or None;
+        ``reset_after`` so many steps the prefix cache is emptied, the running requests with it.
         """
         from vllm import SamplingParams
 
         names = []
         parameters = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False}
         nothing = [None] * len(prompts)
-        for prompt, lora, choice in zip(prompts, loras or nothing, choices or nothing, strict=True):
+        ranks = priorities or [0] * len(prompts)
+        for prompt, lora, choice, priority in zip(
+            prompts, loras or nothing, choices or nothing, ranks, strict=True
+        ):
             self._counter += 1
             names.append(f"request-{self._counter}")
             self.engine.add_request(
@@ -117,6 +123,7 @@ class Engine:
                 {"prompt_token_ids": list(prompt)},
                 SamplingParams(max_tokens=max_tokens, extra_args=choice, **(parameters | sampling)),
                 lora_request=lora,
+                priority=priority,
             )
         finished: dict[str, Any] = {}
         num_steps = 0
@@ -126,6 +133,8 @@ class Engine:
             if watch is not None:
                 self._look(watch, outputs)
             num_steps += 1
+            if num_steps == reset_after:
+                assert self.llm.reset_prefix_cache(reset_running_requests=True)
             if max_steps is not None and num_steps == max_steps:
                 self.engine.abort_request(names, internal=False)
         return [_answer(finished[name]) for name in names if name in finished]
