@@ -105,7 +105,7 @@ def _selection_hidden(
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = _CPU_BLOCK_SIZE
     if engine_args.speculative_config is not None:
-        # which drafts are right decides where the next step begins, and the plan needs to know it
+        # the plan needs the start of the next step, which the accepted drafts decide
         engine_args.async_scheduling = False
     try:
         yield
@@ -144,7 +144,7 @@ def _with_trained_policy(given: SepLLMConfig, model_config: ModelConfig) -> SepL
 
 def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
     model_config = vllm_config.model_config
-    # None with skip_tokenizer_init, which does for a list of token ids
+    # None with skip_tokenizer_init, enough for a list of token ids
     tokenizer = cached_tokenizer_from_config(model_config)
     return given.resolve(
         separators=token_separators(given.separators, tokenizer, model_config.get_vocab_size()),

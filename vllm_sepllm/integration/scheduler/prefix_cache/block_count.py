@@ -1,4 +1,4 @@
-"""How many blocks of vLLM's pool hold checkpoints: for one metric, without the pool's help."""
+"""Number of blocks of vLLM's pool that hold checkpoints, for one metric."""
 
 from collections import Counter, deque
 
@@ -6,9 +6,9 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 from vllm_sepllm.policy.visibility import Policy
 
-# entries that a count looks at; a pool with more such blocks is counted over several counts
+# entries that one count visits at most; the others wait for the next
 _MAX_VISITS = 1024
-# a list that visits two entries for each new one stays within twice the live ones
+# entries visited for each new one: with two, at most half of the list is out of date
 _VISITS_PER_BLOCK = 2
 
 
