@@ -2,10 +2,11 @@
 
 
 def register() -> None:
-    """Entry point of the plug-in: name sepllm and its model to vLLM, watch for the selection.
+    """Announce our name and our model to vLLM and watch for our selection; no more until then.
 
-    vLLM calls this in every process that it starts, possibly more than once. An unsupported vLLM is
-    not touched: it refuses the unknown backend, and the log says why.
+    vLLM calls this in every process that it starts, possibly more than once. With a vLLM that we
+    were not written for nothing is touched: whoever selects sepllm learns from vLLM that there is
+    no such backend, and from this line of the log why.
     """
     from vllm_sepllm.integration.log import logger
     from vllm_sepllm.integration.startup.versions import unsupported_vllm

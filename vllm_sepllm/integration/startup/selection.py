@@ -144,7 +144,7 @@ def _with_trained_policy(given: SepLLMConfig, model_config: ModelConfig) -> SepL
 
 def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
     model_config = vllm_config.model_config
-    # None with skip_tokenizer_init, enough for a list of token ids
+    # None with skip_tokenizer_init, which does for a list of token ids
     tokenizer = cached_tokenizer_from_config(model_config)
     return given.resolve(
         separators=token_separators(given.separators, tokenizer, model_config.get_vocab_size()),

@@ -8,7 +8,7 @@ from vllm_sepllm.policy.visibility import Policy
 
 # entries that one count visits at most; the others wait for the next
 _MAX_VISITS = 1024
-# entries visited for each new one: with two, at most half of the list is out of date
+# a list that visits two entries for each new one stays within twice the live ones
 _VISITS_PER_BLOCK = 2
 
 
