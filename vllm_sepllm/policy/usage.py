@@ -25,7 +25,7 @@ class Usage:
 
 
 def label(policy: Policy, max_model_len: int) -> str:
-    """The policy's label in metrics: its window, or ``full`` where no token ever leaves it."""
+    """The policy for people: its window, or ``full`` where no token ever leaves it."""
     return "full" if policy.window >= max_model_len else str(policy.window)
 
 

@@ -6,7 +6,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 from vllm_sepllm.policy.visibility import Policy
 
-# entries that one count visits at most; the others wait for the next
+# entries that a count looks at; a pool with more such blocks is counted over several counts
 _MAX_VISITS = 1024
 # a list that visits two entries for each new one stays within twice the live ones
 _VISITS_PER_BLOCK = 2
