@@ -1,4 +1,4 @@
-"""What the operations act on: views of a model's KV caches. Imports torch only."""
+"""Views of a model's KV caches, which the operations act on. Imports torch only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

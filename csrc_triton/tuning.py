@@ -2,8 +2,7 @@
 
 Every row compiles to a kernel that keeps scores, sums and keys in registers and, for 16-bit
 queries, uses tensor-core instructions (``python -m vllm_sepllm.bench.compile``). Those of sm90 are
-the fastest of such that ``python -m vllm_sepllm.bench.tune`` timed on an H100; the others were
-never timed.
+the fastest that ``python -m vllm_sepllm.bench.tune`` timed on an H100; other rows were never timed.
 """
 
 from dataclasses import dataclass, replace

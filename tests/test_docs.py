@@ -1,4 +1,4 @@
-"""Every code block of README.md and docs/ does what it says, and every file it names exists.
+"""Every code block of README.md and its kind does what it says, and what they name exists.
 
 Python runs (an engine's programs are compiled), JSON is a valid configuration, and each command
 line is one that the program would take.
@@ -20,12 +20,12 @@ from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
 typer = pytest.importorskip("typer")
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 # not ours: nothing to check them with
 FOREIGN = {"awk", "ray", "pip", "git", "cd", "curl", "docker", "unzip"}
 # where documents count paths from, beside the root
-FOLDERS = (".", "docs", "examples", "vllm_sepllm")
+FOLDERS = (".", "docs", "examples", "vllm_sepllm", "vllm_sepllm/integration")
 KINDS = {"python", "json", "text", "html", "yaml", "", "sh", "bash"}
 
 
@@ -102,13 +102,14 @@ def check_command(words: list[str]) -> None:
 
 
 def check_path(path: str, *folders: str) -> None:
-    """``FILE``, ``FOLDER/``, ``FILE::TEST`` or a pattern, from the root or one of ``folders``."""
-    name, _, test = path.partition("::")
+    """``FILE``, ``FOLDER/``, ``FILE::NAME`` or a pattern, from the root or one of ``folders``."""
+    name, _, defined = path.partition("::")
     found = [file for folder in (".", *folders) for file in (ROOT / folder).glob(name.rstrip("/"))]
     assert found, f"{path} does not exist"
-    if test:
-        function = test.partition("[")[0]
-        assert f"def {function}(" in found[0].read_text("utf-8"), f"{path} does not exist"
+    if defined:
+        definition = rf"^ *(def|class) {defined.partition('[')[0]}\b"
+        text = found[0].read_text("utf-8")
+        assert re.search(definition, text, re.MULTILINE), f"{path} does not exist"
 
 
 def check_python(arguments: list[str]) -> None:
@@ -210,8 +211,20 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+@pytest.mark.parametrize(
+    ("document", "most"), [("README.md", 150), ("CONTRIBUTING.md", 90), ("CHANGELOG.md", 70)]
+)
+def test_front_pages_are_short(document: str, most: int) -> None:
+    assert len((ROOT / document).read_text("utf-8").splitlines()) <= most
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["tests/no_test.py", "worker/no_file.py", "wire/plan.py::attach", "wire/plan.py::StepPlan"],
+)
+def test_the_check_of_paths_sees_mistakes(path: str) -> None:
+    with pytest.raises(AssertionError, match=f"{path} does not exist"):
+        check_path(path, *FOLDERS)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ class SepLLMConfig(BaseModel):
             request; must be a multiple of the block size. None: eight times initial_tokens +
             window, rounded up, so that the checkpoints of a long text, of which each holds the
             ring, stay an eighth of what full attention would cache. Others are left where
-            prompts begin alike, at the end of each prompt and of each request.
+            prompts part, at the end of each prompt and of each request.
         decode_backend: vLLM's attention backend that decodes on a GPU, by its name. None: the one
             that vLLM would choose without us; on ROCm TRITON_ATTN.
     """

@@ -1,4 +1,4 @@
-"""The demonstration's child processes: one engine a process, logs in files."""
+"""Child processes of demo, benchmarks and tests: one engine a process, logs in files."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Where a layer's prefill attention goes on a CPU, beside stock vLLM's kernel: the limit.
+"""Times of a layer's prefill attention on a CPU, beside a limit from stock vLLM's kernel.
 
 Run: ``python -m vllm_sepllm.bench.cpu_prefill [--length 8192] [--json]``. One layer
 in bf16, random values and separators, no engine. The limit is what stock vLLM's kernel would need

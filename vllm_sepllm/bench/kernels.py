@@ -93,7 +93,7 @@ def check() -> Iterator[Row]:
 
 
 def _baseline_error(heads: Heads) -> float:
-    """Of vLLM's Triton kernel as it is timed here, against torch in float32."""
+    """Error of vLLM's Triton kernel as it is timed here, against torch in float32."""
     from vllm_sepllm.integration.rigs.stock_attention import StockTriton
 
     query = randn((512, heads.num_heads, heads.size), torch.bfloat16)

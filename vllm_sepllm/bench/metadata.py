@@ -1,4 +1,4 @@
-"""What a decode step costs besides its forward: planning, metadata, scheduling.
+"""Cost of a decode step besides its forward: planning, metadata, scheduling.
 
 Run: ``python -m vllm_sepllm.bench.metadata [--requests 256] [--context 32768] [--json]``. Needs no
 weights and no GPU. One thread of one process; vLLM runs the same code in engine core and worker.
@@ -49,7 +49,7 @@ class Times:
     parts: dict[str, list[float]] = field(default_factory=dict)
 
     def run(self, part: str, action: Callable[..., Any], *args: Any) -> Any:
-        """Do it, and remember how long it took."""
+        """Run ``action``, and remember how long it took."""
         start = time.perf_counter()
         result = action(*args)
         self.parts.setdefault(part, []).append((time.perf_counter() - start) * 1e6)
@@ -110,7 +110,7 @@ def bookkeeping(num_tokens: int) -> dict[str, float]:
         index.count_below(end - policy.window)
         per_token.append((time.perf_counter() - start) / stride * 1e9)
     at = np.arange(stride, num_tokens + 1, stride) / 1e6
-    # without the extremes: an interrupt is not the doing of the context
+    # without the extremes, which are interrupts
     low, high = np.quantile(per_token, [0.05, 0.95])
     kept = (per_token >= low) & (per_token <= high)
     slope, level = np.polyfit(at[kept], np.array(per_token)[kept], 1)

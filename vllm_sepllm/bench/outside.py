@@ -12,7 +12,7 @@ from vllm_sepllm.bench.sides import server_flags
 from vllm_sepllm.processes import child_environment, serving
 
 START_SECONDS = 600
-# of vLLM's report -> ours, with the factor that makes the unit in our name
+# measure of vLLM's report -> our name, and the factor to the unit in it
 _MEASURES = {
     "median_ttft_ms": ("ttft_s", 1e-3),
     "median_tpot_ms": ("time_per_token_s", 1e-3),
@@ -23,7 +23,7 @@ _MEASURES = {
 
 
 def measures(report: dict[str, Any], num_requests: int) -> dict[str, float]:
-    """Ours, of the report that ``vllm bench serve`` wrote.
+    """Our measures, from the report that ``vllm bench serve`` wrote.
 
     Raises:
         RuntimeError: if not every request was answered.

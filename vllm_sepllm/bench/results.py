@@ -1,4 +1,4 @@
-"""What a benchmark writes: JSON lines with units in the keys, and where they were measured."""
+"""Results of a benchmark: JSON lines with units in the keys, and where they were measured."""
 
 import json
 import os

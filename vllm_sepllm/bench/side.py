@@ -1,4 +1,4 @@
-"""One side of a comparison: an engine in a process of its own that does what it is told.
+"""One side of a comparison: an engine in a process of its own that answers commands.
 
 Started by :mod:`vllm_sepllm.bench.sides`. Reads one JSON command a line from standard input and
 answers with one JSON line on the file descriptor given to it. ``LLM.generate`` returns when the

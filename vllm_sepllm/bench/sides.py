@@ -14,7 +14,7 @@ from rich.console import Console
 from vllm_sepllm.processes import engine_environment
 
 SIDES = ("stock", "sepllm", "streaming-llm")
-# the same for all sides; what differs is in _DIFFERENCES
+# arguments of all sides; those of one side are in _DIFFERENCES
 _DEFAULTS: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": False, "seed": 0}
 _DIFFERENCES: dict[str, dict[str, Any]] = {
     "stock": {},
@@ -27,7 +27,7 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
 
 
 def server_flags(side: str) -> list[str]:
-    """What ``vllm serve`` needs for the side, beyond the flags that all sides share."""
+    """Flags of ``vllm serve`` for the side, besides those that all sides share."""
     flags = []
     for key, value in _DIFFERENCES[side].items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -95,7 +95,7 @@ def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideP
             stdout=output,
             stderr=output,
             pass_fds=[write],
-            # they take turns, so nobody is in the way of threads that spin
+            # sides take turns, so threads that spin are in nobody's way
             env=engine_environment(spin=True),
             text=True,
         )

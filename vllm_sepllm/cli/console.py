@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-# of a file or pipe, which have no width of their own; rich would take 80 and cut tables
+# columns of a file or pipe, which have no width of their own; rich would take 80 and cut tables
 _PLAIN_WIDTH = 120
 
 

@@ -1,4 +1,4 @@
-"""How far an evaluation is: a line that moves on a terminal, a line now and then in a log."""
+"""Progress of an evaluation: a line that moves on a terminal, a line now and then in a log."""
 
 import sys
 import time

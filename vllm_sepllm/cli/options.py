@@ -1,4 +1,4 @@
-"""Options that several subcommands take, and what they turn into."""
+"""Options that several subcommands take, and their parsed values."""
 
 import json
 from collections.abc import Callable

@@ -13,7 +13,7 @@ import numpy as np
 from vllm_sepllm.policy.kept import State, kept_lengths, token_states
 from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
-# of the plot, in the units of its viewBox
+# sizes of the plot, in the units of its viewBox
 VIEW_WIDTH, VIEW_HEIGHT = 1000, 190
 LEFT, TOP, WIDTH, HEIGHT = 62, 12, 828, 148
 _MAX_POINTS = 800

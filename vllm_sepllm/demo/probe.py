@@ -1,4 +1,4 @@
-"""Watch a vLLM engine from inside its own process: who runs, and what KV cache he holds."""
+"""Probe of a vLLM engine in its own process: which requests run, what KV cache they hold."""
 
 import time
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ class Probe:
     """
 
     def __init__(self, llm: "LLM", seconds_between_lines: float = 5.0) -> None:
-        core: Any = llm.llm_engine.engine_core  # its in-process kind, which has the engine
+        core: Any = llm.llm_engine.engine_core  # the in-process client has the engine
         self._scheduler = core.engine_core.scheduler
         config = self._scheduler.kv_cache_config
         groups = config.kv_cache_groups

@@ -15,7 +15,7 @@ from vllm_sepllm.eval.task import Task
 from vllm_sepllm.eval.text import Texts, excerpts
 
 _QA = ("context", "question", "answer")
-# of a task's description: what changes which items are asked, but no answer
+# keys of a task's description that change which items are asked, but no answer
 _OF_NO_EFFECT = {"questions", "round"}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 _WORD = re.compile(r"\S+")
 _NAME = re.compile(r"[A-Z][a-z]{3,}")
 _OPENS_SENTENCE = re.compile(r"[.!?:;\"'_*-]$")
-# words that titles and forms of address write with a capital are no names of anybody
+# words with a capital in titles and forms of address, which are no names
 _NO_NAMES = frozenset(
     {"Chapter", "Lord", "Lady", "Miss", "Madame", "Sir", "King", "Queen", "Mister"}
 )

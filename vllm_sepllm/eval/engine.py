@@ -14,7 +14,7 @@ from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
 if TYPE_CHECKING:
     from vllm import RequestOutput
 
-# two ways to one number: a wrong row would differ by whole nats, bfloat16 by less than this
+# tolerance of two ways to one number: a wrong row differs by whole nats, bfloat16 by less
 _ALIGNMENT = 0.2
 
 

@@ -81,7 +81,7 @@ def make_task(
         "test_split": "test",
     }
     try:
-        # its progress bars; what goes wrong is raised
+        # hides its progress bars; what goes wrong is raised
         with redirect_stderr(StringIO()):
             task = _load(given)
     except Exception as error:

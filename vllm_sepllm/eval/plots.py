@@ -107,6 +107,6 @@ def _errors(values: Sequence[Estimate]) -> list[list[float]]:
 
 
 def _kind(row: Result) -> str:
-    """Whose rule the settings are."""
+    """The method whose rule the settings follow."""
     preset = (row.settings or {}).get("preset")
     return SEPLLM if preset is None else str(preset)

@@ -1,4 +1,4 @@
-"""What a run asks of whom, in which order, and how it goes on where it was stopped."""
+"""Order of a run: which items are asked of which method, and where a stopped run goes on."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

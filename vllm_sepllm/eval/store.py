@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 _RUN, _ANSWERS, _LOCK = "run.json", "answers", ".lock"
-# of run.json, by key: what may come and go, but not change where it has answers
+# parts of run.json whose keys may come and go, but not change where they have answers
 _BY_KEY = ("tasks", "settings")
 _ITEM = "item"
 
@@ -117,7 +117,7 @@ class Store:
         return array
 
     def write_array(self, row: str, item: str, array: npt.NDArray[np.float32]) -> None:
-        """Before its answer, so that a kept answer has its array."""
+        """Write an array, before its answer: so a kept answer has its array."""
         path = self._array_path(row, item)
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, array)
@@ -162,7 +162,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """All or nothing."""
+    """Write a file, all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.part")
     draft.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What a suite asks of every method: a task is a list of items, one request each."""
+"""Tasks of a suite: lists of items, one request each, that every method is asked."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

@@ -2,6 +2,6 @@
 
 import logging
 
-# A child of the logger "vllm", through whose handlers users see it. vLLM's init_logger would add
-# the methods *_once alone, and start-up logs here also beside a vLLM that is not supported.
+# Child of the logger "vllm", whose handlers show it to users. Not made by vLLM's init_logger:
+# start-up also logs beside a vLLM that is not supported.
 logger = logging.getLogger("vllm.plugins.sepllm")

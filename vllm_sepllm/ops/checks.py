@@ -1,4 +1,4 @@
-"""What the public operations accept; each check raises ValueError with what it wanted and got."""
+"""Checks of the operations' arguments; each raises ValueError with what it wanted and got."""
 
 import torch
 

@@ -141,7 +141,7 @@ def _keys_of_request(
     size = num_spilled if policy.max_separators is None else policy.max_separators
     tail = [(-1, r, a + n + r % size) for r in range(max(0, num_spilled - size), num_spilled)]
     ring = [(p, rank.get(p, -1), a + (p - a) % n) for p in range(max(a, start - n), start)]
-    # start - n is there for its spill; unless a separator, no query of the chunk may read it
+    # position start - n is there for its spill alone: queries may read it only as a separator
     ring = [entry for entry in ring if entry[0] > start - n or entry[1] >= 0]
     chunk = [(p, rank.get(p, -1), -1) for p in range(start, end)]
     return initial + tail + ring + chunk

@@ -21,7 +21,7 @@ class PrefillMetadata:
         separators: [num_separators] int32.
         until: [num_positions] int32.
         tile_tokens: tokens of a full tile.
-        max_separators: of the policy; what else a request may choose is in its row.
+        max_separators: the engine's; a and n of each request are in its row.
         num_keys: keys in the lists of all requests.
         longest_list: keys in the longest of them.
         keys: the lists, from :func:`vllm_sepllm.ops.list_keys`; None: not listed yet.

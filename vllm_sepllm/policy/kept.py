@@ -1,4 +1,4 @@
-"""What becomes of the tokens of a text as a request goes on: for pictures, tables and budgets."""
+"""States of a text's tokens and lengths of its cache, step by step: for pictures and budgets."""
 
 from enum import IntEnum
 

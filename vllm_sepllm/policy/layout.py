@@ -5,7 +5,7 @@
     [a+n, a+n+k)     the tail: the k-th separator that left the window, at a + n + k mod s
                      (a + n + k if their number is not bounded)
 
-Writing token i overwrites token i-n in the ring. If that one is a separator its KV is first
+Writing token i overwrites token i-n in the ring. If token i-n is a separator its KV is first
 copied ("spilled") to the tail. Positions index the request, compact indices index its cache.
 """
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _NO_SEPARATORS = [-1]
-# fields that are neither here nor read below print, pad, choose a kernel or were never implemented
+# fields not named here or below print, pad, choose a kernel or were never implemented
 _UNSUPPORTED = {
     "USE_BiPE": "bilevel position encoding (BiPE), which numbers tokens by segment",
     "USE_SA_SOFTMAX": "self-adjusting softmax, which weighs keys by more than their scores",

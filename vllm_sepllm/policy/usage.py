@@ -1,4 +1,4 @@
-"""What is kept of what full attention would hold, added up over requests: the metrics' numbers."""
+"""Sums over requests of what is kept, and of what full attention would hold, for the metrics."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ class Usage:
     Attributes:
         logical_tokens: computed tokens; full attention would hold each.
         kept_tokens: compact lengths.
-        blocks_saved: KV blocks that the former would fill beyond those of the latter.
+        blocks_saved: KV blocks of the logical tokens less those of the kept ones.
     """
 
     logical_tokens: int

@@ -90,7 +90,7 @@ class BatchPolicy:
         )
 
 
-# of all elements of an array, or one for each element
+# one policy for all elements of an array, or one for each
 AnyPolicy = Policy | BatchPolicy
 
 

@@ -62,7 +62,7 @@ class Client:
         await self._http.aclose()
 
     def fresh_salt(self) -> str:
-        """For a request that must find nothing in the prefix cache."""
+        """A salt for a request that must find nothing in the prefix cache."""
         self._salt += 1
         return f"replay-{self._salt}"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import linear_regression
 
 MIN_SAMPLES = 8
-# Part of the run in which buffers grow to the largest batch, and allocators with them.
+# Share of the run in which buffers grow to the largest batch, and allocators with them.
 WARM_UP = 0.25
-# Of the memory at the end of the warm-up, over the rest of the run. At rest a server's memory still
+# Bound of the growth after the warm-up, as a share of the memory then. At rest a server's memory
 # wavers by one or two percent, because allocators keep some of what a new batch shape needed; five
 # percent are some 50 MiB, which a leak of 20 KiB a request reaches within 2,500 requests.
 MAX_GROWTH = 0.05

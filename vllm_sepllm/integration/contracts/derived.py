@@ -13,7 +13,7 @@ from vllm_sepllm.integration.contracts.source_tree import (
     members,
 )
 
-# what a running engine has no part in: benchmarks, and the contracts themselves
+# folders that no engine loads: benchmarks, and the contracts themselves
 NOT_RUNTIME = ("rigs", "contracts")
 
 

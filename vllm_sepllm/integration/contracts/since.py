@@ -1,4 +1,4 @@
-"""The code behind what we lean on, compared between two versions of vLLM."""
+"""Differences in the code behind the contracts, between two versions of vLLM."""
 
 import ast
 import difflib

@@ -17,7 +17,7 @@ _BUILDERS = [f"{family}MetadataBuilder" for family in (_CPU, *_GPU)]
 _IMPLS = [f"{family}Impl" for family in _GPU]
 WRAPPED = (*_BACKENDS, *_BUILDERS, f"{_CPU}BackendImpl", *_IMPLS)
 
-# each is decided: a new one may have vLLM do to our layers what only the wrapped backend can
+# decided flags: a new one may have vLLM do to our layers what only the wrapped backend can do
 FLAGS = (
     # asked before a layer is ours, while vLLM chooses its backend
     *("supports_alibi_sqrt", "supports_attn_type", "supports_batch_invariance"),

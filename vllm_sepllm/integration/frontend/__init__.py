@@ -1,1 +1,1 @@
-"""In the process that takes requests in: HTTP 400 and metrics."""
+"""The process that takes requests in: HTTP 400 for wrong choices, and metrics."""

@@ -66,7 +66,7 @@ class RequestCheck:
         longest = len(request.prompt_token_ids) + (request.sampling_params.max_tokens or 0)
         longest = min(longest, self._limits.max_model_len)
         entries = layout.max_compact_length(policy, longest) + self._num_staging
-        # of several engines behind one server vLLM tells the sum, so this is the most it can be
+        # with several engines behind one server it is their sum: an upper bound
         check_fits(cdiv(entries, self._cache_config.block_size), num_blocks - 1, longest)
 
 
@@ -88,7 +88,7 @@ def _process_inputs(
 
 
 def _are_layers_alike(vllm_config: VllmConfig, config: ResolvedConfig) -> bool:
-    """Whether all layers are SepLLM layers, which makes a block of the pool one of theirs."""
+    """Whether all layers are SepLLM layers, so that every block of the pool is theirs."""
     if config.full_layers:
         return False
     kinds = vllm_config.model_config.hf_text_config.to_dict().get("layer_types")

@@ -17,7 +17,7 @@ _BLOCK = 128  # vLLM's default on CPUs
 
 
 def kernel_isa() -> str:
-    """Of vLLM's kernels, the one that 16-bit layers get here."""
+    """The name of vLLM's kernel for 16-bit layers on this machine."""
     current_platform.import_kernels()
     has_amx = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     return "amx" if has_amx else "vec"
@@ -59,7 +59,7 @@ class PrefillRig:
         self._stock = self._stock_arguments(isa)
 
     def _stock_arguments(self, isa: str) -> dict[str, Any]:
-        """Of vLLM's kernel, as CPUAttentionBackendImpl calls it; the keys are in the cache."""
+        """Arguments as CPUAttentionBackendImpl passes them; the keys are in the cache."""
         num_tokens, num_kv_heads, size = self.key.shape
         num_blocks = -(-num_tokens // _BLOCK)
         cache = split_cache(
@@ -107,5 +107,5 @@ class PrefillRig:
         self.sequences.attend(self.query, self.key, self.value, None, self._scale, None, out)
 
     def fill(self, out: torch.Tensor) -> None:
-        """Those copies alone; ``out`` is left alone."""
+        """The copies into the scratch cache alone; ``out`` is not written."""
         self.sequences.fill(self.key, self.value, None, self._scale)

@@ -46,7 +46,7 @@ SEPARATOR = 1
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the rig schedules.
+    """The requests that the rig schedules.
 
     Attributes:
         num_requests: requests that decode at once.

@@ -1,1 +1,1 @@
-"""In the engine core: which blocks a request holds, and the plan of each step."""
+"""The engine core: which blocks a request holds, and the plan of each step."""

@@ -1,4 +1,4 @@
-"""What happens once per request, for the managers of all KV cache groups of SepLLM layers."""
+"""Coordinator of all KV cache groups of SepLLM layers: what happens once per request."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from vllm_sepllm.policy.visibility import Policy
 
 
 class SepLLMCoordinator:
-    """Answers the managers' questions, and tells their news to whoever keeps track.
+    """Answers the managers' questions, and tells prefix cache and metrics of their events.
 
     It stands beside vLLM's coordinator, which calls each manager on its own.
     """
@@ -34,7 +34,7 @@ class SepLLMCoordinator:
 
         Args:
             coordinator: vLLM's, which has the managers.
-            requests: of the scheduler.
+            requests: the scheduler's.
             checkpoint_interval: tokens between regular checkpoints.
             num_staging: entries of each request beyond its compact length (policy/step/staging.py).
             most_per_step: tokens that a request can gain in a step.
@@ -130,8 +130,8 @@ class SepLLMCoordinator:
 def _answer_by_instance(coordinator: HybridKVCacheCoordinator) -> None:
     """Let vLLM ask our managers for hits where several kinds of layers must agree on one.
 
-    Its other coordinator asks the manager; this one asks the manager's class, which knows no
-    checkpoints. An instance has all that it uses of the class (0.32: find_longest_cache_hit and
+    UnitaryKVCacheCoordinator asks the manager, this one the manager's class, which knows no
+    checkpoints. A manager has all that is used of its class (0.32: find_longest_cache_hit and
     supports_fine_grained_hash_lookup), and its search already starts again with every shorter
     candidate until all kinds agree, so a hit ends at a checkpoint that the other layers have too.
     """

@@ -87,7 +87,7 @@ class LiveRequest:
 
     Attributes:
         request: vLLM's.
-        number: of its own among all that ever arrived.
+        number: unique among all requests that ever arrived.
         index: its separators, and its policy.
         slot: its row in the table of decode steps.
         refusal: why it ends with an error instead of being scheduled; None: it is served.
@@ -128,10 +128,10 @@ class LiveRequest:
 
 
 class RequestHashes(list[BlockHash]):
-    """The block hashes of a request, and whose they are.
+    """The block hashes of a request, with the request.
 
-    vLLM hands a manager no more than these to look a prefix up by; a checkpoint is compared with
-    the request's tokens after its last whole block, too.
+    vLLM gives a manager nothing else to look a prefix up by, and a checkpoint is also compared with
+    the request's tokens after its last whole block.
     """
 
     def __init__(self, hashes: Iterable[BlockHash], live: LiveRequest) -> None:
@@ -141,7 +141,7 @@ class RequestHashes(list[BlockHash]):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Requests that were scheduled together, as long as none comes, goes or is truncated.
+    """The requests of a step, kept as long as none comes, goes or is truncated.
 
     Attributes:
         ids: [num_rows] request ids.
@@ -200,7 +200,7 @@ class LiveRequests:
         self._by_id: dict[str, LiveRequest] = {}
         self._numbers = count()
         self.decodes = DecodeTable()
-        # of the last step; most steps have the same requests in the same order
+        # the last step's: most steps have the same requests in the same order
         self._batch: Batch | None = None
 
     def add(self, request: Request, policy: Policy, refusal: str | None = None) -> LiveRequest:

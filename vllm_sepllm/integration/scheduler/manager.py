@@ -23,10 +23,9 @@ from vllm_sepllm.policy.visibility import Policy
 
 
 class RequestEvents(Protocol):
-    """What the managers of all groups tell and ask (coordinator.py has the one that answers).
+    """Events and questions of the managers of all groups, which coordinator.py answers.
 
-    Each manager says each thing of a request, so the first word counts and the others change
-    nothing.
+    Every manager sends each event of a request; all but the first change nothing.
     """
 
     requests: LiveRequests
@@ -62,7 +61,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
     that it will write.
     """
 
-    # vLLM makes a manager of a spec alone; the coordinator takes it over before any request
+    # set by the coordinator before any request: vLLM makes a manager of a spec alone
     events: RequestEvents
 
     def __init__(self, kv_cache_spec: KVCacheSpec, *args: Any, **kwargs: Any) -> None:

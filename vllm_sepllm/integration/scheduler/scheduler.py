@@ -110,8 +110,8 @@ class _SepLLMMixin(Scheduler):
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Whether vLLM may schedule the request now.
 
-        A refused one never; vLLM ends it as one whose grammar is wrong. One that begins like a
-        running prefill waits for what that leaves in the prefix cache.
+        A refused request never: vLLM ends it like one whose grammar is wrong. A request that begins
+        like a running prefill waits for what the prefill leaves in the prefix cache.
         """
         live = self._live[request.request_id]
         if live.refusal is not None:
@@ -137,7 +137,7 @@ class _SepLLMMixin(Scheduler):
         self._preempt_request(request, time.monotonic(), drop_stale_output=is_draining)
         # as in reset_prefix_cache: the workers must see it leave and come back
         self.prev_step_scheduled_req_ids.discard(request.request_id)
-        if is_draining:  # whoever pauses waits for it, and of those that wait only these go on
+        if is_draining:  # the pause waits for it, and lets only waiting requests with KV go on
             self.waiting.remove_requests([request])
             self.kv_holding_waiting.prepend_request(request)
 

@@ -1,4 +1,4 @@
-"""References that keep a prefix in the pool while several running requests have copies of it."""
+"""Reference counts that keep a prefix in the pool while several running requests have copies."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,7 +8,7 @@ from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
 
 
 class SharedSources:
-    """References on blocks of one group that several running requests were copied from.
+    """Blocks of one group of which several running requests have copies, each held by a reference.
 
     Where vLLM shares blocks, every request that runs holds them. A copy holds nothing of its
     source, and a full pool would evict the beginning that most of its requests have in common. The

@@ -1,7 +1,7 @@
 """Sharing of tails: a running request may share its tail until the tail becomes a ring.
 
 With ``max_separators`` separators in it the tail is a ring, too, and its blocks are written again.
-How many separators an answer will have nobody knows, and most requests may be as long as the model
+The number of separators in an answer is not known, and most requests may be as long as the model
 allows. So a request shares its tail until it comes near the bound; then it is preempted once, and
 goes on with copies of everything.
 """

@@ -1,4 +1,4 @@
-"""Plans the steps of a scheduler: decode rows all at once, others one by one."""
+"""Planner of a scheduler's steps: decode rows all at once, others one by one."""
 
 from collections.abc import Callable
 from operator import attrgetter
@@ -18,7 +18,7 @@ _NUM_COMPUTED = attrgetter("num_computed_tokens")  # a step reads it of every re
 
 
 class StepPlanner:
-    """Keeps what steps have in common; a plan depends on token ids and positions alone."""
+    """Plans each step from token ids and positions alone."""
 
     def __init__(
         self,
@@ -33,8 +33,8 @@ class StepPlanner:
             live: its requests.
             plan_checkpoints: says which checkpoints a step leaves; asked of every step that leaves
                 the rows of ``DecodeTable``.
-            interval: of a policy: beyond a + n tokens, decode steps leave checkpoints at its
-                multiples only.
+            interval: policy -> tokens between its regular checkpoints; beyond a + n tokens, decode
+                steps leave checkpoints at multiples of it only.
             max_proposed: most tokens that a step of speculative decoding proposes; 0: none.
         """
         self._live = live
@@ -92,7 +92,7 @@ class StepPlanner:
         )
 
     def _plan_proposing(self, output: SchedulerOutput) -> StepPlan:
-        """A step of speculative decoding, in which the next step of a request starts anywhere."""
+        """The plan of a step with drafts: how many are accepted says where the next step starts."""
         plan = StepPlanBuilder(self._live.engine)
         drafts = output.scheduled_spec_decode_tokens
         for name, num_new_tokens in output.num_scheduled_tokens.items():

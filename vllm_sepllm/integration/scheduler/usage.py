@@ -19,7 +19,7 @@ from vllm_sepllm.policy.usage import label, usage
 from vllm_sepllm.policy.visibility import Policy
 
 _SECONDS = 1.0
-# clients may bring windows of their own, and a label is a time series in somebody's database
+# windows that get a label: clients choose them, and each label is a time series in a database
 _MAX_LABELS = 32
 OTHER = "other"
 

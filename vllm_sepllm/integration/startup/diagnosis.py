@@ -1,4 +1,4 @@
-"""What an installed vLLM would say to sepllm, found out without starting an engine."""
+"""Diagnosis of an installed vLLM: what it would say to sepllm, without starting an engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,19 +38,19 @@ def platform() -> str:
 
 
 def is_registered() -> bool:
-    """Whether vLLM, loading its plugins as it does at every start, comes to know our name."""
+    """Whether vLLM knows our name once it has loaded its plugins, as at every start."""
     load_general_plugins()  # type: ignore[no-untyped-call]
     wraps_arguments = is_wrapped(EngineArgs, "create_engine_config")
     return wraps_arguments and BACKEND_NAME in AttentionBackendEnum.__members__
 
 
 def num_contracts() -> int:
-    """How many of vLLM's names an engine leans on."""
+    """Number of contracts of an engine."""
     return len(check.contracts(check.installed()))
 
 
 def broken_contracts() -> list[str]:
-    """Those that the installed vLLM does not keep, one line each."""
+    """Contracts that the installed vLLM does not keep, one line each."""
     return check.broken(check.installed())
 
 

@@ -107,7 +107,7 @@ def _selection_hidden(
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = _CPU_BLOCK_SIZE
     if engine_args.speculative_config is not None:
-        # which drafts are right decides where the next step begins, and the plan needs to know it
+        # the plan needs the start of the next step, which the accepted drafts decide
         engine_args.async_scheduling = False
     try:
         yield

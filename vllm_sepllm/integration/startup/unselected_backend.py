@@ -1,4 +1,4 @@
-"""What the name ``SEPLLM`` resolves to if vLLM looks the backend class up by itself."""
+"""The class behind the name ``SEPLLM``, for a vLLM that looks it up by itself: it refuses."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn

@@ -9,7 +9,7 @@ ASYNC_SCHEDULER = "vllm_sepllm.integration.scheduler.scheduler.SepLLMAsyncSchedu
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
-    """Whether the selection completed it, so that there is a configuration to read.
+    """Whether the engine runs sepllm, so that there is a resolved configuration to read.
 
     Our key in additional_config does not tell: a user may write it without selecting sepllm.
     """

@@ -17,7 +17,7 @@ class PolicyUsage:
         logical_tokens: computed tokens of the requests that hold blocks; full attention would
             hold each.
         kept_tokens: how many of them are held.
-        blocks_saved: KV blocks that the former would fill beyond those of the latter.
+        blocks_saved: KV blocks of the logical tokens less those of the kept ones.
         spilled_separators: that have left a window since the last report.
         checkpoint_blocks: blocks of the pool that only checkpoints lead to.
     """
@@ -35,9 +35,8 @@ Report = Mapping[str, PolicyUsage]  # the window, or what else names a policy ->
 def attach_report(stats: SchedulerStats, report: Report) -> None:
     """Send a report with ``stats``.
 
-    SchedulerStats has no field for plugins, and its encoding drops what it does not know. Of its
-    fields of free content this is the one where vLLM's own loggers pass over a stranger: a stage
-    that they do not know, without a request in it. So nothing breaks where nobody takes it out.
+    SchedulerStats has no field for plugins, and its encoding drops what it does not know. So the
+    report is the name of a stage without requests, which vLLM's own loggers pass over.
     """
     numbers = {label: asdict(found) for label, found in report.items()}
     stats.num_kv_fetch_reqs_by_stage[_MARK + json.dumps(numbers)] = 0

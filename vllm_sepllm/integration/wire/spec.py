@@ -70,7 +70,7 @@ class SepLLMSpec(AttentionSpec):
 
     @property
     def uses_slot_mapping(self) -> bool:
-        """No: vLLM's goes by token position, past the end of a compact row."""
+        """False: vLLM's slot mapping goes by token position, past the end of a compact row."""
         return False
 
 

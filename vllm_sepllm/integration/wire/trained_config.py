@@ -1,4 +1,4 @@
-"""Checkpoints that were trained with SepLLM, as every process knows them."""
+"""Models that were trained with SepLLM: their configuration, in every process."""
 
 from transformers import AutoConfig, GPTNeoXConfig
 from vllm.config import ModelConfig, VllmConfig
@@ -12,7 +12,7 @@ _MODEL = "vllm_sepllm.integration.worker.trained_model:SepLLMGPTNeoXForCausalLM"
 
 
 class SepLLMGPTNeoXConfig(GPTNeoXConfig):  # type: ignore[misc]  # transformers is not type checked
-    """GPT-NeoX, and as further attributes what policy/trained.py reads."""
+    """GPT-NeoX's configuration, and the fields that policy/trained.py reads."""
 
     model_type = "sepllm_gpt_neox"
 
@@ -24,12 +24,12 @@ def register_model() -> None:
 
 
 def is_trained(model_config: ModelConfig) -> bool:
-    """Whether the checkpoint was trained with SepLLM."""
+    """Whether the model was trained with SepLLM."""
     return isinstance(model_config.hf_config, SepLLMGPTNeoXConfig)
 
 
 def check_served_as_trained(vllm_config: VllmConfig) -> None:
-    """Refuse to serve such a checkpoint with full attention: it would be another model.
+    """Refuse full attention for a model trained with SepLLM: it would be another model.
 
     Raises:
         ValueError: one sentence.

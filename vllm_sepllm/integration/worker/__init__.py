@@ -1,1 +1,1 @@
-"""In the workers: SepLLM layers, and the plan turned into slots and kernels' metadata."""
+"""The workers: SepLLM layers, and builders that turn the plan into slots and metadata."""

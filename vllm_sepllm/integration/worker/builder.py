@@ -1,4 +1,4 @@
-"""Turns the plan of each step into attention metadata, for every platform.
+"""Builder of each step's attention metadata from its plan, for every platform.
 
 Arrays come from :func:`vllm_sepllm.policy.step.batch.plan_batch` and nowhere else; a platform says
 where entries lie, how they are copied and what its prefill attention reads.
@@ -35,7 +35,7 @@ RequestIds = Callable[[CommonAttentionMetadata], Sequence[str]]
 
 
 class BuilderMixin(AttentionMetadataBuilder[Any]):
-    """Goes before vLLM's own builder of the platform, which serves the rows of the library."""
+    """Mixin before vLLM's own builder of the platform, which serves the rows of the library."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -18,7 +18,7 @@ class CurrentStep:
     def __init__(self) -> None:
         self._plan: StepPlan | None = None
         self._afterwards: list[Callable[[], None]] = []
-        # of the engine, while the worker warms up
+        # the engine's policy, while the worker warms up
         self._warm_up_policy: Policy | None = None
         # the last batch: most steps have the same requests in the same order
         self._ids: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""What one step looks like to the layers of a KV cache group, on every platform."""
+"""Attention metadata of a step, for the layers of a KV cache group on every platform."""
 
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
-# the platform's own: what its prefill attention reads
+# what the platform's prefill attention reads
 Prefill = TypeVar("Prefill")
 
 

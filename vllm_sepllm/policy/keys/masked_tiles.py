@@ -100,7 +100,7 @@ def _query_tile(chunk: Chunk, keys: _Keys, first: int, last: int) -> QueryTile:
     is_far_kept = keys.is_separator & (keys.rank >= lowest[0, 0])
     is_near = keys.position > first - policy.window
     is_read = (keys.position < last) & (keys.is_initial | is_near | is_far_kept)
-    # what the first query has before it and the last one still reads, all read
+    # keys before the first query that the last one still reads: all queries read them
     stays = (keys.position >= last - policy.window) | (
         keys.is_separator & (keys.rank >= lowest[-1, 0])
     )

@@ -21,7 +21,7 @@ from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.step.prefill import Chunk
 from vllm_sepllm.policy.visibility import IntArray
 
-# of its entries a tile may read one in so many that is empty, to share a call with others
+# at most 1/8 of the entries of a tile may be padding, to share a call with other tiles
 _PADDING = 8
 
 
@@ -59,7 +59,7 @@ class TileSequences:
 
 
 def sequence_tile(chunk: Chunk, most: int, block_size: int) -> int:
-    """Queries a tile, ``most`` or fewer; 0 if the chunk cannot be laid out so.
+    """Queries of a tile, ``most`` or fewer; 0 if the chunk cannot be laid out so.
 
     Keys that leave during a tile must all come before it, and no separator may be given up.
     """
@@ -137,7 +137,7 @@ def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequenc
 
 
 def _common_lengths(middle: IntArray, window: int, block_size: int) -> IntArray:
-    """Of the middle parts, ascending: those nearly alike are made as long as the longest."""
+    """Lengths of the middle parts, ascending: those nearly alike are padded to the longest."""
     common, first = middle.copy(), 0
     while first < len(middle):
         most = middle[first] + (middle[first] + window) // _PADDING // block_size * block_size
@@ -155,13 +155,13 @@ def _staying(chunk: Chunk) -> tuple[IntArray, IntArray]:
     tail = np.arange(chunk.num_spilled - num_tail, chunk.num_spilled)
     tail = layout.tail_index(policy, tail) if num_tail else tail
     keys = (_key_numbers(chunk, initial), tail, _key_numbers(chunk, chunk.separators))
-    # where in the tail's past they were does not matter
+    # of the tail any position before the window will do
     positions = (initial, np.full(num_tail, policy.initial_tokens), chunk.separators)
     return np.concatenate(keys), np.concatenate(positions)
 
 
 def _key_numbers(chunk: Chunk, positions: IntArray) -> IntArray:
-    """Of positions in the ring, among the initial tokens or in the chunk."""
+    """Key numbers of positions in the ring, among the initial tokens or in the chunk."""
     in_chunk = chunk.num_cached + positions - chunk.start
     cached = layout.ring_index(chunk.policy, positions)
     numbers: IntArray = np.where(positions >= chunk.start, in_chunk, cached)

@@ -141,7 +141,7 @@ def _padded(table: NDArray[Any]) -> int:
 
 
 def _request_rows(requests: PrefillRequests, policy: BatchPolicy) -> NDArray[np.void]:
-    """The table of requests with what is given; see :func:`_lay_out_lists` and :func:`_until`."""
+    """The table of requests; :func:`_lay_out_lists` and :func:`_until` fill what is not given."""
     rows = np.zeros(len(requests.chunk_start), dtype=REQUEST)
     rows["initial_tokens"] = policy.initial_tokens
     rows["window"] = policy.window
@@ -249,7 +249,7 @@ def _lay_out_lists(rows: NDArray[np.void], cuts: _Cuts) -> None:
 
 def _until(requests: PrefillRequests, rows: NDArray[np.void], bound: int) -> NDArray[np.int32]:
     """The table of until, request by request; fills the column that says where each begins."""
-    # what is in the window of the chunk's last query is in that of all before it
+    # a token in the window of the chunk's last query is in the window of all that see it
     first, end = rows["window_start"], rows["chunk_end"] - rows["window"]
     num_positions = np.maximum(end - first, 0)
     start = np.cumsum(num_positions) - num_positions - first
@@ -261,7 +261,7 @@ def _until(requests: PrefillRequests, rows: NDArray[np.void], bound: int) -> NDA
 
     separators, counts = requests.separators, rows["num_separators"]
     owner = np.repeat(np.arange(len(rows)), counts)
-    # a separator stays until the one so many ranks later leaves the window
+    # a separator stays until the one ``bound`` ranks later leaves the window
     later = np.arange(len(separators)) + bound
     is_known = later < requests.separators_start[1:][owner]
     leaves = np.full(len(separators), NEVER)
@@ -300,7 +300,7 @@ def _tile_rows(rows: NDArray[np.void], cuts: _Cuts, bound: int) -> NDArray[np.vo
     chunk["first_near"] = start + row["chunk_from"] + first_near - chunk_start
     chunk["num_near"] = cuts.position + cuts.num_tokens - first_near
 
-    # all stay if those that leave the windows of the tile's queries find room beside them
+    # far separators all stay visible if those that leave the tile's windows have room beside them
     is_sure = cuts.rank_end + cuts.num_tokens <= bound
     for runs in (cached, chunk):
         runs["num_sure"] = np.where(is_sure, runs["num_initial"] + runs["num_far"], 0)

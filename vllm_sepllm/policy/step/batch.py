@@ -3,9 +3,8 @@
 Entries are (row of the batch, compact index) pairs; a platform that knows the block table makes
 slots of them. A row needs nothing but its own cache if it has one token, or ends inside a + n. The
 first rows of that kind are the *library* rows, served by paged attention over compact lengths; all
-rows from the first other one on are prefill chunks. vLLM puts single tokens that follow others of
-their request first in a batch, so that what comes behind a chunk has its separators listed, or is a
-request's first token.
+rows from the first other one on are prefill chunks. vLLM sorts decode rows before the others, so a
+row behind a chunk has its separators listed, or is a request's first token.
 """
 
 from collections.abc import Sequence

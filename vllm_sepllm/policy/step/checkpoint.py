@@ -98,7 +98,7 @@ def checkpoint_positions(
         start: tokens computed before the step.
         end: tokens computed after it.
         interval: one at every multiple of it.
-        wanted: and at these, if the step passes them.
+        wanted: further positions, taken if the step passes them.
     """
     regular = range((start // interval + 1) * interval, end + 1, interval)
     return sorted({*regular, *(p for p in wanted if start < p <= end)})

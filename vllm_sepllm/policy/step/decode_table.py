@@ -1,4 +1,4 @@
-"""The spills of decode steps, for many requests at once: one slot of a few arrays a request."""
+"""Table of the spills of decode steps, for many requests at once: a slot a request."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.visibility import BoolArray, IntArray
 
 _FIRST_SIZE = 64  # slots
-_AHEAD = 64  # separators of a slot that are laid out: about a default window's worth
+_AHEAD = 64  # separators laid out in a slot: about as many as a default window has
 _NEVER = -1  # as a position: none that a request can have
 
 
@@ -25,8 +25,8 @@ class DecodeTable:
 
     A slot holds for steps of one token that start in [first, last] (positions): no separator
     leaves before ``last``, and at ``last`` one leaves, or the slot must be looked up again. A step
-    of all requests is a few vector operations. Who moved otherwise, by prefill, preemption or a
-    prefix hit, is outside its range and is looked up again.
+    of all requests is a few vector operations. A request that moved by a prefill, preemption or a
+    prefix hit is outside the range of its slot, and is looked up again.
     """
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class DecodeTable:
         """
         policy = index.policy
         oldest = start - policy.window
-        # all that is known: the next look-up is a window away
+        # all known tokens: the next look-up is a window away
         index.extend(token_ids, max(oldest + 1, len(token_ids)))
         rank = index.count_below(max(policy.initial_tokens, oldest))
         ahead = index.positions(rank, rank + _AHEAD) + policy.window

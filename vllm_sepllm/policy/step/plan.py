@@ -1,4 +1,4 @@
-"""What a step needs to know of each scheduled request. Made by the scheduler, read by workers."""
+"""Plan of a step: what workers must know of each scheduled request, made by the scheduler."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How many blocks of vLLM's pool hold checkpoints: for one metric, without the pool's help."""
+"""Number of blocks of vLLM's pool that hold checkpoints, for one metric."""
 
 from collections import Counter, deque
 

@@ -14,7 +14,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash
 # about 200 bytes each; a forgotten hash costs a miss, never a wrong hit
 _MAX_HASHES = 1 << 17
 
-# in place of the hash that follows: several do
+# in place of the following hash where several follow
 _SEVERAL = BlockHash(b"")
 
 

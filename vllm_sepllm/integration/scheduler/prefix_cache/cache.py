@@ -55,7 +55,7 @@ class PrefixCache:
         self.joint_prefills = JointPrefills(
             self._pool.hash_block_size, self._positions_ahead, self._num_found
         )
-        # a request that ends does so between two of the positions that other layers can hit
+        # other layers can hit at block boundaries only, and a request ends between two of them
         self._decoding = (
             DecodeCheckpoints(managers, self.registry, self._unit) if alignment > 1 else None
         )

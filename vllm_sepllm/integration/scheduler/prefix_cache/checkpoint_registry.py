@@ -1,4 +1,4 @@
-"""Which prefixes have a checkpoint in vLLM's block pool."""
+"""Registry of the prefixes that have a checkpoint in vLLM's block pool."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class CheckpointRegistry:
         Its position is a multiple of ``alignment``.
         """
         for number in range(min(max_length // self._hash_size, len(hashes)), 0, -1):
-            if hashes[number - 1] not in self._by_hash:  # of a long prompt nearly all
+            if hashes[number - 1] not in self._by_hash:  # nearly all of a long prompt
                 continue
             first = number * self._hash_size
             found = [
@@ -129,7 +129,7 @@ class CheckpointRegistry:
     ) -> BlockHashWithGroupId:
         """The block's key in vLLM's map of cached blocks, given now if it has none."""
         if block.block_hash is None:
-            # content is found through checkpoints, so a number that never repeats will do
+            # the key need only be unique: content is found through checkpoints
             name = BlockHash(b"sepllm" + next(self._numbers).to_bytes(26, "big"))
             key = make_block_hash_with_group_id(name, group_id)
             self._pool._insert_block_hash(key, block, num_tokens=position)

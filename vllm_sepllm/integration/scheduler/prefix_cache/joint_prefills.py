@@ -1,8 +1,8 @@
-"""Prompts that begin alike compute their beginning once, also if they come at the same time.
+"""Joint prefills: prompts that begin alike and arrive together compute their beginning once.
 
 Where vLLM shares blocks, a request reads what another one of the same step writes. A checkpoint is
 read by copies made before the step, so a request that begins like a prefill of the step waits until
-that one has left its checkpoint.
+the prefill has left its checkpoint.
 """
 
 from bisect import bisect_left
@@ -18,7 +18,7 @@ PositionsAhead = Callable[[LiveRequest, int, int], list[int]]
 
 
 class JointPrefills:
-    """The prefills of the step that is being scheduled, and who waits for one of them."""
+    """The prefills of the step that is being scheduled, and the requests that wait for one."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class JointPrefills:
         positions_ahead: PositionsAhead,
         num_found: Callable[[LiveRequest], int],
     ) -> None:
-        """Wait for no one yet.
+        """No prefill is scheduled yet.
 
         Args:
             hash_size: tokens of a hash block.

@@ -26,7 +26,7 @@ _TILE_SIZE = 128
 
 
 class CPUBuilderMixin(BuilderMixin, CPUAttentionMetadataBuilder):
-    """Goes before vLLM's CPU builder."""
+    """Mixin before vLLM's CPU builder."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -18,8 +18,8 @@ class ChunkRows:
         last: end of its rows, exclusive.
         block_ids: [num_blocks] int64 that hold its cache as the step begins.
         num_cached: entries in them.
-        sequences: for vLLM's kernel; None: it cannot.
-        tiles: then queries and the keys they read.
+        sequences: what vLLM's kernel attends to; None: it cannot.
+        tiles: queries and the keys that they read, where there are no sequences.
     """
 
     first: int

@@ -18,9 +18,9 @@ from vllm_sepllm.policy.keys.sequences import TileSequences
 # head sizes that vLLM's kernels "amx" and "vec" are compiled for, up to twice the common ones
 _KERNEL_SIZES = (64, 96, 128, 160, 192, 224, 256)
 _ISAS = ("amx", "vec")
-_BLOCK = 32  # entries; both know multiples of it
-_PIECE = 1024  # keys that are padded at once, in a processor's cache
-# no other score is as low, and divided by a scale it is a float16
+_BLOCK = 32  # entries a block; both kernels take multiples of it
+_PIECE = 1024  # keys padded at once, so that they fit a processor's cache
+# score of an empty entry: below every other, and a float16 when divided by the scale
 _EMPTY_SCORE = -4e3
 
 
@@ -71,7 +71,7 @@ class SequenceCall:
 
 @dataclass(frozen=True, slots=True)
 class SequenceKernel:
-    """What the layers of a group have in common.
+    """vLLM's CPU kernel, as the layers of a group call it.
 
     Attributes:
         num_heads: query heads.
@@ -184,8 +184,8 @@ class ChunkSequences:
     """A chunk's sequences.
 
     Attributes:
-        kernel: that runs them.
-        writes: the scratch cache.
+        kernel: runs them.
+        writes: fill the scratch cache.
         calls: in order of their queries.
     """
 

@@ -22,7 +22,7 @@ from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 
 class GPUBuilderMixin(BuilderMixin):
-    """Goes before the builder of the backend that vLLM chose.
+    """Mixin before the builder of the backend that vLLM chose.
 
     What a CUDA graph captures stays at one address: the slots and the compact lengths. Everything
     else is used outside graphs, in copies before the forward and in prefill, which runs eagerly
@@ -66,7 +66,7 @@ class GPUBuilderMixin(BuilderMixin):
         slot = self._slots[:1].fill_(-1)
         ops.entry_slots(self.upload(np.full((2, 1), -1)), table, self._block_size, slot)
         ops.spill(self._spills, torch.zeros_like(slot), slot)
-        # they may differ in what they add to attention
+        # layers may differ in soft cap and sinks
         for layer in self._layers:
             size = (1, layer.num_heads, layer.head_size)
             query = torch.zeros(size, dtype=layer.dtype, device=self.device)
