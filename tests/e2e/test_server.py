@@ -3,13 +3,14 @@
 import asyncio
 import json
 import random
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from openai import AsyncOpenAI, OpenAI
 
+from tests.support.oracle import TOLERANCE, Rule, log_probabilities
 from tests.support.rule import num_kept, spilled
 from vllm_sepllm.bench.soak.__main__ import metric, metric_of, metrics_page
 from vllm_sepllm.policy.separators.rules import token_separators
@@ -30,15 +31,14 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base_url(four_layers_path: Path, log: Path) -> Iterator[str]:
-    """API server, engine core and worker, each a spawned process."""
+    """Two API servers, engine core and worker, each a spawned process."""
     command = ["vllm", "serve", str(four_layers_path), "--served-model-name", "smol"]
     command += ["--attention-backend", "sepllm", "--additional-config", json.dumps(CONFIG)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "32"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_LOG_STATS_INTERVAL", "0.5")
-        with serving(command, log, timeout=240) as base_url:
-            yield base_url
+    command += ["--api-server-count", "2"]
+    with serving(command, log, timeout=240) as base_url:
+        yield base_url
     text = log.read_text()
     assert "sepllm keeps the first 4 tokens, the last 124 and up to 512 separators" in text
 
@@ -176,9 +176,9 @@ def test_a_request_chooses_its_policy(client: OpenAI, documents: list[str]) -> N
             client.chat.completions.create(**chat, extra_body=extra)
 
 
-@pytest.mark.compatibility("Metrics on `/metrics`, a line in vLLM's log", "what is kept, exact")
+@pytest.mark.compatibility("Metrics on `/metrics`", "what is kept, exact")
 def test_metrics_show_what_a_request_keeps(
-    base_url: str, client: OpenAI, documents: list[str], four_layers_path: Path, log: Path
+    base_url: str, client: OpenAI, documents: list[str], four_layers_path: Path
 ) -> None:
     """Proves over the processes of a server that /metrics, read while a request runs, tells its
     logical and kept tokens and saved blocks, after it zero, and counts each spilled separator."""
@@ -218,9 +218,38 @@ def test_metrics_show_what_a_request_keeps(
     counted = after["spilled_separators_total"] - before["spilled_separators_total"]
     # the last token is sampled and not computed
     assert counted == len(spilled(POLICY, is_separator, len(prompt) + 99))
-    assert re.search(
-        r"SepLLM: kept [\d.k]+ of [\d.k]+ tokens \(\d+%\), \d+ blocks", log.read_text()
-    )
+
+
+@pytest.mark.compatibility("Several API servers (`--api-server-count`)", "each metric once")
+def test_each_metric_is_there_once(base_url: str) -> None:
+    """Proves that the API servers' pages are one, whichever of them answers."""
+    for _ in range(4):
+        lines = metrics_page(base_url).splitlines()
+        names = [line.rpartition(" ")[0] for line in lines if line.startswith("vllm:sepllm")]
+        assert names
+        assert len(names) == len(set(names))
+
+
+@pytest.mark.compatibility("`echo` with log-probabilities", "exact")
+def test_an_echo_is_the_same_from_a_cached_prefix(
+    client: OpenAI, documents: list[str], four_layers_path: Path
+) -> None:
+    """Proves that a prompt's log-probabilities are computed, whatever the prefix cache holds."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(four_layers_path)
+    prompt = tokenizer(documents[3])["input_ids"][:400]
+    separators = token_separators("extended", tokenizer, len(tokenizer)).token_ids
+    rule = Rule(POLICY.initial_tokens, POLICY.window, frozenset(separators), POLICY.max_separators)
+    want = log_probabilities(four_layers_path, prompt, rule)[:-1]
+    want = want[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    for _ in range(2):
+        made = client.completions.create(
+            model="smol", prompt=prompt, echo=True, logprobs=1, max_tokens=1, temperature=0.0
+        )
+        found = made.choices[0].logprobs.token_logprobs
+        assert found[0] is None
+        assert found[1 : len(prompt)] == pytest.approx(want.tolist(), abs=TOLERANCE)
 
 
 @pytest.mark.compatibility("Requests beyond the length of the model", "HTTP 400, as stock vLLM")
