@@ -28,7 +28,7 @@ def test_a_server_survives_random_traffic(four_layers_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    assert len(report["sent"]) == 7, "each kind of request"
+    assert len(report["sent"]) == 8, "each kind of request"
     assert report["replayed"] >= 15  # a burst is twelve
     assert report["answered"] >= 2 * report["replayed"] > 0
     assert report["most_at_once"] >= 12

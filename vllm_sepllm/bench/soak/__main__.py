@@ -1,9 +1,9 @@
 """Random traffic against ``vllm serve --attention-backend sepllm``: what is lost, wrong or leaks.
 
 ``python -m vllm_sepllm.bench.soak --model FOLDER --minutes N``. In rounds: peers send random
-requests (lengths, shared prefixes, disconnects, aborts, invalid input, bursts beyond the pool),
-then every finished answer is asked for again, alone and past the prefix cache, and must be the
-same, and a prompt that is sent twice must be found in the prefix cache.
+requests (lengths, priorities, shared prefixes, conversations, disconnects, aborts, invalid input,
+bursts beyond the pool), then every finished answer is asked for again, alone and past the prefix
+cache, and must be the same, and a prompt that is sent twice must be found in the prefix cache.
 """
 
 import argparse
@@ -207,6 +207,7 @@ def serve_command(model: Path, separators: list[int]) -> list[str]:
     command += ["--attention-backend", "sepllm", "--additional-config", json.dumps(config)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
     command += ["--max-num-seqs", "8", "--max-num-batched-tokens", "256"]
+    command += ["--scheduling-policy", "priority"]
     command += ["--kv-cache-memory-bytes", str(1 << 28)]
     return [*command, "--num-gpu-blocks-override", str(NUM_BLOCKS)]
 

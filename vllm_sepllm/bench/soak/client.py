@@ -15,11 +15,12 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Greedy, exactly ``max_tokens`` long."""
+    """Greedy, exactly ``max_tokens`` long; a lower ``priority`` comes first."""
 
     prompt: tuple[int, ...]
     max_tokens: int
     policy: dict[str, Any] = field(default_factory=dict)
+    priority: int = 0
 
 
 @dataclass(slots=True)
@@ -28,6 +29,11 @@ class Answer:
 
     tokens: list[str] = field(default_factory=list)
     best: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The ids in vLLM's names, ``token_id:ID``."""
+        return tuple(int(name.removeprefix("token_id:")) for name in self.tokens)
 
 
 class ServerFault(Exception):
@@ -78,6 +84,7 @@ class Client:
             "model": MODEL_NAME,
             "prompt": list(request.prompt),
             "max_tokens": request.max_tokens,
+            "priority": request.priority,
             "temperature": 0.0,
             "ignore_eos": True,
             "logprobs": 2,

@@ -6,7 +6,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -18,6 +18,8 @@ MAX_MODEL_LEN = 2048
 MAX_NEW_TOKENS = 48
 NUM_PEERS = 6
 BURST = 12
+NUM_TURNS = 5
+NUM_PRIORITIES = 3
 SEPARATOR_SHARE = 0.15
 # kinds of requests that are faults on purpose: of clients, or more than the server can hold
 INJECTED = (
@@ -66,6 +68,7 @@ class Traffic:
             "plain": (8, self._plain),
             "prefix reuse": (6, self._prefix_reuse),
             "repeated prompt": (3, self._repeated),
+            "conversation": (2, self._conversation),
             "disconnect in mid-answer": (4, self._disconnect),
             "abort before the first token": (4, self._abort),
             "invalid": (4, self._invalid),
@@ -116,7 +119,8 @@ class Traffic:
         """A request; mostly with the policy of the one that it is ``like``, for cache hits."""
         is_alike = like is not None and self._random.random() < 0.75
         policy = like.policy if like and is_alike else self._random.choice(REQUEST_POLICIES)
-        return Request(prompt, self._random.randint(1, MAX_NEW_TOKENS), policy)
+        max_tokens = self._random.randint(1, MAX_NEW_TOKENS)
+        return Request(prompt, max_tokens, policy, self._random.randrange(NUM_PRIORITIES))
 
     def long_request(self) -> Request:
         """One that has more than any window, and separators that left it."""
@@ -132,8 +136,10 @@ class Traffic:
         longest = MAX_MODEL_LEN - MAX_NEW_TOKENS
         return min(longest, round(math.exp(self._random.uniform(0.0, math.log(longest)))))
 
-    async def _answer(self, request: Request) -> None:
-        self.tally.finished.append((request, await self._client.ask(request)))
+    async def _answer(self, request: Request) -> Answer:
+        answer = await self._client.ask(request)
+        self.tally.finished.append((request, answer))
+        return answer
 
     # ------------------------------------------------------------------ kinds of requests
 
@@ -151,6 +157,13 @@ class Traffic:
         request = self._request(self._tokens(self._length()))
         for _ in range(2):
             await self._answer(request)
+
+    async def _conversation(self) -> None:
+        request = self._request(self._tokens(self._random.randint(20, 400)))
+        for _ in range(NUM_TURNS):
+            answer = await self._answer(request)
+            news = self._tokens(self._random.randint(1, 150))
+            request = replace(request, prompt=request.prompt + answer.token_ids + news)
 
     async def _disconnect(self) -> None:
         request = self._request(self._tokens(self._length()))
