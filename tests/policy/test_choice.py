@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sepllm.policy.choice import RequestLimits, chosen_keys, request_policy
+from vllm_sepllm.policy.initial import FixedInitial
 from vllm_sepllm.policy.visibility import Policy
 
 ENGINE = Policy(4, 60, 100)
-LIMITS = RequestLimits(ENGINE, max_model_len=1024, min_window=16)
+LIMITS = RequestLimits(ENGINE, FixedInitial(4), max_model_len=1024, min_window=16)
 
 values = st.one_of(
     st.none(),
@@ -46,7 +47,7 @@ def wanted(given: dict[str, Any]) -> Policy | None:
 @given(st.dictionaries(keys, values, max_size=4))
 def test_a_clear_error_or_the_right_policy(given: dict[str, Any]) -> None:
     try:
-        got = request_policy(LIMITS, given)
+        got = request_policy(LIMITS, given, [])
     except ValueError as error:
         assert wanted(given) is None
         text = str(error)
@@ -77,32 +78,38 @@ def test_a_clear_error_or_the_right_policy(given: dict[str, Any]) -> None:
 )
 def test_sentences(given: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        request_policy(LIMITS, given)
+        request_policy(LIMITS, given, [])
 
 
 def test_literals() -> None:
     """JSON's booleans arrive as 0 and 1 from vLLM's server."""
-    assert request_policy(LIMITS, None) == request_policy(LIMITS, {"seed": 3}) == ENGINE
+    assert request_policy(LIMITS, None, []) == request_policy(LIMITS, {"seed": 3}, []) == ENGINE
     assert (
-        request_policy(LIMITS, {"sepllm": True}) == request_policy(LIMITS, {"sepllm": 1}) == ENGINE
+        request_policy(LIMITS, {"sepllm": True}, [])
+        == request_policy(LIMITS, {"sepllm": 1}, [])
+        == ENGINE
     )
-    assert request_policy(LIMITS, {"sepllm_window": 16}) == replace(ENGINE, window=16)
-    assert request_policy(LIMITS, {"sepllm": 0}) == replace(ENGINE, window=1024)
-    assert request_policy(LIMITS, {"sepllm": False}) == LIMITS.full
+    assert request_policy(LIMITS, {"sepllm_window": 16}, []) == replace(ENGINE, window=16)
+    assert request_policy(LIMITS, {"sepllm": 0}, []) == replace(ENGINE, window=1024)
+    assert request_policy(LIMITS, {"sepllm": False}, []) == LIMITS.full
     assert chosen_keys({"sepllm": 1, 3: 4, "x": 2}) == ["sepllm"]  # type: ignore[dict-item]
 
 
 def test_full_attention_is_no_smaller_than_an_engine_window_beyond_the_model() -> None:
     limits = replace(LIMITS, engine=Policy(4, 5000, 0))
-    assert request_policy(limits, {"sepllm": False}) == limits.engine
+    assert request_policy(limits, {"sepllm": False}, []) == limits.engine
 
 
 @pytest.mark.parametrize("given", [{"sepllm": False}, {"sepllm_window": 64}])
 def test_trained_models_and_sessions_have_the_policy_of_the_engine(given: dict[str, Any]) -> None:
     trained = replace(LIMITS, is_trained=True)
     with pytest.raises(ValueError, match="was trained with a window of 60"):
-        request_policy(trained, given)
+        request_policy(trained, given, [])
     with pytest.raises(ValueError, match="session of streaming input"):
-        request_policy(LIMITS, given, is_session=True)
+        request_policy(LIMITS, given, [], is_session=True)
     same = {"sepllm": True, "sepllm_window": 60}
-    assert request_policy(trained, same) == request_policy(LIMITS, same, is_session=True) == ENGINE
+    assert (
+        request_policy(trained, same, [])
+        == request_policy(LIMITS, same, [], is_session=True)
+        == ENGINE
+    )

@@ -16,13 +16,14 @@ from vllm_sepllm.policy.choice import RequestLimits, request_policy
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.visibility import Policy
 
-_SALT = "sepllm_window="
+_SALT = "sepllm="
 
 
 def request_limits(vllm_config: VllmConfig, config: ResolvedConfig) -> RequestLimits:
     """What the requests of an engine may choose."""
     return RequestLimits(
         config.policy,
+        config.initial,
         max_model_len=vllm_config.model_config.max_model_len,
         min_window=max(MIN_WINDOW, staging.num_entries(max_proposed(vllm_config))),
         is_trained=is_trained(vllm_config.model_config),
@@ -36,20 +37,25 @@ def policy_of(limits: RequestLimits, request: EngineCoreRequest | Request) -> Po
         ValueError: if the request asks for what the engine does not serve.
     """
     assert request.sampling_params is not None, "sepllm serves no pooling models"
-    given = request.sampling_params.extra_args
-    return request_policy(limits, given, is_session=request.resumable)
+    assert request.prompt_token_ids is not None, "prompt embeddings are refused"
+    return request_policy(
+        limits,
+        request.sampling_params.extra_args,
+        request.prompt_token_ids,
+        is_session=request.resumable,
+    )
 
 
 def salted(limits: RequestLimits, policy: Policy, cache_salt: str | None) -> str | None:
     """The ``cache_salt`` under which vLLM hashes the blocks of a request.
 
     Layers of other kinds are found by vLLM's hashes alone, and their KV depends on what the SepLLM
-    layers before them read. No two pairs of window and salt give the same string.
+    layers before them read. No two policies and salts give the same string.
     """
     is_taken = cache_salt is not None and cache_salt.startswith(_SALT)
     if policy == limits.engine and not is_taken:
         return cache_salt
-    return f"{_SALT}{policy.window}:{cache_salt or ''}"
+    return f"{_SALT}{policy.initial_tokens},{policy.window}:{cache_salt or ''}"
 
 
 def check_fits(num_needed: int, num_blocks: int, num_tokens: int) -> None:
@@ -61,6 +67,7 @@ def check_fits(num_needed: int, num_blocks: int, num_tokens: int) -> None:
     if num_needed > num_blocks:
         raise ValueError(
             f"a request of {num_tokens} tokens, max_tokens included, needs up to {num_needed} KV "
-            f"blocks with the window that it asks for and the engine has {num_blocks}; ask for a "
-            "smaller sepllm_window or max_tokens, or give the engine more KV cache memory"
+            f"blocks with the policy that it asks for and the engine has {num_blocks}; ask for a "
+            "smaller sepllm_window, sepllm_initial_tokens or max_tokens, or give the engine more "
+            "KV cache memory"
         )
