@@ -102,6 +102,18 @@ def request_policy(
     return policy
 
 
+def is_unprotected(
+    limits: RequestLimits, given: Mapping[str, object] | None, prompt: Sequence[int]
+) -> bool:
+    """Whether a served request has no prefix to protect, although the engine protects one.
+
+    A request that chooses its initial tokens, or full attention, forgets nothing unasked.
+    """
+    given = given or {}
+    is_own_choice = INITIAL_KEY in given or not given.get(SWITCH_KEY, True)
+    return not (is_own_choice or limits.initial.is_in(prompt))
+
+
 def _shown(given: object) -> str:
     return f"{given!r:.60}"
 

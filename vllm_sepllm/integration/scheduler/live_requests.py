@@ -107,12 +107,6 @@ class LiveRequest:
         return self.index.policy
 
     @property
-    def prompt(self) -> list[int]:
-        """Token ids of the prompt."""
-        assert self.request.prompt_token_ids is not None, "prompt embeddings are refused"
-        return self.request.prompt_token_ids
-
-    @property
     def stays_dense(self) -> bool:
         """Whether it ends within a + n tokens, so that its ring never goes round."""
         request = self.request

@@ -5,6 +5,8 @@ nothing carries it but vLLM. The API server refuses nonsense with HTTP 400 (fron
 scheduler ends with an error what got past that, and gives the policy of everything else.
 """
 
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
@@ -12,7 +14,7 @@ from vllm.v1.request import Request
 from vllm_sepllm.config import MIN_WINDOW, ResolvedConfig
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.integration.wire.trained_config import is_trained
-from vllm_sepllm.policy.choice import RequestLimits, request_policy
+from vllm_sepllm.policy.choice import RequestLimits, is_unprotected, request_policy
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.visibility import Policy
 
@@ -36,14 +38,19 @@ def policy_of(limits: RequestLimits, request: EngineCoreRequest | Request) -> Po
     Raises:
         ValueError: if the request asks for what the engine does not serve.
     """
+    return request_policy(limits, *_given(request), is_session=request.resumable)
+
+
+def forgets_its_beginning(limits: RequestLimits, request: Request) -> bool:
+    """Whether a served request has no prefix to protect, although the engine protects one."""
+    return is_unprotected(limits, *_given(request))
+
+
+def _given(request: EngineCoreRequest | Request) -> tuple[dict[str, Any] | None, list[int]]:
+    """``extra_args`` and prompt."""
     assert request.sampling_params is not None, "sepllm serves no pooling models"
     assert request.prompt_token_ids is not None, "prompt embeddings are refused"
-    return request_policy(
-        limits,
-        request.sampling_params.extra_args,
-        request.prompt_token_ids,
-        is_session=request.resumable,
-    )
+    return request.sampling_params.extra_args, request.prompt_token_ids
 
 
 def salted(limits: RequestLimits, policy: Policy, cache_salt: str | None) -> str | None:
