@@ -1,13 +1,20 @@
-"""Environment and fixtures that all tests share."""
+"""Environment that all tests share; their fixtures are in tests/support/."""
 
 import os
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.support.compatibility", "tests.support.order"]
+# asserts of helpers, too, show their values
+pytest.register_assert_rewrite("tests.support")
+pytest_plugins = [
+    "tests.support.command_line",
+    "tests.support.compatibility",
+    "tests.support.model_folders",
+    "tests.support.measured",
+    "tests.support.order",
+]
 
 # before anything imports vllm, transformers or triton; child processes inherit them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -33,11 +40,3 @@ if find_spec("torch"):
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 if "CI" not in os.environ:
     settings.load_profile("local")
-
-
-@pytest.fixture(scope="session")
-def smollm2_path() -> Path:
-    """Folder of the converted SmolLM2-135M-Instruct; fetched on a machine's first run."""
-    from vllm_sepllm.models import ensure_model
-
-    return ensure_model()

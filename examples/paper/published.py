@@ -57,7 +57,7 @@ class Line:
 
 
 def formula(policy: Policy, is_separator: BoolArray) -> BoolArray:
-    """M1, spelled out again: [num_tokens, num_tokens], rows are queries."""
+    """The paper's mask, by design not the package's: [num_tokens, num_tokens], rows are queries."""
     i, j = np.ogrid[: len(is_separator), : len(is_separator)]
     near = (j < policy.initial_tokens) | (i - j < policy.window)
     visible: BoolArray = (j <= i) & (near | is_separator[None, :])

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import SENTENCE, Run
+from tests.support.command_line import SENTENCE, Run
 
 pytest.importorskip("torch")
 pytest.importorskip("vllm")
 
-from tests.eval.fakes import FakeEngine
+from tests.support.eval_fakes import FakeEngine
 
 TEXT = {"kind": "text", "files": ["text.txt"], "context": [256]}
 NEEDLE = {"kind": "needle", "files": ["text.txt"], "context": [300], "needles": 1, "depths": [0.5]}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from py_mini_racer import MiniRacer
 
-from tests.cli.conftest import SENTENCE, Run
+from tests.support.command_line import SENTENCE, Run
 from vllm_sepllm.cli.page import asset, build_page
 from vllm_sepllm.policy.kept import kept_lengths, token_states
 from vllm_sepllm.policy.visibility import Policy

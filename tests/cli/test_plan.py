@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Run
+from tests.support.command_line import Run
 
 pytest.importorskip("transformers")
 
@@ -87,7 +87,8 @@ def test_wrong_options(run: Run, tiny_model: Path, options: tuple[str, ...], mes
 
 
 def test_a_folder_without_a_config(run: Run, tmp_path: Path) -> None:
-    run("plan", tmp_path, "--kv-memory", "1GiB", "--context", "4k", code=2)
+    text = run("plan", tmp_path, "--kv-memory", "1GiB", "--context", "4k", code=2)
+    assert f"no plan for '{tmp_path}': " in " ".join(text.replace("\u2502", " ").split())
 
 
 def shape_of(name: str, **fields: object) -> KVShape:

@@ -10,11 +10,11 @@ from vllm_sepllm.processes import run_in_process
 
 # three documents of about 1,000 tokens instead of six of 6,700, and shorter answers
 SHORTER = """
-import sys
-from vllm_sepllm.demo import corpus, offline
+from vllm_sepllm import sample
+from vllm_sepllm.demo import offline
 
 titles = ["glow-worm", "redwoods", "revere"]
-offline.documents = lambda: {title: corpus.documents()[title][:4000] for title in titles}
+offline.documents = lambda: {title: sample.documents()[title][:4000] for title in titles}
 offline.MAX_ANSWER_TOKENS = 16
 offline.main()
 """

@@ -7,23 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_oracle import differences, rule_of
 from tests.support.engine import engine
-from tests.support.tiny_models import SEPARATORS, random_prompts, write_weights
+from tests.support.oracle import TOLERANCE, differences, rule_of
+from tests.support.tiny_engine import ENGINE, prompts
+from tests.support.tiny_models import write_weights
 
 pytestmark = pytest.mark.slow
 
-ENGINE: dict[str, Any] = {
-    "attention_backend": "sepllm",
-    "additional_config": {"sepllm": {"initial_tokens": 3, "window": 16, "separators": SEPARATORS}},
-    "skip_tokenizer_init": True,
-    "max_model_len": 512,
-    "max_num_batched_tokens": 64,
-    "max_num_seqs": 4,
-    "kv_cache_memory_bytes": 1 << 24,
-}
 MAX_TOKENS = 8
-TOLERANCE = 1e-3
 
 # kind of tiny model -> its layers that must become sepllm, and what it stands for
 KINDS = {
@@ -79,15 +70,14 @@ def test_architecture_equals_the_dense_mask(kind: str, tmp_path: Path) -> None:
     from vllm_sepllm.integration.worker.cpu.impl import SepLLMCPUImpl
 
     path = write_weights(kind, tmp_path)
-    prompts = random_prompts(150, 99)
-    with transformers_restored(), engine(path, **ENGINE) as made:
+    with transformers_restored(), engine(path, **ENGINE, skip_tokenizer_init=True) as made:
         rule = rule_of(made)
-        answers = made.generate(prompts, MAX_TOKENS)
+        answers = made.generate(prompts(), MAX_TOKENS)
         layers = get_layers_from_vllm_config(made.engine.vllm_config, Attention)
         ours = [n for n, layer in layers.items() if isinstance(layer.impl, SepLLMCPUImpl)]
     assert len(ours) == KINDS[kind][0]
-    num_other, largest = differences(path, prompts, answers, rule)
-    num_full, largest_full = differences(path, prompts, answers, None)
+    num_other, largest = differences(path, prompts(), answers, rule)
+    num_full, largest_full = differences(path, prompts(), answers, None)
     print(f"{kind}: {num_other} tokens differ, log-probabilities by {largest:.1e}")
     print(f"{kind}, full attention: {num_full} differ, by {largest_full:.1e}")
     assert num_other == 0

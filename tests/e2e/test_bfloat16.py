@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.e2e.test_oracle import rule_of
 from tests.support.engine import engine
-from tests.support.oracle import Rule, log_probabilities
+from tests.support.measured import Number
+from tests.support.oracle import Rule, log_probabilities, rule_of
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def mean_error(
 
 @pytest.mark.compatibility("bfloat16", "the error of stock vLLM")
 def test_bfloat16_error_is_that_of_stock_vllm(
-    smollm2_path: Path, excerpt: Callable[[int, int], list[int]]
+    smollm2_path: Path, excerpt: Callable[[int, int], list[int]], number: Number
 ) -> None:
     """Proves error(sepllm, bf16) <= 1.5 error(stock, bf16), each against its float32 oracle."""
     prompts = [excerpt(0, 700), excerpt(9000, 500)]
@@ -41,5 +41,5 @@ def test_bfloat16_error_is_that_of_stock_vllm(
 
     stock = mean_error(smollm2_path, prompts, *run(enable_prefix_caching=False))
     ours = mean_error(smollm2_path, prompts, *run(attention_backend="sepllm"))
-    print(f"mean bf16 error: {ours:.4f} with sepllm, {stock:.4f} with stock vLLM")
+    number("mean error", f"{ours:.4f} with sepllm, {stock:.4f} with stock vLLM")
     assert ours <= 1.5 * stock

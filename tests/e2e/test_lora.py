@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from tests.e2e.test_architectures import ENGINE, MAX_TOKENS, TOLERANCE
-from tests.e2e.test_oracle import differences, rule_of
 from tests.support.engine import engine
-from tests.support.tiny_models import random_prompts, write_weights
+from tests.support.oracle import TOLERANCE, differences, rule_of
+from tests.support.tiny_engine import ENGINE
+from tests.support.tiny_models import random_prompts
 
 pytestmark = pytest.mark.slow
 
@@ -42,25 +42,24 @@ def write_adapter(model: Path, adapter: Path, merged: Path, seed: int) -> None:
 @pytest.mark.compatibility(
     "LoRA, several adapters at once", "exact, each with its own prefix cache"
 )
-def test_two_adapters_at_once(tmp_path: Path) -> None:
+def test_two_adapters_at_once(tiny_llama_path: Path, tmp_path: Path) -> None:
     """Proves that KV of one adapter never serves another, in a batch and from the prefix cache:
     the second round finds each prompt's checkpoint, and its own alone."""
     from vllm.lora.request import LoRARequest
 
-    model = write_weights("llama", tmp_path / "model")
-    paths = [model]
+    paths = [tiny_llama_path]
     loras: list[LoRARequest | None] = [None]
     for number in (1, 2):
         adapter, merged = tmp_path / f"adapter-{number}", tmp_path / f"merged-{number}"
-        write_adapter(model, adapter, merged, number)
+        write_adapter(tiny_llama_path, adapter, merged, number)
         paths.append(merged)
         loras.append(LoRARequest(f"adapter-{number}", number, str(adapter)))
     (prompt,) = random_prompts(150)
     # a slot more than adapters: vLLM 0.32 on CPU adds the last slot's to requests without adapter
     settings = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
-    with engine(model, **ENGINE, **settings) as made:
+    with engine(tiny_llama_path, **ENGINE, **settings, skip_tokenizer_init=True) as made:
         rule = rule_of(made)
-        rounds = [made.generate([prompt] * 3, MAX_TOKENS, loras=loras) for _ in range(2)]
+        rounds = [made.generate([prompt] * 3, 8, loras=loras) for _ in range(2)]
     assert len({tuple(answer.token_ids) for answer in rounds[0]}) == 3
     assert [answer.num_cached_tokens for answer in rounds[0]] == [0, 0, 0]
     assert [answer.num_cached_tokens for answer in rounds[1]] == [128, 128, 128]

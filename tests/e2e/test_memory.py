@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 
 from tests.support.engine import Engine, Watch, engine
+from tests.support.measured import Number
+from tests.support.oracle import rule_of
+from tests.support.rule import num_kept
 
 pytestmark = pytest.mark.slow
 
@@ -21,16 +24,13 @@ SEPLLM = {
 
 def compact_blocks(made: Engine, token_ids: list[int], num_tokens: int) -> int:
     """ceil(compact length / block size), counted from the definition."""
-    config = made.engine.vllm_config.additional_config["sepllm"]
-    a, n = config["initial_tokens"], config["window"]
-    separators = set(config["separators"])
-    far = sum(t in separators for t in token_ids[a : max(a, num_tokens - n)])
-    kept = min(num_tokens, a + n) + min(far, config["max_separators"])
-    return -(-kept // BLOCK)
+    rule = rule_of(made)
+    is_separator = [t in rule.separator_ids for t in token_ids]
+    return -(-num_kept(rule, is_separator, num_tokens) // BLOCK)
 
 
 def test_blocks_are_those_of_the_compact_length_at_every_step(
-    tiny_path: Path, text_ids: list[int]
+    tiny_path: Path, text_ids: list[int], number: Number
 ) -> None:
     """Proves it for 2K, 8K and 32K tokens of English, and that chunk sizes do not matter."""
     prompts = [text_ids[:length] for length in (2048, 8192, 32768)]
@@ -45,8 +45,9 @@ def test_blocks_are_those_of_the_compact_length_at_every_step(
                 peak = max(held for *_, (held,) in watch.holdings)
                 assert peak == compact_blocks(made, prompt, len(prompt) + 7)
                 peaks[chunk, len(prompt)] = peak
-    full = [-(-(len(prompt) + 7) // BLOCK) for prompt in prompts]
-    print("peak blocks:", peaks, "full attention:", full)
+    for prompt in prompts:
+        full = -(-(len(prompt) + 7) // BLOCK)
+        number(f"blocks of {len(prompt)} tokens", f"{full} in full, {peaks[512, len(prompt)]} kept")
     assert {n: p for (c, n), p in peaks.items() if c == 512} == {
         n: p for (c, n), p in peaks.items() if c == 2048
     }
@@ -71,13 +72,15 @@ def most_decoding(path: Path, prompts: list[list[int]], **arguments: Any) -> int
 
 
 def test_one_pool_decodes_five_times_as_many_requests(
-    tiny_path: Path, excerpt: Callable[[int, int], list[int]]
+    tiny_path: Path, excerpt: Callable[[int, int], list[int]], number: Number
 ) -> None:
     """Proves real memory given back: 60 requests of 8K + 400 tokens in 1100 blocks of 32."""
     prompts = [excerpt(500 * i, 8192) for i in range(60)]
     stock = most_decoding(tiny_path, prompts, enable_prefix_caching=False)
     ours = most_decoding(tiny_path, prompts, **SEPLLM)
-    print(f"decoding at once in 1100 blocks: {ours} with sepllm, {stock} with stock vLLM")
+    number("decoding at once in 1100 blocks", f"{ours} with sepllm, {stock} with stock vLLM")
+    # a prompt is 256 blocks and its answer begins another
+    assert stock == 1100 // 257
     assert ours >= 5 * stock
 
 
@@ -86,9 +89,11 @@ def test_a_request_that_the_pool_cannot_hold_is_refused_at_start_up(tiny_path: P
     bounded = {"sepllm": {"window": 252, "max_separators": 256}}
     arguments = {**DUMMY, "attention_backend": "sepllm", "additional_config": bounded}
     # 4 + 252 + 256 entries are 16 blocks; one more is vLLM's null block
-    with pytest.raises(ValueError, match="To serve at least one request"):  # noqa: SIM117
-        with engine(tiny_path, **arguments, num_gpu_blocks_override=16):
-            pass
+    with (
+        pytest.raises(ValueError, match="To serve at least one request"),
+        engine(tiny_path, **arguments, num_gpu_blocks_override=16),
+    ):
+        pytest.fail("it started")
     with engine(tiny_path, **arguments, num_gpu_blocks_override=17) as made:
         # what the start-up line says: 17 blocks, 16 for the longest request
         assert made.engine.vllm_config.cache_config.kv_cache_max_concurrency == 17 / 16

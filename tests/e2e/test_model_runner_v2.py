@@ -1,27 +1,28 @@
 """The GPU path end to end in Triton's interpreter: exact, whoever runs the model."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.support.interpreted_engine import Report, run
-from tests.support.oracle import Rule, log_probabilities
-from tests.support.tiny_models import SEPARATORS, random_prompts, write_weights
+from tests.support.interpreted_engine import Engines, Report
+from tests.support.oracle import TOLERANCE, Rule, log_probabilities
+from tests.support.tiny_models import SEPARATORS, random_prompts
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
 POLICY = {"initial_tokens": 3, "window": 29, "separators": [*SEPARATORS, 17, 19, 23, 29, 31]}
 MAX_TOKENS = 12
-# float32 on both sides; what remains is the order of sums, as in tests/e2e/test_oracle.py
-TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights("llama", tmp_path_factory.mktemp("llama"))
+def engines() -> Iterator[Engines]:
+    made = Engines()
+    yield made
+    made.close()
 
 
 def rule(**policy: Any) -> Rule:
@@ -73,7 +74,7 @@ def arguments(model: Path, policy: dict[str, Any], **llm: Any) -> dict[str, Any]
 
 
 @pytest.mark.compatibility("Model Runner V2 and the GPU kernels, in Triton's interpreter", "exact")
-def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
+def test_v2_is_exact_and_reuses_prefixes(engines: Engines, tiny_llama_path: Path) -> None:
     """Proves builder, kernels and checkpoints under Model Runner V2, with a tail that wraps.
 
     Chunks of 96 tokens of up to three requests at once; the second round continues the first.
@@ -83,19 +84,21 @@ def test_v2_is_exact_and_reuses_prefixes(model: Path) -> None:
     more = random_prompts(40, 40, 40, 40)
     second = [prompt + extra for prompt, extra in zip(first, more, strict=True)]
     rounds = [first, second]
-    report = run(rounds, MAX_TOKENS, llm=arguments(model, policy))
+    report = engines.run(rounds, MAX_TOKENS, llm=arguments(tiny_llama_path, policy))
     assert report.classes == {
         "scheduler": "SepLLMScheduler",
         "runner": "vllm.v1.worker.cpu.model_runner",
         "impl": "SepLLMGPUImpl",
         "backend": "SepLLMTritonAttentionBackend",
     }
-    check(model, rounds, report, rule(max_separators=5))
+    check(tiny_llama_path, rounds, report, rule(max_separators=5))
     assert sum(report.rounds[1].num_cached_tokens) > 200
 
 
 @pytest.mark.compatibility("Asynchronous scheduling, in Triton's interpreter", "exact")
-def test_v2_with_asynchronous_scheduling_and_preemption(model: Path) -> None:
+def test_v2_with_asynchronous_scheduling_and_preemption(
+    engines: Engines, tiny_llama_path: Path
+) -> None:
     """Proves that the plan needs settled tokens alone, that nothing is lost in a tiny pool, and
     that a turn starts from the state that the turn before left with a step in flight.
 
@@ -104,33 +107,33 @@ def test_v2_with_asynchronous_scheduling_and_preemption(model: Path) -> None:
     policy = {"max_separators": 60}
     first = random_prompts(150, 25, 26, 24, 22, 27)
     turn = first[0][:120]
-    answer = continuation(model, turn, rule(**policy))
+    answer = continuation(tiny_llama_path, turn, rule(**policy))
     rounds = [first, [turn], [turn + answer + first[1]]]
-    llm = arguments(model, policy, num_gpu_blocks_override=8)
-    report = run(rounds, MAX_TOKENS, llm=llm, asynchronous=True)
+    llm = arguments(tiny_llama_path, policy, num_gpu_blocks_override=8)
+    report = engines.run(rounds, MAX_TOKENS, llm=llm, asynchronous=True)
     assert report.classes["scheduler"] == "SepLLMAsyncScheduler"
     assert report.num_preemptions > 0
     assert report.rounds[2].num_cached_tokens[0] > len(turn)
-    check(model, rounds, report, rule(max_separators=60))
+    check(tiny_llama_path, rounds, report, rule(max_separators=60))
 
 
 @pytest.mark.compatibility("Model Runner V1 with the GPU kernels, in Triton's interpreter", "exact")
-def test_v1_runs_the_same_builder_and_layers(model: Path) -> None:
+def test_v1_runs_the_same_builder_and_layers(engines: Engines, tiny_llama_path: Path) -> None:
     """Proves the GPU path under Model Runner V1, with a layer that keeps full attention."""
     rounds = [random_prompts(200, 17, 131)]
     policy = {"full_layers": [0]}
-    report = run(rounds, MAX_TOKENS, llm=arguments(model, policy), runner="v1")
+    report = engines.run(rounds, MAX_TOKENS, llm=arguments(tiny_llama_path, policy), runner="v1")
     assert report.classes["runner"] == "vllm.v1.worker.cpu_model_runner"
-    check(model, rounds, report, rule(max_separators=256, full_layers=[0]))
+    check(tiny_llama_path, rounds, report, rule(max_separators=256, full_layers=[0]))
 
 
 @pytest.mark.compatibility("Speculative decoding, ngram, in Triton's interpreter", "exact")
-def test_ngram_drafts_change_nothing(model: Path) -> None:
+def test_ngram_drafts_change_nothing(engines: Engines, tiny_llama_path: Path) -> None:
     """Proves staging and commits: drafts that are right, wrong, and at the window's start."""
     # what repeats is drafted, and the answers of so small a model repeat soon
     rounds = [[prompt + prompt[-40:] for prompt in random_prompts(150, 17, 24)]]
     llm = arguments(
-        model,
+        tiny_llama_path,
         {"max_separators": 9},
         speculative_config={
             "method": "ngram",
@@ -139,25 +142,27 @@ def test_ngram_drafts_change_nothing(model: Path) -> None:
             "prompt_lookup_max": 3,
         },
     )
-    report = run(rounds, MAX_TOKENS, llm=llm)
+    report = engines.run(rounds, MAX_TOKENS, llm=llm)
     assert report.num_accepted > 0
-    check(model, rounds, report, rule(max_separators=9))
+    check(tiny_llama_path, rounds, report, rule(max_separators=9))
 
 
 @pytest.mark.compatibility("Speculative decoding, draft model, in Triton's interpreter", "exact")
-def test_a_draft_model_changes_nothing(model: Path) -> None:
+def test_a_draft_model_changes_nothing(engines: Engines, tiny_llama_path: Path) -> None:
     """Proves the same with drafts of a model of its own, whose layers stay vLLM's.
 
     It drafts for itself with full attention: right as long as the window makes no difference.
     """
     rounds = [random_prompts(150, 17, 24)]
     llm = arguments(
-        model,
+        tiny_llama_path,
         {},
         speculative_config={
-            "method": "draft_model", "model": str(model), "num_speculative_tokens": 3,
+            "method": "draft_model",
+            "model": str(tiny_llama_path),
+            "num_speculative_tokens": 3,
         },
-    )  # fmt: skip
-    report = run(rounds, MAX_TOKENS, llm=llm)
+    )
+    report = engines.run(rounds, MAX_TOKENS, llm=llm)
     assert report.num_accepted > 0
-    check(model, rounds, report, rule(max_separators=256))
+    check(tiny_llama_path, rounds, report, rule(max_separators=256))

@@ -6,29 +6,37 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.support.engine import Answer, engine
-from tests.support.oracle import Rule, log_probabilities
+from tests.support.engine import engine
+from tests.support.measured import Number
+from tests.support.oracle import TOLERANCE, differences, rule_of
 
 pytestmark = pytest.mark.slow
 
 MAX_TOKENS = 64
-# float32 on both sides; what remains is the order of sums. Design: 3e-5 over 30 layers.
-TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A policy, how the engine is set up, and the prompts that share a batch."""
+    """A policy, how the engine is set up, and the prompts that share a batch.
+
+    ``feature`` is what the case shows beside the policy, for docs/compatibility.md.
+    """
 
     name: str
     sepllm: dict[str, Any]
     max_num_batched_tokens: int
     block_size: int = 32
     all_layers: bool = False
-    prompt_lengths: tuple[int, ...] = (500, 57, 1250, 2200)
+    # together more than any chunk, and several times any window
+    prompt_lengths: tuple[int, ...] = (400, 57, 900, 1300)
     engine: dict[str, Any] = field(default_factory=dict)
+    feature: str | None = None
+
+    def parameter(self) -> Any:
+        """The case as one of a test's."""
+        row = pytest.mark.compatibility(self.feature, "exact")
+        return pytest.param(self, id=self.name, marks=row if self.feature else ())
 
 
 CASES = [
@@ -51,12 +59,18 @@ CASES = [
         {"window": 256, "initial_tokens": 0, "max_separators": 16, "full_layers": [0, -1]},
         128,
     ),
-    Case("streaming-llm", {"window": 64, "preset": "streaming-llm"}, 512),
+    Case(
+        "streaming-llm",
+        {"window": 64, "preset": "streaming-llm"},
+        512,
+        feature='No separators (StreamingLLM\'s mask, `preset: "streaming-llm"`)',
+    ),
     Case(
         "every 7th token",
         {"window": 64, "preset": "fixed-interval", "interval": 7},
         512,
         prompt_lengths=(57, 700),
+        feature='Every so many tokens a separator (`preset: "fixed-interval"`)',
     ),
     Case(
         "rule of two tokens, cut anywhere",
@@ -70,71 +84,34 @@ CASES = [
         512,
         prompt_lengths=(57, 500),
         engine={"enforce_eager": False},
+        feature="`torch.compile`",
     ),
     Case(
         "30 layers, first and last full",
         {"window": 64, "full_layers": [0, -1]},
         512,
         all_layers=True,
-        prompt_lengths=(500, 57, 900),
+        prompt_lengths=(400, 57, 700),
+        feature="Full layers (`full_layers`)",
     ),
-    Case("30 layers, defaults", {}, 2048, all_layers=True, prompt_lengths=(700, 1600)),
+    Case(
+        "30 layers, defaults",
+        {},
+        1024,
+        all_layers=True,
+        prompt_lengths=(500, 1000),
+        feature="`--enforce-eager`, the default policy",
+    ),
 ]
 
 
-def rule_of(made: Any) -> Rule:
-    """What the engine says it does, for the oracle."""
-    config = made.engine.vllm_config.additional_config["sepllm"]
-    separators = config.get("separators", ())
-    if not isinstance(separators, dict):
-        separators = {"token_ids": separators, "line_breaks": (), "closers": ()}
-    return Rule(
-        initial_tokens=config["initial_tokens"],
-        window=config["window"],
-        separator_ids=frozenset(separators["token_ids"]),
-        line_breaks=frozenset(separators["line_breaks"]),
-        closers=frozenset(separators["closers"]),
-        max_separators=config["max_separators"],
-        full_layers=frozenset(config["full_layers"]),
-        interval=config.get("interval"),
-    )
-
-
-def differences(
-    path: Path, prompts: list[list[int]], answers: list[Answer], rule: Rule | None
-) -> tuple[int, float]:
-    """How many tokens the oracle would have chosen otherwise; the largest log-prob. difference."""
-    num_other, largest = 0, 0.0
-    for prompt, answer in zip(prompts, answers, strict=True):
-        tokens = prompt + answer.token_ids
-        logprobs = log_probabilities(path, tokens[:-1], rule, len(prompt) - 1)
-        chosen = torch.tensor(answer.token_ids)
-        num_other += int((logprobs.argmax(dim=-1) != chosen).sum())
-        own = logprobs[torch.arange(len(chosen)), chosen]
-        largest = max(largest, float((own - torch.tensor(answer.logprobs)).abs().max()))
-    return num_other, largest
-
-
-def marks(case: Case) -> list[pytest.MarkDecorator]:
-    """What the case shows beside the policy."""
-    titles = {
-        "compiled": "`torch.compile`",
-        "30 layers, defaults": "`--enforce-eager`, the default policy",
-        "30 layers, first and last full": "Full layers (`full_layers`)",
-        "no separators": "No separators (StreamingLLM's mask)",
-    }
-    title = titles.get(case.name)
-    return [pytest.mark.compatibility(title, "exact")] if title else []
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=marks(c)) for c in CASES], ids=[c.name for c in CASES]
-)
+@pytest.mark.parametrize("case", [case.parameter() for case in CASES])
 def test_engine_equals_the_dense_mask(
     case: Case,
     smollm2_path: Path,
     four_layers_path: Path,
     excerpt: Callable[[int, int], list[int]],
+    number: Number,
 ) -> None:
     """Proves the exact SepLLM mask in real vLLM, and that full attention would be noticed."""
     path = smollm2_path if case.all_layers else four_layers_path
@@ -151,7 +128,8 @@ def test_engine_equals_the_dense_mask(
         answers = made.generate(prompts, MAX_TOKENS)
     assert all(len(a.token_ids) == MAX_TOKENS for a in answers)
     num_other, largest = differences(path, prompts, answers, rule)
-    print(f"{case.name}: {num_other} tokens differ, log-probabilities by {largest:.1e}")
+    num_tokens = len(prompts) * MAX_TOKENS
+    number("differences", f"{num_other} of {num_tokens} tokens, log-probabilities {largest:.1e}")
     assert num_other == 0
     assert largest < TOLERANCE
     # the same check against full attention must fail, by far; the longest prompt tells

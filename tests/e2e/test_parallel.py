@@ -14,37 +14,19 @@ import psutil
 import pytest
 from openai import APIError, OpenAI
 
-from tests.e2e.test_engines import POLICY, RULE, greedy, prompts
-from tests.support.engine_process import run
-from tests.support.oracle import Rule
-from tests.support.tiny_models import write_tokenizer, write_weights
+from tests.support.engine import started
+from tests.support.engine_process import MAY_ASK, report_of
+from tests.support.tiny_engine import ENGINE, NUM_TOKENS, check, prompts
 from vllm_sepllm.processes import serving
 
 pytestmark = pytest.mark.slow
 
 # two workers, one core each
 TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-ENGINE = {
-    "dtype": "float32",
-    "max_model_len": 512,
-    "max_num_batched_tokens": 64,
-    "max_num_seqs": 4,
-    "kv_cache_memory_bytes": 1 << 24,
-    "additional_config": {"sepllm": POLICY},
-    "attention_backend": "sepllm",
-}
-NUM_TOKENS = 12
 # what a worker's death may take until everything has ended
 SECONDS_TO_END = 60
 SECONDS_TO_KILL = 2
 LONGEST = 32768
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_weights("llama", tmp_path_factory.mktemp("llama"))
-    write_tokenizer(path)
-    return path
 
 
 @contextmanager
@@ -86,19 +68,12 @@ def complete(client: OpenAI, prompt: list[int]) -> list[int]:
     return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]  # vLLM's own field
 
 
-def check(model: Path, prompt: list[int], tokens: list[int], rule: Rule = RULE) -> None:
-    """One process gives the oracle's tokens (test_engines.py), so that is what several must."""
-    assert len(tokens) == NUM_TOKENS
-    assert tokens == greedy(model, prompt, tokens, rule)
-    assert tokens != greedy(model, prompt, tokens, None), "full attention would not show"
-
-
 @pytest.mark.compatibility(
     "A worker that dies in mid-stream", "ends the request and the server, nothing hangs"
 )
 @pytest.mark.compatibility("Tensor parallel, executor mp", "the tokens of one process")
 def test_tensor_parallel_and_a_worker_that_dies(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proves that two tensor-parallel workers, each with its own heads, answer as one process,
     and that a worker killed while it streams ends the request and the server; nothing hangs.
@@ -109,13 +84,13 @@ def test_tensor_parallel_and_a_worker_that_dies(
     # seconds while the server goes on
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     arguments = ("--tensor-parallel-size", "2", "--max-model-len", str(LONGEST))
-    with served(model, tmp_path, *arguments) as (base_url, log):
+    with served(tiny_llama_path, tmp_path, *arguments) as (base_url, log):
         client = connect(base_url)
         with ThreadPoolExecutor(2) as pool:
             for prompt, tokens in zip(
                 prompts(), pool.map(lambda p: complete(client, p), prompts()), strict=True
             ):
-                check(model, prompt, tokens)
+                check(tiny_llama_path, prompt, tokens)
         (server,) = (p for p in psutil.Process().children() if "serve" in p.cmdline())
         family = server.children(recursive=True)
         (victim,) = (p for p in family if "Worker_TP1" in " ".join(p.cmdline()))
@@ -145,41 +120,40 @@ def test_tensor_parallel_and_a_worker_that_dies(
 
 
 @pytest.mark.compatibility("Pipeline parallel, executor mp", "the tokens of one process")
-def test_pipeline_parallel(model: Path) -> None:
+def test_pipeline_parallel(tiny_llama_path: Path) -> None:
     """Proves that two pipeline stages, a layer each, answer as one process.
 
     Compiled: stock vLLM 0.32 on CPU fails on an eager second stage. Without inductor, whose code
     for our layers test_oracle.py runs.
     """
-    report = run(
-        TWO_CORES | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        llm=ENGINE
-        | {
-            "model": str(model),
-            "pipeline_parallel_size": 2,
-            "compilation_config": {"backend": "eager"},
-        },
-        prompts=prompts(),
-        num_new_tokens=NUM_TOKENS,
-    )
+    with started(
+        TWO_CORES | MAY_ASK | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        **ENGINE,
+        model=str(tiny_llama_path),
+        pipeline_parallel_size=2,
+        compilation_config={"backend": "eager"},
+    ) as llm:
+        report = report_of(llm, prompts(), NUM_TOKENS)
     assert report.workers == ["SepLLMCPUWorker"] * 2
     assert [impl for impl, _, _ in report.layers.values()] == ["SepLLMCPUImpl"] * 2
     for prompt, tokens in zip(prompts(), report.tokens, strict=True):
-        check(model, prompt, tokens)
+        check(tiny_llama_path, prompt, tokens)
 
 
 @pytest.mark.compatibility("Data parallel", "the tokens of one process")
-def test_data_parallel(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_parallel(
+    tiny_llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Proves that two engines behind one server answer as one, both with work of their own."""
     for name, value in TWO_CORES.items():
         monkeypatch.setenv(name, value)
-    with served(model, tmp_path, "--data-parallel-size", "2") as (base_url, _):
+    with served(tiny_llama_path, tmp_path, "--data-parallel-size", "2") as (base_url, _):
         client = connect(base_url)
         many = prompts() * 4
         with ThreadPoolExecutor(len(many)) as pool:
             answers = list(pool.map(lambda p: complete(client, p), many))
         for prompt, tokens in zip(prompts(), answers, strict=False):
-            check(model, prompt, tokens)
+            check(tiny_llama_path, prompt, tokens)
         assert answers == answers[:2] * 4
         opener = build_opener(ProxyHandler({}))
         with opener.open(base_url.removesuffix("/v1") + "/metrics", timeout=10) as page:

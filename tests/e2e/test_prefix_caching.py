@@ -1,40 +1,18 @@
 """Prefix caching: checkpoints change how fast an answer comes, never the answer."""
 
-import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.engine import Engine, Watch, assert_same, engine
+from tests.support.engine import Watch, assert_same, engine, sepllm
+from tests.support.measured import Number
+from tests.support.tiny_engine import tiny_sepllm
+from tests.support.tiny_models import tiny_text
+from tests.support.workload import workload
 
 pytestmark = pytest.mark.slow
-
-
-def sepllm(**config: Any) -> dict[str, Any]:
-    return {"attention_backend": "sepllm", "additional_config": {"sepllm": config}}
-
-
-def workload(
-    excerpt: Callable[[int, int], list[int]], seed: int, num_rounds: int = 5
-) -> list[list[list[int]]]:
-    """Rounds of prompts: shared prefixes cut anywhere, continuations, resends."""
-    pick = random.Random(seed)
-    rounds: list[list[list[int]]] = []
-    known: list[list[int]] = [excerpt(0, 700)]
-    for _ in range(num_rounds):
-        prompts = []
-        for _ in range(4):
-            base = pick.choice(known)
-            cut = pick.choice([31, 32, 33, 63, 64, 65, 96, 100, 300, 520, len(base)])
-            suffix = excerpt(pick.randrange(1000, 20000), pick.choice([1, 5, 40, 200]))
-            prompts.append([*base[:cut], *suffix])
-        prompts.append(list(pick.choice(known)))
-        known += prompts
-        rounds.append(prompts)
-    return rounds
 
 
 @pytest.mark.parametrize(
@@ -52,17 +30,16 @@ def workload(
 )
 @pytest.mark.compatibility("Prefix caching", "the answers without it")
 def test_answers_are_those_without_caching(
-    four_layers_path: Path,
-    excerpt: Callable[[int, int], list[int]],
+    tiny_llama_path: Path,
     config: dict[str, Any],
     arguments: dict[str, Any],
 ) -> None:
     """Proves it over random shared prefixes, with eviction, and with a tail that wraps."""
-    rounds = workload(excerpt, seed=1)
-    common = {**sepllm(**config), **arguments, "max_model_len": 1024}
+    rounds = workload(seed=1)
+    common = tiny_sepllm(**config) | arguments | {"max_model_len": 1024}
     results = {}
     for caching in (False, True):
-        with engine(four_layers_path, **common, enable_prefix_caching=caching) as made:
+        with engine(tiny_llama_path, **common, enable_prefix_caching=caching) as made:
             results[caching] = [made.generate(prompts, 40) for prompts in rounds]
     assert not any(a.num_cached_tokens for answers in results[False] for a in answers)
     hits = sum(a.num_cached_tokens for answers in results[True] for a in answers)
@@ -74,22 +51,20 @@ def test_answers_are_those_without_caching(
         assert_same(with_cache, without)
 
 
-def test_chats_with_their_own_answers_are_those_without_caching(
-    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
-) -> None:
+def test_chats_with_their_own_answers_are_those_without_caching(tiny_llama_path: Path) -> None:
     """Proves it for 6 turns of 3 chats at once, preempted in between, two of them twins."""
-    common = {**sepllm(window=60, max_separators=60), "max_model_len": 1024}
+    common = tiny_sepllm(window=60, max_separators=60) | {"max_model_len": 1024}
     common |= {"num_gpu_blocks_override": 10, "max_num_batched_tokens": 128}
     results = {}
     for caching in (False, True):
         watch = Watch()
-        with engine(four_layers_path, **common, enable_prefix_caching=caching) as made:
-            chats = [excerpt(0, 150), excerpt(0, 150), excerpt(3000, 90)]
+        with engine(tiny_llama_path, **common, enable_prefix_caching=caching) as made:
+            chats = [tiny_text(0, 150), tiny_text(0, 150), tiny_text(3000, 90)]
             results[caching] = []
             for turn in range(6):
                 answers = made.generate(chats, 40, watch=watch)
                 results[caching] += answers
-                news = excerpt(7000 + 100 * turn, 25)
+                news = tiny_text(7000 + 100 * turn, 25)
                 chats = [[*c, *a.token_ids, *news] for c, a in zip(chats, answers, strict=True)]
     hits = sum(a.num_cached_tokens for a in results[True])
     print(f"{hits} tokens were hits, {watch.num_preemptions} preemptions")
@@ -98,18 +73,16 @@ def test_chats_with_their_own_answers_are_those_without_caching(
     assert_same(results[True], results[False])
 
 
-def test_requests_whose_tail_becomes_a_ring_stop_sharing_it(
-    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
-) -> None:
+def test_requests_whose_tail_becomes_a_ring_stop_sharing_it(tiny_llama_path: Path) -> None:
     """Proves it where nearly every token is a separator: each is preempted once, and no more."""
-    config = {"window": 60, "separators": list(range(5000)), "max_separators": 250}
-    common = {**sepllm(**config), "max_model_len": 1024}
-    shared = excerpt(0, 140)
-    rounds = [[shared], [[*shared, *excerpt(3000 + 50 * i, 5 + i)] for i in range(4)]]
+    config = {"window": 60, "separators": list(range(2, 125)), "max_separators": 250}
+    common = tiny_sepllm() | sepllm(**config) | {"max_model_len": 1024}
+    shared = tiny_text(0, 140)
+    rounds = [[shared], [[*shared, *tiny_text(3000 + 50 * i, 5 + i)] for i in range(4)]]
     results, watches = {}, {}
     for caching in (False, True):
         watches[caching] = Watch()
-        with engine(four_layers_path, **common, enable_prefix_caching=caching) as made:
+        with engine(tiny_llama_path, **common, enable_prefix_caching=caching) as made:
             results[caching] = [
                 made.generate(prompts, 200, watch=watches[caching]) for prompts in rounds
             ]
@@ -140,57 +113,34 @@ def run_trace(
     return sum(a.num_cached_tokens for a in answers), num_cached
 
 
-def compare_reuse(path: Path, rounds: list[list[list[int]]], name: str) -> None:
+def compare_reuse(path: Path, rounds: list[list[list[int]]], number: Number) -> None:
     """sepllm gets a pool of 40 % of the blocks that stock vLLM has cached at the end."""
     stock, num_stock_blocks = run_trace(path, rounds, 4000, enable_prefix_caching=True)
     pool = int(0.4 * num_stock_blocks)
     ours, _ = run_trace(path, rounds, pool, **sepllm(max_separators=1400))
-    print(
-        f"{name}: {ours} of stock vLLM's {stock} reused tokens, {pool} of {num_stock_blocks} blocks"
-    )
+    number("reused tokens", f"{ours} in {pool} blocks, {stock} of stock vLLM in {num_stock_blocks}")
+    # stock vLLM finds all whole blocks that it has seen before
+    assert stock > 0.6 * sum(len(prompt) for prompts in rounds for prompt in prompts)
     assert ours >= 0.85 * stock
 
 
 def test_common_system_prompt_is_reused_in_fewer_blocks(
-    tiny_path: Path, excerpt: Callable[[int, int], list[int]]
+    tiny_path: Path, excerpt: Callable[[int, int], list[int]], number: Number
 ) -> None:
     """Proves >= 85 % of stock's reuse in <= 40 % of its blocks: 64 requests, 4K in common."""
     system = excerpt(0, 4000)  # no multiple of any interval
     prompts = [[*system, *excerpt(5000 + 400 * i, 60 + 5 * i)] for i in range(64)]
-    compare_reuse(tiny_path, [[p] for p in prompts], "64 requests with a common 4K prompt")
+    compare_reuse(tiny_path, [[p] for p in prompts], number)
 
 
 def test_chat_of_six_turns_is_reused_in_fewer_blocks(
-    tiny_path: Path, excerpt: Callable[[int, int], list[int]]
+    tiny_path: Path, excerpt: Callable[[int, int], list[int]], number: Number
 ) -> None:
     """Proves the same for three chats whose every turn begins with all turns before."""
     chats: list[list[int]] = [[], [], []]
     rounds = []
     for turn in range(6):
-        for number, chat in enumerate(chats):
-            chat += excerpt(4000 * number + 1300 * turn, 1300)
+        for which, chat in enumerate(chats):
+            chat += excerpt(4000 * which + 1300 * turn, 1300)
             rounds.append([list(chat)])
-    compare_reuse(tiny_path, rounds, "three chats of six turns")
-
-
-def test_a_hit_is_answered_faster_than_a_miss(
-    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
-) -> None:
-    """Proves that reuse saves time: first token of a 3K prompt, seen and not seen before."""
-
-    def seconds(made: Engine, prompt: list[int]) -> float:
-        start = time.perf_counter()
-        made.generate([prompt], 1)
-        return time.perf_counter() - start
-
-    ratios = {}
-    for name, arguments in (("stock", {"block_size": 32}), ("sepllm", sepllm())):
-        with engine(four_layers_path, **arguments, max_model_len=4096) as made:
-            made.generate([excerpt(20000, 600)], 2)  # warm up
-            pairs = []
-            for i in range(3):
-                prompt = excerpt(3100 * i, 3000)
-                pairs.append((seconds(made, prompt), seconds(made, prompt)))
-        ratios[name] = sorted(hit / miss for miss, hit in pairs)[1]
-    print(f"time to first token, hit / miss (median of 3): {ratios}")
-    assert ratios["sepllm"] < 0.5
+    compare_reuse(tiny_path, rounds, number)

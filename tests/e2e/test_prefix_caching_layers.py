@@ -1,15 +1,14 @@
 """Prefix caching where SepLLM layers and layers of other kinds must agree on one hit."""
 
-import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.test_prefix_caching import sepllm, workload
 from tests.support.engine import Answer, Watch, assert_same, engine
-from tests.support.tiny_models import SEPARATORS, write_weights
+from tests.support.tiny_engine import tiny_sepllm
+from tests.support.tiny_models import tiny_text, write_weights
+from tests.support.workload import workload
 
 pytestmark = pytest.mark.slow
 
@@ -40,15 +39,13 @@ def run_rounds(
     return results
 
 
-def test_answers_with_full_layers_are_those_without_caching(
-    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
-) -> None:
+def test_answers_with_full_layers_are_those_without_caching(tmp_path: Path) -> None:
     """Proves it over random shared prefixes: one hit for full attention and SepLLM layers."""
     run_rounds(
-        four_layers_path,
-        workload(excerpt, seed=2, num_rounds=3),
+        write_weights("llama-four-layers", tmp_path),
+        workload(seed=2, num_rounds=3),
         ["FullAttentionManager", "SepLLMManager"],
-        **sepllm(window=60, full_layers=[0, -1]),
+        **tiny_sepllm(window=60, full_layers=[0, -1]),
         max_num_batched_tokens=256,
         max_model_len=1024,
     )
@@ -56,44 +53,40 @@ def test_answers_with_full_layers_are_those_without_caching(
 
 def test_answers_of_a_sliding_window_hybrid_are_those_without_caching(tmp_path: Path) -> None:
     """Proves it for a tiny random Gemma 2: sliding layers of 64 beside SepLLM layers."""
-    numbers = random.Random(3)
-    text = [numbers.randrange(2, 128) for _ in range(8000)]
     run_rounds(
         write_weights("gemma2", tmp_path),
-        workload(lambda first, length: text[first % 7000 :][:length], seed=3, num_rounds=3),
+        workload(seed=3, num_rounds=3),
         ["SepLLMManager", "SlidingWindowManager"],
-        **sepllm(window=28, separators=SEPARATORS),
-        skip_tokenizer_init=True,
+        **tiny_sepllm(window=28),
         max_num_batched_tokens=128,
         max_model_len=1024,
     )
 
 
-def test_chats_with_full_layers_reuse_what_stock_reuses(
-    four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
-) -> None:
+def test_chats_with_full_layers_reuse_what_stock_reuses(tmp_path: Path) -> None:
     """Proves 6 turns of 2 chats, preempted in between: equal answers, and stock vLLM's hits.
 
     Stock vLLM finds all whole blocks that the turn before computed; all but its last token. With
     one layer of four full, vLLM makes three KV cache groups of the others.
     """
     common = {"max_model_len": 1024, "max_num_batched_tokens": 256, "block_size": BLOCK}
-    ours = sepllm(window=60, full_layers=[0], max_separators=100)
-    chats = [excerpt(0, 150), excerpt(3000, 90)]
+    ours = tiny_sepllm(window=60, full_layers=[0], max_separators=100)
+    model = write_weights("llama-four-layers", tmp_path)
+    chats = [tiny_text(0, 150), tiny_text(3000, 90)]
     turns: list[list[list[int]]] = []
     expected: list[Answer] = []
-    with engine(four_layers_path, **common, **ours, enable_prefix_caching=False) as made:
+    with engine(model, **common, **ours, enable_prefix_caching=False) as made:
         for turn in range(6):
             turns.append(chats)
             answers = made.generate(chats, 40)
             expected += answers
-            news = excerpt(7000 + 100 * turn, 25)
+            news = tiny_text(7000 + 100 * turn, 25)
             chats = [[*c, *a.token_ids, *news] for c, a in zip(chats, answers, strict=True)]
         assert kinds_of(made) == ["FullAttentionManager", *["SepLLMManager"] * 3]
     hits = {}
     for name, pool in {"roomy": {}, "tight": {"num_gpu_blocks_override": 55}}.items():
         watch = Watch()
-        with engine(four_layers_path, **common, **ours, **pool) as made:
+        with engine(model, **common, **ours, **pool) as made:
             answers = [a for prompts in turns for a in made.generate(prompts, 40, watch=watch)]
         hits[name] = sum(a.num_cached_tokens for a in answers)
         print(f"{name}: {hits[name]} tokens were hits, {watch.num_preemptions} preemptions")

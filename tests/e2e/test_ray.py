@@ -14,20 +14,18 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_engines import greedy, prompts
-from tests.e2e.test_parallel import ENGINE, NUM_TOKENS, check
 from tests.support.engine_process import MARK
-from tests.support.oracle import Rule, log_probabilities
-from tests.support.tiny_models import SEPARATORS, write_tokenizer, write_weights
+from tests.support.oracle import Rule, greedy, log_probabilities
+from tests.support.tiny_engine import ENGINE, NUM_TOKENS, check, prompts
+from tests.support.tiny_models import SEPARATORS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-SCENARIO = ROOT / "tests" / "ray_cluster" / "scenario.py"
-EXECUTOR = SCENARIO.with_name("executor.py")
 # what the examples take, which say nothing about the policy
 DEFAULTS = Rule(4, 252, frozenset(SEPARATORS), max_separators=1024)
 NUM_TEXTS = 8
+EXECUTOR_VARIABLE = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
 FLOAT32 = ("--dtype", "float32")  # as the oracle
 # without a network nothing of Ray's can be reached from outside, and with the namespace's first
 # process all others end
@@ -61,13 +59,6 @@ def word_texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_weights("llama", tmp_path_factory.mktemp("llama"))
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("texts")
     for i, text in enumerate(word_texts()):
@@ -78,11 +69,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def report(model: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
+def report(tiny_llama_path: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
     """Everything, on one cluster: it takes a while to start."""
     pytest.importorskip("ray")
     executor = ENGINE | {
-        "model": str(model),
+        "model": str(tiny_llama_path),
         "distributed_executor_backend": "ray",
         "enforce_eager": True,
     }
@@ -90,34 +81,24 @@ def report(model: Path, files: list[Path]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # pytest's are too long for sockets
         out = str(Path(folder) / "answers")
         lines = str(files[0].parent / "prompts.jsonl")
-        two = executor | {"tensor_parallel_size": 2}
+        model, names = str(tiny_llama_path), [str(file) for file in files]
+        # one after the other in one process
+        engines = [
+            job | {"environment": {EXECUTOR_VARIABLE: version}, "llm": executor | workers}
+            for version, workers in (("0", {}), ("1", {"tensor_parallel_size": 2}))
+        ]
         parts = {
             "pool": {
-                "command": [
-                    "examples/ray/actor_pool.py",
-                    "2",
-                    str(model),
-                    *map(str, files),
-                    *FLOAT32,
-                ],
-                "files": [str(file) for file in files],
+                "command": ["examples/ray/actor_pool.py", "2", model, *names, *FLOAT32],
+                "files": names,
             },
-            "data": {
-                "command": ["examples/ray/batch_data.py", "1", str(model), lines, out, *FLOAT32]
-            },
-            "compiled graph": {
-                "command": [str(EXECUTOR), json.dumps(job | {"llm": executor})],
-                "environment": {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "0"},
-            },
-            "message queues": {
-                "command": [str(EXECUTOR), json.dumps(job | {"llm": two})],
-                "environment": {"VLLM_USE_RAY_V2_EXECUTOR_BACKEND": "1"},
-            },
+            "data": {"command": ["examples/ray/batch_data.py", "1", model, lines, out, *FLOAT32]},
+            "executors": {"command": ["-m", "tests.support.ray_executor", json.dumps(engines)]},
         }
         path = Path(folder) / "job.json"
         path.write_text(json.dumps({"folder": folder, "parts": parts}))
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-        inner = f"ip link set lo up && exec {sys.executable} {SCENARIO} {path}"
+        inner = f"ip link set lo up && exec {sys.executable} -m tests.support.ray_scenario {path}"
         done = subprocess.run(
             [*namespace(), "bash", "-c", inner],
             env=os.environ | token | {"PYTHONPATH": str(ROOT)},
@@ -154,7 +135,7 @@ def check_text(model: Path, text: str, answer: str) -> bool:
     "Ray: a pool of engines, an engine killed at work", "exact, nothing lost"
 )
 def test_actor_pool_with_an_engine_that_dies(
-    report: dict[str, Any], model: Path, files: list[Path]
+    report: dict[str, Any], tiny_llama_path: Path, files: list[Path]
 ) -> None:
     """Proves that an engine killed at its work is started again, that nothing is lost or said
     twice, and that every answer is exact."""
@@ -164,32 +145,35 @@ def test_actor_pool_with_an_engine_that_dies(
     assert pool["victim"] in pool["engines_before"]
     assert set(pool["engines_seen"]) - set(pool["engines_before"]), "none was started again"
     assert [file for file, _ in pool["answers"]] == list(map(str, files))
-    unlike_full = [check_text(model, Path(f).read_text(), answer) for f, answer in pool["answers"]]
+    unlike_full = [
+        check_text(tiny_llama_path, Path(f).read_text(), answer) for f, answer in pool["answers"]
+    ]
     assert any(unlike_full)
 
 
 @pytest.mark.compatibility("Ray Data batch job", "exact")
-def test_batch_job(report: dict[str, Any], model: Path) -> None:
+def test_batch_job(report: dict[str, Any], tiny_llama_path: Path) -> None:
     """Proves that Ray Data's workers each hold an engine with sepllm, and exact answers."""
     data = report["data"]
     assert data["returncode"] == 0, data["stderr"]
     assert sorted(row["text"] for row in data["rows"]) == sorted(word_texts())
-    unlike_full = [check_text(model, row["text"], row["answer"]) for row in data["rows"]]
+    unlike_full = [check_text(tiny_llama_path, r["text"], r["answer"]) for r in data["rows"]]
     assert any(unlike_full)
 
 
 @pytest.mark.compatibility(
     "Ray executor, its resource key patched in for CPUs", "the tokens of one process"
 )
-@pytest.mark.parametrize(("how", "num_workers"), [("compiled graph", 1), ("message queues", 2)])
-def test_executor(report: dict[str, Any], model: Path, how: str, num_workers: int) -> None:
+@pytest.mark.parametrize("num_workers", [1, 2], ids=["compiled graph", "message queues"])
+def test_executor(report: dict[str, Any], tiny_llama_path: Path, num_workers: int) -> None:
     """Proves that the plan reaches workers that vLLM's Ray executor made, both of its ways: Ray's
     compiled graph hands the scheduler's output to the model runner, past the worker; message
     queues, vLLM's default, hand it to the worker, here to two tensor-parallel ones."""
-    part = report[how]
+    part = report["executors"]
     assert part["returncode"] == 0, part["stderr"]
-    (line,) = [line for line in part["stdout"].splitlines() if line.startswith(MARK)]
-    found = json.loads(line.removeprefix(MARK))
+    lines = [line for line in part["stdout"].splitlines() if line.startswith(MARK)]
+    found = json.loads(lines[num_workers - 1].removeprefix(MARK))
+    assert len(lines) == 2
     assert found["workers"] == ["SepLLMCPUWorker"] * num_workers
     for prompt, tokens in zip(prompts(), found["tokens"], strict=True):
-        check(model, prompt, tokens)
+        check(tiny_llama_path, prompt, tokens)

@@ -8,8 +8,8 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.e2e.test_oracle import TOLERANCE, differences, rule_of
 from tests.support.engine import Engine, Watch, engine
+from tests.support.oracle import TOLERANCE, differences, rule_of
 from vllm_sepllm.integration.frontend.request_choices import RequestCheck
 
 pytestmark = pytest.mark.slow

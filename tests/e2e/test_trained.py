@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.test_oracle import TOLERANCE, differences
-from tests.policy.test_trained import BY_LAYER
 from tests.support.engine import engine
-from tests.support.oracle import Rule
+from tests.support.oracle import TOLERANCE, Rule, differences
 from tests.support.tiny_models import random_prompts
 from tests.support.trained_checkpoint import SEPARATORS, write_trained
+from tests.support.trained_fields import BY_LAYER
 
 pytestmark = pytest.mark.slow
 

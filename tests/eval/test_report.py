@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests.eval.fakes import BOOKS, FACTS, NEEDLES, SEPLLM, Start, Watcher, questions
+from tests.support.eval_fakes import BOOKS, FACTS, NEEDLES, SEPLLM, Start, Watcher, questions
 from vllm_sepllm.eval import report, run
 from vllm_sepllm.eval.methods import DEFAULTS, Method, mean_kept
 from vllm_sepllm.eval.questions import Question, Scored, answer_span

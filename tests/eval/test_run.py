@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from tests.eval.fakes import BOOKS, FACTS, NEEDLES, SEPLLM, Start, Watcher, questions
+from tests.support.eval_fakes import BOOKS, FACTS, NEEDLES, SEPLLM, Start, Watcher, questions
 from vllm_sepllm.eval import run as suite
 from vllm_sepllm.eval.methods import DEFAULTS, Method
 from vllm_sepllm.eval.store import Store

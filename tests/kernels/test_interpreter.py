@@ -5,8 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tests.kernels.test_prefill import prompt
-from tests.support.kernel_cases import Shape, make_case
+from tests.support.kernel_cases import Shape, make_case, prompt
 from vllm_sepllm.policy.visibility import Policy
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")

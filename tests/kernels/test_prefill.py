@@ -11,7 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.support.kernel_cases import DEVICE, Case, Shape, make_case, random_prompt
+from tests.support.kernel_cases import DEVICE, Case, Shape, make_case, prompt, random_prompt
 from vllm_sepllm import ops
 from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
@@ -25,10 +25,6 @@ def check(case: Case, **options) -> None:
     same_dtype = case.dense(case.query.dtype, **options).double()
     allowed = 2 * (same_dtype - oracle).abs().max() + ATOL[case.query.dtype]
     assert (out - oracle).abs().max() <= allowed
-
-
-def prompt(length: int, start: int, density: float = 0.3) -> tuple[list[bool], int]:
-    return random_prompt(np.random.default_rng(length * 1000 + start), length, start, density)
 
 
 # shrinking would run the interpreter for minutes

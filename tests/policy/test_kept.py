@@ -1,10 +1,11 @@
-"""What pictures show is the rule: states and lengths against visible_mask."""
+"""What pictures show is the rule: states and lengths against what each query reads."""
 
 import numpy as np
 import pytest
 
+from tests.support.rule import visible
 from vllm_sepllm.policy.kept import State, kept_lengths, token_states
-from vllm_sepllm.policy.visibility import Policy, visible_mask
+from vllm_sepllm.policy.visibility import Policy
 
 POLICIES = [
     Policy(3, 5),
@@ -20,12 +21,12 @@ POLICIES = [
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
 def test_states_and_lengths_are_the_visible_sets(policy: Policy, density: float) -> None:
     is_separator = np.random.default_rng(7).random(100) < density
-    mask = visible_mask(policy, is_separator)
-    assert kept_lengths(policy, is_separator).tolist() == mask.sum(axis=1).tolist()
+    lengths = kept_lengths(policy, is_separator)
     for query in range(100):
         states = token_states(policy, is_separator, query)
         is_kept = np.isin(states, [State.INITIAL, State.SEPARATOR, State.WINDOW])
-        assert is_kept.tolist() == mask[query].tolist()
+        assert np.flatnonzero(is_kept).tolist() == visible(policy, is_separator.tolist(), query)
+        assert lengths[query] == is_kept.sum()
         assert (states[query + 1 :] == State.FUTURE).all()
 
 

@@ -4,8 +4,9 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support import rule
 from vllm_sepllm.policy.usage import Usage, label, usage
-from vllm_sepllm.policy.visibility import Policy, visible_mask
+from vllm_sepllm.policy.visibility import Policy
 
 
 @given(
@@ -25,13 +26,12 @@ def test_kept_tokens_are_what_the_last_query_reads(
     spilled = []
     for separators in requests:
         num_tokens = len(separators)
-        num_kept = int(visible_mask(policy, np.array(separators))[-1].sum())
-        far = range(policy.initial_tokens, num_tokens - policy.window)
-        spilled.append(sum(separators[i] for i in far))
+        held = rule.num_kept(policy, separators, num_tokens)
+        spilled.append(len(rule.spilled(policy, separators, num_tokens)))
         logical += num_tokens
-        kept += num_kept
+        kept += held
         for size in sizes:
-            saved += len(range(0, num_tokens, size)) - len(range(0, num_kept, size))
+            saved += len(range(0, num_tokens, size)) - len(range(0, held, size))
     lengths = np.array([len(r) for r in requests], dtype=np.int64)
     found = usage(policy, lengths, np.array(spilled, dtype=np.int64), sizes)
     assert found == Usage(logical, kept, saved)

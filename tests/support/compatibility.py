@@ -19,9 +19,10 @@ PROPERTY = "compatibility"
 _HEAD = """\
 # What works with sepllm, and what is refused
 
-Written by `python -m pytest --write-compatibility` from the results of the tests: a row per test
-that passed on vLLM 0.32 for CPUs, none without one. What is refused is refused at start-up, with
-the sentence of which the table has the reason and the remedy. Nothing here ran on a GPU.
+Written by `python -m pytest --write-compatibility` from the results of the tests: no row without a
+test that passed on vLLM 0.32 for CPUs; what each test does is told once, [below](#the-tests). What
+is refused is refused at start-up, with the sentence of which the table has the reason and the
+remedy. Nothing here ran on a GPU.
 """
 
 
@@ -53,11 +54,14 @@ def render(rows: Iterable[Row]) -> str:
     ]
     text = _HEAD
     for title, part in tables:
-        text += f"\n## {title}\n\n| feature | outcome | how tested |\n| --- | --- | --- |\n"
+        text += f"\n## {title}\n\n| feature | outcome | test |\n| --- | --- | --- |\n"
         for row in part:
-            how = f"`{row.test}`" + (f": {row.how}" if row.how else "")
-            cells = (row.feature, row.outcome.removeprefix(REFUSED), how)
+            name = f"`{row.test.rpartition('::')[2]}`"
+            cells = (row.feature, row.outcome.removeprefix(REFUSED), name)
             text += f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+    text += "\n## The tests\n\n"
+    for test, how in sorted({(row.test, row.how) for row in ordered}):
+        text += f"- `{test}`" + (f": {how}" if how else "") + "\n"
     return text
 
 

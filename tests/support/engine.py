@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,16 @@ import pytest
 # float32: other batch sizes and chunks sum in another order
 TOLERANCE = 1e-4
 # the engine and its worker share the test's process
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+DEFAULTS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 4096,
+    "kv_cache_memory_bytes": 512 << 20,
+    "max_num_seqs": 32,
+    "seed": 0,
+    "disable_log_stats": True,
+}
 
 
 @dataclass
@@ -44,9 +54,15 @@ class Watch:
     _preempted: dict[str, int] = field(default_factory=dict)
 
 
+def sepllm(**config: Any) -> dict[str, Any]:
+    """Arguments that select sepllm with ``config``."""
+    return {"attention_backend": "sepllm", "additional_config": {"sepllm": config}}
+
+
 def assert_same(answers: Sequence[Answer], others: Sequence[Answer]) -> None:
     """Same tokens, and log-probabilities within TOLERANCE."""
     for answer, other in zip(answers, others, strict=True):
+        assert answer.token_ids
         assert answer.token_ids == other.token_ids
         assert answer.logprobs == pytest.approx(other.logprobs, abs=TOLERANCE)
 
@@ -54,20 +70,9 @@ def assert_same(answers: Sequence[Answer], others: Sequence[Answer]) -> None:
 class Engine:
     """``vllm.LLM`` with its scheduler at hand."""
 
-    def __init__(self, path: Path, **arguments: Any) -> None:
-        from vllm import LLM
-
-        defaults = {
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_model_len": 4096,
-            "kv_cache_memory_bytes": 512 << 20,
-            "max_num_seqs": 32,
-            "seed": 0,
-            "disable_log_stats": True,
-        }
-        self.llm = LLM(model=str(path), **(defaults | arguments))
-        self.engine = self.llm.llm_engine
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+        self.engine = llm.llm_engine
         self.scheduler = self.engine.engine_core.engine_core.scheduler
         self._counter = 0
 
@@ -157,21 +162,62 @@ def _answer(output: Any) -> Answer:
 
 @contextmanager
 def engine(path: Path, **arguments: Any) -> Iterator[Engine]:
-    """An engine that is gone afterwards, its process group included.
+    """An engine whose scheduler the test can see, gone afterwards.
 
     Raises:
         AssertionError: if blocks are still held when the test is over.
     """
+    with started(IN_PROCESS, model=str(path), **(DEFAULTS | arguments)) as llm:
+        made = Engine(llm)
+        yield made
+        assert made.num_free_blocks == made.num_blocks, "blocks were not given back"
+        assert not made.scheduler.requests
+
+
+@contextmanager
+def started(environment: dict[str, str], **arguments: Any) -> Iterator[Any]:
+    """``vllm.LLM`` with its front end in this process; all of its processes are gone afterwards."""
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    with patch.dict(os.environ, _ENVIRONMENT):
-        made = Engine(path, **arguments)
+    with patch.dict(os.environ, environment), one_collection():
         try:
-            yield made
-            assert made.num_free_blocks == made.num_blocks, "blocks were not given back"
-            assert not made.scheduler.requests
+            llm = LLM(**arguments)
+            try:
+                yield llm
+            finally:
+                # vLLM's own timeout is waited for whenever there are processes
+                llm.llm_engine.engine_core.shutdown(timeout=0)
+                del llm
         finally:
-            made.engine.engine_core.shutdown()
-            del made
             cleanup_dist_env_and_memory()
-            gc.collect()
+
+
+@contextmanager
+def one_collection() -> Iterator[None]:
+    """Garbage is collected once, when all is over, and not among what was imported.
+
+    Start and end of an engine collect nine times, each time over everything that the test process
+    has imported: half the time of a small engine. The same goes for a search of all modules for
+    kernels, which finds nothing new after the first engine of a process.
+    """
+    _freeze_imports()
+    try:
+        with patch.multiple(gc, collect=_nothing, freeze=_nothing, unfreeze=_nothing):
+            yield
+    finally:
+        gc.collect()
+
+
+@cache
+def _freeze_imports() -> None:
+    from vllm.platforms import current_platform
+
+    find_kernels = cache(current_platform.register_triton_kernel_overrides)
+    type(current_platform).register_triton_kernel_overrides = staticmethod(find_kernels)
+    gc.collect()
+    gc.freeze()
+
+
+def _nothing(*_args: Any) -> int:
+    return 0

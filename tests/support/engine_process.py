@@ -1,7 +1,7 @@
-"""Run one engine in a process of its own and report what it is made of, as JSON on stdout.
+"""What an engine is made of, in whatever processes its parts live.
 
-``python engine_process.py JSON``: {"llm": arguments of vllm.LLM, "prompts": lists of token ids},
-and "num_new_tokens" if not 8.
+``python -m tests.support.engine_process JSON`` prints it as JSON for an engine of its own: {"llm":
+arguments of vllm.LLM, "prompts": lists of token ids, "num_new_tokens": of each answer}.
 """
 
 import dataclasses
@@ -15,7 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "REPORT "
-NUM_NEW_TOKENS = 8
+# lets :func:`report_of` send its question to workers in processes of their own
+MAY_ASK = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,12 @@ class Report:
 
 def run(environment: dict[str, str], **job: Any) -> Report:
     """Start the engine in a new process with ``environment`` on top of ours."""
-    fixed = {"OMP_NUM_THREADS": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     done = subprocess.run(
-        [sys.executable, __file__, json.dumps(job)],
+        [sys.executable, "-m", "tests.support.engine_process", json.dumps(job)],
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | fixed | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
     )
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
@@ -69,22 +69,19 @@ def _look(worker: Any) -> tuple[str, dict[str, list[str]]]:
     return type(worker.worker).__name__, found
 
 
-def main() -> None:
-    """Print the report."""
-    from vllm import LLM, SamplingParams
+def report_of(llm: Any, prompts: list[list[int]], num_new_tokens: int) -> Report:
+    """Ask the engine and look at it."""
+    from vllm import SamplingParams
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    job = json.loads(sys.argv[1])
-    num_new_tokens = job.get("num_new_tokens", NUM_NEW_TOKENS)
-    llm = LLM(**job["llm"])
     outputs = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
+        [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0.0, max_tokens=num_new_tokens, ignore_eos=True),
         use_tqdm=False,
     )
     config = llm.llm_engine.vllm_config
     ranks = llm.collective_rpc(_look)
-    report = Report(
+    return Report(
         knows_sepllm="SEPLLM" in AttentionBackendEnum.__members__,
         config={f.name: repr(getattr(config, f.name)) for f in dataclasses.fields(config)},
         scheduler=config.scheduler_config.get_scheduler_cls().__name__,
@@ -92,10 +89,19 @@ def main() -> None:
         layers={name: found for _, layers in ranks for name, found in layers.items()},
         tokens=[list(output.outputs[0].token_ids) for output in outputs],
     )
+
+
+def print_report(job: dict[str, Any]) -> None:
+    """Start an engine, print what it is made of, and stop it."""
+    from vllm import LLM
+
+    llm = LLM(**job["llm"])
+    report = report_of(llm, job["prompts"], job["num_new_tokens"])
     fields = dataclasses.asdict(report)
     del fields["log"]
     print(f"\n{MARK}{json.dumps(fields)}", flush=True)
+    llm.llm_engine.engine_core.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    print_report(json.loads(sys.argv[1]))

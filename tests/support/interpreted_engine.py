@@ -1,8 +1,9 @@
-"""The GPU path on a machine without a GPU: one engine, its kernels in Triton's interpreter.
+"""The GPU path on a machine without a GPU: engines whose kernels Triton's interpreter runs.
 
-``python interpreted_engine.py JSON`` prints a report; :func:`run` starts it. vLLM's CPU platform
-gets Model Runner V2, the Triton attention backend instead of its own, and our GPU worker. What is
-replaced is the device alone: spec, manager, scheduler, builder, layers and kernels are the GPU's.
+:class:`Engines` starts this module as a process of its own, which reads a job a line and prints a
+report for each. vLLM's CPU platform gets Model Runner V2, the Triton attention backend instead of
+its own, and our GPU worker. What is replaced is the device alone: spec, manager, scheduler,
+builder, layers and kernels are the GPU's.
 """
 
 import json
@@ -15,6 +16,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "REPORT "
+# what the process answers at the moment
+_JOB: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -41,49 +44,76 @@ class Report:
         classes: part of the engine -> name of its class.
         num_preemptions: how often a request was sent back to the queue.
         num_accepted: drafted tokens that were right.
-        log: everything the process wrote.
     """
 
     rounds: list[Round]
     classes: dict[str, str]
     num_preemptions: int
     num_accepted: int
-    log: str = ""
 
 
-def run(rounds: list[list[list[int]]], max_tokens: int, **options: Any) -> Report:
-    """Answer prompts in a new process.
+class Engines:
+    """A process that runs one engine after the other; what they need is imported once."""
 
-    Args:
-        rounds: token ids of the prompts, one round after the other.
-        max_tokens: of each answer.
-        options: ``llm``: arguments of vllm.LLM; ``runner``: "v1" or "v2"; ``asynchronous``: with
-            asynchronous scheduling.
-    """
-    job = {"rounds": rounds, "max_tokens": max_tokens} | options
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        "TORCHDYNAMO_DISABLE": "1",  # inductor would ask for the Triton driver
-        "TRITON_INTERPRET": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_USE_V2_MODEL_RUNNER": "1" if options.get("runner", "v2") == "v2" else "0",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(job)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | environment,
-    )
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    report = json.loads(line.removeprefix(MARK))
-    return Report(**report | {"rounds": [Round(**r) for r in report["rounds"]], "log": log})
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+
+    def _alive(self) -> "subprocess.Popen[str]":
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "TORCHDYNAMO_DISABLE": "1",  # inductor would ask for the Triton driver
+            "TRITON_INTERPRET": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.interpreted_engine"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=ROOT,
+            env=os.environ | environment,
+        )
+        return self._process
+
+    def run(self, rounds: list[list[list[int]]], max_tokens: int, **options: Any) -> Report:
+        """Answer prompts with an engine of their own.
+
+        Args:
+            rounds: token ids of the prompts, one round after the other.
+            max_tokens: of each answer.
+            options: ``llm``: arguments of vllm.LLM; ``runner``: "v1" or "v2"; ``asynchronous``:
+                with asynchronous scheduling.
+
+        Raises:
+            AssertionError: if the engine failed, with what it wrote.
+        """
+        process = self._alive()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        job = {"rounds": rounds, "max_tokens": max_tokens} | options
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        log = []
+        for line in process.stdout:
+            if line.startswith(MARK):
+                report = json.loads(line.removeprefix(MARK))
+                return Report(**report | {"rounds": [Round(**r) for r in report["rounds"]]})
+            log.append(line)
+        raise AssertionError("".join(log))
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
 
-def _pretend(asynchronous: bool) -> None:
+def _pretend() -> None:
     """Make vLLM's CPU platform run the GPU path; before vllm.triton_utils is imported."""
     import torch
     import triton.backends
@@ -117,7 +147,7 @@ def _pretend(asynchronous: bool) -> None:
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         update(vllm_config)
-        vllm_config.scheduler_config.async_scheduling = asynchronous
+        vllm_config.scheduler_config.async_scheduling = bool(_JOB.get("asynchronous"))
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
@@ -154,25 +184,31 @@ class _FinishDrafts:
             drafts[row, : len(found)] = found
 
 
-def _main(job: dict[str, Any]) -> None:
-    sys.path.insert(0, str(ROOT))
-    _pretend(job.get("asynchronous", False))
-    from vllm import LLM, SamplingParams
+def _answer(job: dict[str, Any]) -> None:
+    """Print the report of one job."""
+    from tests.support.engine import started
 
-    llm = LLM(
-        **{
-            "skip_tokenizer_init": True,
-            "dtype": "float32",
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": 64 << 20,
-            "block_size": 32,
-            "max_model_len": 1024,
-            "max_num_seqs": 8,
-            "disable_log_stats": True,
-            "seed": 0,
-            **job["llm"],
-        }
-    )
+    _JOB.clear()
+    _JOB.update(job)
+    runner = {"VLLM_USE_V2_MODEL_RUNNER": "1" if job.get("runner", "v2") == "v2" else "0"}
+    defaults = {
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": 64 << 20,
+        "block_size": 32,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    with started(runner, **(defaults | job["llm"])) as llm:
+        print("\n" + MARK + json.dumps(_report(llm, job["rounds"], job["max_tokens"])), flush=True)
+
+
+def _report(llm: Any, rounds: list[list[list[int]]], max_tokens: int) -> dict[str, Any]:
+    from vllm import SamplingParams
+
     core = llm.llm_engine.engine_core.engine_core
     scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
     layer = next(iter(worker.vllm_config.compilation_config.static_forward_context.values()))
@@ -194,11 +230,13 @@ def _main(job: dict[str, Any]) -> None:
 
     scheduler.schedule, scheduler.update_from_output = schedule, update_from_output
     sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=0, detokenize=False
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, detokenize=False
     )
-    rounds = [_round(llm.generate(_prompts(r), sampling, use_tqdm=False)) for r in job["rounds"]]
-    report = {
-        "rounds": rounds,
+    answers = [_round(llm.generate(_prompts(r), sampling, use_tqdm=False)) for r in rounds]
+    pool = scheduler.kv_cache_manager.block_pool
+    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
+    return {
+        "rounds": answers,
         "classes": {
             "scheduler": type(scheduler).__name__,
             "runner": f"{type(worker.model_runner).__module__}",
@@ -208,9 +246,6 @@ def _main(job: dict[str, Any]) -> None:
         "num_preemptions": sum(preempted.values()),
         "num_accepted": accepted[0],
     }
-    pool = scheduler.kv_cache_manager.block_pool
-    assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
-    print(MARK + json.dumps(report))
 
 
 def _prompts(token_ids: list[list[int]]) -> list[dict[str, list[int]]]:
@@ -230,4 +265,6 @@ def _round(outputs: list[Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    _pretend()
+    for line in sys.stdin:
+        _answer(json.loads(line))

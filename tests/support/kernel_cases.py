@@ -174,3 +174,8 @@ def _metadata(
 def random_prompt(rng: np.random.Generator, length: int, start: int, density: float):
     """(is_separator, chunk_start) with separators at random."""
     return (rng.random(length) < density).tolist(), start
+
+
+def prompt(length: int, start: int, density: float = 0.3) -> tuple[list[bool], int]:
+    """The same separators for the same sizes."""
+    return random_prompt(np.random.default_rng(length * 1000 + start), length, start, density)

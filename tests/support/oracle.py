@@ -11,6 +11,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.support.engine import Answer, Engine
+
+# float32 on both sides; what remains is the order of sums. Design: 3e-5 over 30 layers.
+TOLERANCE = 1e-3
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -30,31 +35,54 @@ class Rule:
     closers: frozenset[int] = frozenset()
 
 
+def rule_of(made: Engine) -> Rule:
+    """What the engine says it does."""
+    config = made.engine.vllm_config.additional_config["sepllm"]
+    separators = config.get("separators", ())
+    if not isinstance(separators, dict):
+        separators = {"token_ids": separators, "line_breaks": (), "closers": ()}
+    return Rule(
+        initial_tokens=config["initial_tokens"],
+        window=config["window"],
+        separator_ids=frozenset(separators["token_ids"]),
+        line_breaks=frozenset(separators["line_breaks"]),
+        closers=frozenset(separators["closers"]),
+        max_separators=config["max_separators"],
+        full_layers=frozenset(config["full_layers"]),
+        interval=config.get("interval"),
+    )
+
+
 def causal_mask(num_tokens: int) -> torch.Tensor:
     """Full attention: [num_tokens, num_tokens] bool."""
     return torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
 
 
 def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
-    """The SepLLM rule, row by row: [num_tokens, num_tokens] bool."""
-    num_tokens = len(token_ids)
-    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    separators = [
-        j
-        for j, t in enumerate(token_ids)
-        if t in rule.separator_ids
-        or (j > 0 and t in rule.line_breaks and token_ids[j - 1] in rule.closers)
-    ]
+    """The SepLLM rule for all pairs: [num_tokens, num_tokens] bool, rows are queries."""
+    position = torch.arange(len(token_ids))
+    distance = position[:, None] - position[None, :]
+    is_separator = _separators(torch.tensor(list(token_ids)), rule)
+    is_initial = position < rule.initial_tokens
+    is_kept = is_separator & ~is_initial & (distance >= rule.window)
+    if rule.max_separators is not None:
+        # of each row the latest: counted from the right, itself included
+        is_kept &= is_kept.flip(1).cumsum(1).flip(1) <= rule.max_separators
+    return (distance >= 0) & (is_initial | (distance < rule.window) | is_kept)
+
+
+def _separators(token_ids: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """[num_tokens] bool."""
     if rule.interval is not None:
-        separators = list(range(0, num_tokens, rule.interval))
-    for i in range(num_tokens):
-        mask[i, : min(i + 1, rule.initial_tokens)] = True
-        mask[i, max(0, i - rule.window + 1) : i + 1] = True
-        far = [j for j in separators if rule.initial_tokens <= j <= i - rule.window]
-        if rule.max_separators is not None:
-            far = far[len(far) - min(len(far), rule.max_separators) :]
-        mask[i, far] = True
-    return mask
+        return torch.arange(len(token_ids)) % rule.interval == 0
+
+    def is_one_of(ids: frozenset[int]) -> torch.Tensor:
+        return torch.isin(token_ids, torch.tensor(sorted(ids), dtype=torch.int64))
+
+    # the first token is behind none
+    is_behind_closer = is_one_of(rule.closers).roll(1)
+    is_behind_closer[:1] = False
+    return is_one_of(rule.separator_ids) | (is_one_of(rule.line_breaks) & is_behind_closer)
 
 
 @lru_cache(maxsize=2)
@@ -96,6 +124,28 @@ def log_probabilities(
         for handle in handles:
             handle.remove()
     return logits.float().log_softmax(dim=-1)
+
+
+def greedy(path: Path, prompt: list[int], tokens: list[int], rule: Rule | None) -> list[int]:
+    """What the model would have said at the position of each of ``tokens``."""
+    every = log_probabilities(path, prompt + tokens[:-1], rule, len(prompt) - 1)
+    found: list[int] = every.argmax(-1).tolist()
+    return found
+
+
+def differences(
+    path: Path, prompts: Sequence[list[int]], answers: Sequence[Answer], rule: Rule | None
+) -> tuple[int, float]:
+    """How many tokens the oracle would have chosen otherwise; the largest log-prob. difference."""
+    num_other, largest = 0, 0.0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        tokens = prompt + answer.token_ids
+        logprobs = log_probabilities(path, tokens[:-1], rule, len(prompt) - 1)
+        chosen = torch.tensor(answer.token_ids)
+        num_other += int((logprobs.argmax(dim=-1) != chosen).sum())
+        own = logprobs[torch.arange(len(chosen)), chosen]
+        largest = max(largest, float((own - torch.tensor(answer.logprobs)).abs().max()))
+    return num_other, largest
 
 
 def _attention_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

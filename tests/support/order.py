@@ -5,7 +5,11 @@ pytest-xdist hands out whole files in the order of collection (``--dist loadfile
 most.
 """
 
+from pathlib import Path
+
 import pytest
+
+TESTS = Path(__file__).resolve().parents[1]
 
 # by the seconds of their slow tests, from `make test`
 DEAREST = (
@@ -31,5 +35,5 @@ DEAREST = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by file; the tests of a file stay in their order."""
-    rank = {name: number for number, name in enumerate(DEAREST)}
-    items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(rank)))
+    rank = {TESTS / name: number for number, name in enumerate(DEAREST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))

@@ -1,9 +1,14 @@
-"""An engine whose workers are Ray actors, on CPUs: vLLM's own Ray executor.
+"""Engines whose workers are Ray actors, on CPUs: vLLM's own Ray executor.
 
 vLLM's CPU platform has no Ray resource of its own, so the executor refuses it. Here, and only here,
 it is told that its devices are Ray's "GPU"s, in this process and in every Ray worker before vLLM
-asks. All else is vLLM's: ``python executor.py JSON`` as engine_process.py, RAY_ADDRESS set.
+asks. All else is vLLM's: ``python -m tests.support.ray_executor JSON``, RAY_ADDRESS set, with a
+list of jobs as of engine_process.py, each with the "environment" in which its engine starts.
 """
+
+import json
+import os
+import sys
 
 import ray
 
@@ -17,8 +22,18 @@ def name_ray_resource() -> None:
     CpuPlatform.ray_device_key = "GPU"
 
 
+def main() -> None:
+    """A report a job; the engine of the job before has ended by then."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    for job in json.loads(sys.argv[1]):
+        os.environ.update(job["environment"])
+        engine_process.print_report(job)
+        cleanup_dist_env_and_memory()
+
+
 if __name__ == "__main__":
     name_ray_resource()
     hook = "tests.support.ray_executor.name_ray_resource"
     ray.init(runtime_env={"worker_process_setup_hook": hook})
-    engine_process.main()
+    main()

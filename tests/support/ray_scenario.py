@@ -1,7 +1,7 @@
 """Ray work on a cluster of two nodes, in a network namespace with nothing but lo in it.
 
-``python scenario.py JOB.json`` runs inside the namespace (test_ray.py makes it). Whatever Ray
-started ends with the namespace's first process, which is this one.
+``python -m tests.support.ray_scenario JOB.json`` runs inside the namespace (test_ray.py makes it).
+Whatever Ray started ends with the namespace's first process, which is this one.
 """
 
 import json

@@ -1,6 +1,7 @@
 """vLLM's schedulers and ours over real block pools; tokens are random, no model samples them."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from vllm.config import SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
@@ -109,6 +111,39 @@ def make_scheduler(setting: Setting, *, log_stats: bool = False) -> Any:
     return KINDS[setting.kind](config, cache_config, structured, BLOCK, log_stats=log_stats)
 
 
+def make_request(
+    name: str,
+    prompt: list[int],
+    max_tokens: int,
+    *,
+    stop: Sequence[int] = (),
+    extra_args: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Request:
+    """A request as the engine core makes it, with hashes for the prefix cache."""
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    sampling = SamplingParams(
+        max_tokens=max_tokens, ignore_eos=True, stop_token_ids=[*stop], extra_args=extra_args
+    )
+    return Request(name, [*prompt], sampling, None, block_hasher=hasher, **fields)
+
+
+def starts(output: SchedulerOutput) -> dict[str, int]:
+    """Tokens that each scheduled request had computed, or found, before the step."""
+    cached = output.scheduled_cached_reqs
+    found = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+    return found | {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+
+
+def answer(scheduler: Scheduler, output: SchedulerOutput, token: int) -> None:
+    """End a step: every request that has no prompt left to compute samples ``token``."""
+    names = list(output.num_scheduled_tokens)
+    sampled = [[] if scheduler.requests[n].is_prefill_chunk else [token] for n in names]
+    rows = {name: row for row, name in enumerate(names)}
+    scheduler.update_from_output(output, ModelRunnerOutput(names, rows, sampled))
+
+
 def random_tokens(pick: random.Random, number: int, density: float = 0.3) -> list[int]:
     """Token ids, so many of them separators."""
     return [SEPARATOR if pick.random() < density else pick.randrange(2, 100) for _ in range(number)]
@@ -136,8 +171,6 @@ class Run:
     most_running: int = 0
 
     def __post_init__(self) -> None:
-        init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(BLOCK, sha256)
         self.scheduler = make_scheduler(self.setting, log_stats=self.log_stats)
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.pick = random.Random(self.seed)
@@ -149,8 +182,7 @@ class Run:
         """A request, whose name is returned; ``extra`` are its extra_args."""
         self._counter += 1
         name = f"request-{self._counter}"
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=extra)
-        self.scheduler.add_request(Request(name, prompt, sampling, None, block_hasher=self._hasher))
+        self.scheduler.add_request(make_request(name, prompt, max_tokens, extra_args=extra))
         return name
 
     def step(self) -> None:

@@ -21,14 +21,18 @@ def test_the_table_is_the_markers(request: pytest.FixtureRequest) -> None:
     assert not missing, remedy
 
 
-def test_rows_with_bars_and_two_outcomes_of_a_feature() -> None:
+def test_rows_with_bars_two_outcomes_of_a_feature_and_two_features_of_a_test() -> None:
     rows = [
         Row("a|b", "works", "tests/x.py::y", "Proves it."),
+        Row("c", "works", "tests/x.py::y", "Proves it."),
         Row("a|b", "refused: “no … yes”", "tests/x.py::z", ""),
     ]
-    works, refused = render(rows).split("## Refused")
-    assert r"| a\|b | works | `tests/x.py::y`: Proves it. |" in works
-    assert r"| a\|b | “no … yes” | `tests/x.py::z` |" in refused
+    works, rest = render(rows).split("## Refused")
+    refused, tests = rest.split("## The tests")
+    assert r"| a\|b | works | `y` |" in works
+    assert "| c | works | `y` |" in works
+    assert r"| a\|b | “no … yes” | `z` |" in refused
+    assert tests.split("\n") == ["", "", "- `tests/x.py::y`: Proves it.", "- `tests/x.py::z`", ""]
 
 
 def test_a_test_that_does_not_pass_spoils_its_row() -> None:

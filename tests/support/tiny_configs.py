@@ -206,6 +206,7 @@ def _gpt_oss() -> Any:
 
 TINY_MODELS: dict[str, Callable[[], Any]] = {
     "llama": llama_config,
+    "llama-four-layers": lambda: llama_config(num_hidden_layers=4),
     "llama-mha": lambda: llama_config(num_key_value_heads=4),
     "llama-mqa": lambda: llama_config(num_key_value_heads=1),
     "qwen2": _qwen2,

@@ -4,6 +4,7 @@ Most have no weights (``load_format="dummy"``), none has a tokenizer unless one 
 """
 
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,20 @@ def random_prompts(*lengths: int) -> list[list[int]]:
     """Token ids; about one in forty is of SEPARATORS."""
     numbers = random.Random(0)
     return [[numbers.randrange(2, 128) for _ in range(length)] for length in lengths]
+
+
+def tiny_text(first: int, num_tokens: int) -> list[int]:
+    """A piece of one long text of token ids; one in eight is of SEPARATORS, as in English."""
+    return _text()[first : first + num_tokens]
+
+
+@cache
+def _text() -> list[int]:
+    numbers = random.Random(0)
+    words = [i for i in range(2, 128) if i not in SEPARATORS]
+    return [
+        numbers.choice(SEPARATORS if numbers.random() < 0.125 else words) for _ in range(40_000)
+    ]
 
 
 def eager_llama(num_layers: int) -> Any:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from tests.policy.test_trained import PLAIN
+from tests.support.trained_fields import PLAIN
 
 SEPARATORS = [7, 11, 13]
 _SIZES: dict[str, Any] = {

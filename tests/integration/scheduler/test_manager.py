@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_groups, is_kv_cache_spec_un
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from tests.support.rule import num_kept
 from vllm_sepllm.integration.scheduler import coordinator
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
@@ -69,14 +70,6 @@ def make_manager(
     return manager
 
 
-def kept(policy: Policy, token_ids: list[int], num_tokens: int) -> int:
-    """Entries after ``num_tokens`` tokens, from the definition."""
-    a, n = policy.initial_tokens, policy.window
-    far = sum(token_ids[a : max(a, num_tokens - n)])
-    bound = far if policy.max_separators is None else min(far, policy.max_separators)
-    return min(num_tokens, a + n) + bound
-
-
 @settings(max_examples=100, deadline=None)
 @given(
     policy=st.builds(
@@ -114,7 +107,7 @@ def test_held_blocks_are_those_of_the_compact_length(
             continue
         end = request.num_computed_tokens + size
         its = own.get(request.request_id, policy)
-        needed = math.ceil(kept(its, request._all_token_ids, end) / BLOCK)
+        needed = math.ceil(num_kept(its, request._all_token_ids, end) / BLOCK)
         (ours,) = manager.coordinator.single_type_managers
         assert needed <= ours.most_blocks(its, end)
         held = len(manager.get_block_ids(request.request_id)[0])
@@ -133,7 +126,7 @@ def test_admission_asks_for_the_whole_prompt_at_its_compact_length() -> None:
     policy = Policy(4, 28, 1000)
     token_ids = ([0] * 9 + [1]) * 100
     request = FakeRequest("r", token_ids)
-    needed = math.ceil(kept(policy, token_ids, 1000) / BLOCK)
+    needed = math.ceil(num_kept(policy, token_ids, 1000) / BLOCK)
     for num_blocks, fits in ((needed + 1, True), (needed, False)):
         manager = make_manager(policy, num_blocks, {"r": request})
         blocks = manager.allocate_slots(request, 64, full_sequence_must_fit=True)

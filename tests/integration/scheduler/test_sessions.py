@@ -1,8 +1,7 @@
 """Streaming sessions under asynchronous scheduling, where a step runs past what they keep."""
 
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock
 
 import pytest
 
@@ -10,53 +9,61 @@ pytest.importorskip("vllm")
 
 from vllm.v1.request import RequestStatus
 
-from vllm_sepllm.integration.scheduler.scheduler import SepLLMAsyncScheduler
+from tests.support.schedulers import (
+    BLOCK,
+    Setting,
+    answer,
+    make_request,
+    make_scheduler,
+    starts,
+    write_model,
+)
+
+PROMPT = [2 + i % 90 for i in range(200)]
+# the turn's: the session keeps the first, the step in flight computes the last
+SAMPLED = [100, 101]
+NEWS = [110, 111]
+
+
+def hit_of(scheduler: Any, prompt: list[int]) -> int:
+    """Tokens that another request with this prompt finds in the prefix cache."""
+    scheduler.add_request(make_request("other", prompt, max_tokens=1))
+    found = starts(scheduler.schedule())["other"]
+    scheduler.finish_requests("other", RequestStatus.FINISHED_ABORTED)
+    return found
 
 
 @pytest.mark.parametrize("is_waited_for", [True, False])
-def test_a_session_gives_its_blocks_back_with_the_step_in_flight(is_waited_for: bool) -> None:
-    """Token 6 was sampled and is being computed as the turn ends; the session drops it.
-
-    Its blocks must be given back as the state after six tokens, which they are, never as that
-    after five, of which one entry is overwritten.
-    """
-    update = SimpleNamespace(
-        mm_features=None, prompt_token_ids=[7], arrival_time=0.0, sampling_params=None, max_tokens=4
-    )
-    session: Any = SimpleNamespace(
-        request_id="session",
-        resumable=True,
-        num_computed_tokens=6,
-        num_output_placeholders=1,
-        num_in_flight_tokens=1,
-        spec_token_ids=[],
-        streaming_queue=[] if is_waited_for else SimpleNamespace(popleft=lambda: update),
-        num_prompt_tokens=3,
-        num_tokens=6,
-        _all_token_ids=[1, 2, 3, 4, 5, 6],
-        block_hashes=[],
-        _output_token_ids=[4, 5, 6],
-        prompt_token_ids=[1, 2, 3],
-        mm_features=[],
-        update_block_hashes=lambda: None,
-        status=RequestStatus.RUNNING,
-    )
-    freed: list[tuple[int, list[int]]] = []
-    scheduler: Any = SepLLMAsyncScheduler.__new__(SepLLMAsyncScheduler)
-    scheduler.kv_cache_manager = Mock()
-    scheduler.kv_cache_manager.free = lambda request: freed.append(
-        (request.num_computed_tokens, list(request._all_token_ids))
-    )
-    live = Mock(**{"holding.staged": None})
-    scheduler._live = MagicMock(**{"__getitem__.return_value": live})
-    scheduler._enqueue_waiting_request = lambda request: None
-    scheduler.hash_block_size, scheduler.log_stats = 32, False
-    scheduler.num_waiting_for_streaming_input = 0
-    assert not scheduler._handle_stopped_request(session)
-    assert freed == [(6, [1, 2, 3, 4, 5, 6])]
+def test_a_session_gives_its_blocks_back_with_the_step_in_flight(
+    is_waited_for: bool, tmp_path: Path
+) -> None:
+    """A token that the session drops is being computed as the turn ends, and it overwrites an
+    entry: what is left is the state behind that token, and never the one before."""
+    setting = Setting(write_model(tmp_path), "async", 60, max_num_batched_tokens=1024)
+    scheduler = make_scheduler(setting)
+    pool = scheduler.kv_cache_manager.block_pool
+    num_free = pool.get_num_free_blocks()
+    # what ends a turn is seen when the token is there, a step too late
+    scheduler.add_request(make_request("session", PROMPT, 99, stop=SAMPLED[1:], resumable=True))
+    more = make_request("session", NEWS, 5, resumable=True)
+    if not is_waited_for:
+        scheduler.add_request(more)
+    flight = [scheduler.schedule(), scheduler.schedule()]
+    answer(scheduler, flight.pop(0), SAMPLED[0])
+    flight.append(scheduler.schedule())
+    answer(scheduler, flight.pop(0), SAMPLED[1])
+    assert flight[0].num_scheduled_tokens == {"session": 1}, "the step that computes the last token"
+    session, kept = scheduler.requests["session"], [*PROMPT, SAMPLED[0]]
     if is_waited_for:
         assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
-        scheduler._update_request_as_session(session, update)
-    assert session._all_token_ids == [1, 2, 3, 4, 5, 7]
-    assert session.num_computed_tokens == 0
-    scheduler._live.truncate.assert_called_once_with(live, 5)
+        assert pool.get_num_free_blocks() == num_free
+        scheduler.add_request(more)
+    assert list(session.all_token_ids) == [*kept, *NEWS]
+    answer(scheduler, flight[0], 0)
+    assert list(session.all_token_ids) == [*kept, *NEWS], "the late token is dropped"
+
+    # the last block of the prompt has a checkpoint of its own
+    last_block = len(PROMPT) // BLOCK * BLOCK
+    assert starts(scheduler.schedule())["session"] == last_block
+    assert hit_of(scheduler, [*kept, 7, 8]) == last_block
+    assert hit_of(scheduler, [*kept, SAMPLED[1], 7, 8]) == len(kept) + 1

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 pytest.importorskip("vllm")
@@ -21,6 +20,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from tests.support.rule import num_kept, spilled
 from tests.support.tiny_models import ARGUMENTS, SEPARATORS, write
 from vllm_sepllm.integration.scheduler import usage
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
@@ -29,17 +29,11 @@ from vllm_sepllm.integration.scheduler.scheduler import SepLLMScheduler
 from vllm_sepllm.integration.wire.report import PolicyUsage, take_report
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.policy.separators.definition import TokenSeparators
-from vllm_sepllm.policy.visibility import Policy, visible_mask
+from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 32
 POLICY = Policy(initial_tokens=4, window=28, max_separators=40)
 CONFIG = {"initial_tokens": 4, "window": 28, "max_separators": 40, "separators": SEPARATORS}
-
-
-def far(num_tokens: int, is_separator: list[bool]) -> int:
-    """Separators that have left the window."""
-    first, end = POLICY.initial_tokens, num_tokens - POLICY.window
-    return sum(is_separator[first : max(first, end)])
 
 
 class Engine:
@@ -86,7 +80,10 @@ class Engine:
         start |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         for name, num_new in output.num_scheduled_tokens.items():
             text = [t in SEPARATORS for t in self.scheduler.requests[name].all_token_ids]
-            self.spilled += far(start[name] + num_new, text) - far(start[name], text)
+            before, after = (
+                len(spilled(POLICY, text, num)) for num in (start[name], start[name] + num_new)
+            )
+            self.spilled += after - before
             self.num_hits += start[name] > 0 and name in {
                 n.req_id for n in output.scheduled_new_reqs
             }
@@ -139,7 +136,7 @@ def check(found: PolicyUsage | None, engine: Engine) -> None:
     assert found is not None
     logical = kept = saved = 0
     for num_tokens, is_separator in engine.running():
-        held = int(visible_mask(POLICY, np.array(is_separator[:num_tokens]))[-1].sum())
+        held = num_kept(POLICY, is_separator, num_tokens)
         logical += num_tokens
         kept += held
         saved += -(-num_tokens // BLOCK) - -(-held // BLOCK)

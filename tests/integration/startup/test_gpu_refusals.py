@@ -10,8 +10,8 @@ pytest.importorskip("vllm")
 
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.integration.startup.test_refusals import check_sentence
 from tests.support.compatibility import refused
+from tests.support.refusals import check_sentence
 from tests.support.tiny_models import ARGUMENTS, write
 from vllm_sepllm.integration.startup.refusals import (
     _speculative_reasons,

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support.compatibility import REFUSED, refused
+from tests.support.refusals import check_sentence
 from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
 
 pytest.importorskip("vllm")
@@ -37,13 +38,6 @@ def refusal(model: str, **arguments: Any) -> str:
     with pytest.raises(ValueError, match=r"sepllm|separators|full_layers|set one") as caught:
         args.create_engine_config()
     return str(caught.value)
-
-
-def check_sentence(text: str, what: str, remedy: str) -> None:
-    assert what in text
-    assert remedy in text
-    assert "\n" not in text
-    assert not text.endswith(".")
 
 
 ELSEWHERE = "serve this model without --attention-backend sepllm"

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.policy.test_trained import BY_LAYER
 from tests.support.trained_checkpoint import SEPARATORS, write_trained
+from tests.support.trained_fields import BY_LAYER
 
 pytest.importorskip("vllm")
 

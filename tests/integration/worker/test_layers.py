@@ -1,6 +1,5 @@
 """Which layers of a model become SepLLM layers, and which models that makes impossible."""
 
-import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +8,8 @@ import pytest
 import torch
 
 from tests.support.compatibility import refused
-from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
+from tests.support.engine import IN_PROCESS, sepllm, started
+from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, write
 
 pytest.importorskip("vllm")
 
@@ -156,24 +156,14 @@ def test_model_without_full_attention_is_refused() -> None:
     ],
 )
 def test_engine_does_not_start(
-    kind: str,
-    policy: dict[str, Any],
-    reason: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    kind: str, policy: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     """Real models whose layers, not whose configuration, are in the way: LLM() raises."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    given = {"attention_backend": "sepllm", "enforce_eager": True, "kv_cache_memory_bytes": 1 << 24}
-    additional = {"sepllm": ADDITIONAL_CONFIG["sepllm"] | {"separators": SEPARATORS} | policy}
+    selected = sepllm(**ADDITIONAL_CONFIG["sepllm"] | policy)
+    given = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 24}
     model = str(write(kind, tmp_path))
-    try:
-        with pytest.raises(ValueError, match=reason):
-            LLM(model=model, additional_config=additional, **(ARGUMENTS | given))
-    finally:
-        cleanup_dist_env_and_memory()
-        gc.collect()
+    with (
+        pytest.raises(ValueError, match=reason),
+        started(IN_PROCESS, model=model, **ARGUMENTS, **selected, **given),
+    ):
+        pytest.fail("it started")

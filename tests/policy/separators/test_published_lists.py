@@ -10,7 +10,8 @@ import re
 import numpy as np
 import pytest
 
-from tests.policy.step.test_step_simulation import Cache
+from tests.support.rule import visible
+from tests.support.simulated_cache import Cache
 from vllm_sepllm.policy.kept import kept_lengths
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.separators.rules import token_separators
@@ -61,14 +62,6 @@ def tokenise(name: str) -> tuple[list[int], dict[str, int], int]:
     return [ids.get(piece, words[piece]) for piece in pieces], ids, size
 
 
-def m1(policy: Policy, is_separator: list[bool], query: int) -> list[int]:
-    """semantics.md: j < a, or i - j < n, or one of the latest s separators of those behind."""
-    a, n, s = policy.initial_tokens, policy.window, policy.max_separators
-    near = [j for j in range(query + 1) if j < a or query - j < n]
-    far = [j for j in range(a, query - n + 1) if is_separator[j]]
-    return sorted({*near, *(far if s is None else far[max(0, len(far) - s) :])})
-
-
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_visible_sets_are_the_formula(name: str, policy: Policy) -> None:
@@ -83,7 +76,7 @@ def test_visible_sets_are_the_formula(name: str, policy: Policy) -> None:
     mask = visible_mask(policy, np.array(is_separator))
     kept = kept_lengths(policy, np.array(is_separator))
     for query in range(0, len(token_ids), 37):
-        wanted = m1(policy, is_separator, query)
+        wanted = visible(policy, is_separator, query)
         assert np.flatnonzero(mask[query]).tolist() == wanted
         assert kept[query] == len(wanted)
     # and what the ring and the tail hold, step by step, in chunks and then one by one
@@ -91,4 +84,4 @@ def test_visible_sets_are_the_formula(name: str, policy: Policy) -> None:
     for size_of_step in [512, 300, *[1] * 60, 200]:
         cache.step(size_of_step, 128)
     last = cache.num_tokens - 1
-    assert sorted(cache.entries.values()) == m1(policy, is_separator, last)
+    assert sorted(cache.entries.values()) == visible(policy, is_separator, last)

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.policy.step.test_step_simulation import Cache, policies
+from tests.support.simulated_cache import Cache, policies
 from vllm_sepllm.policy.step import checkpoint, prefill
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy

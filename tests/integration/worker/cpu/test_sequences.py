@@ -4,7 +4,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from tests.policy.keys.test_sequences import make_chunk, positions_of
+from tests.support.chunks import make_chunk, positions_of
 from vllm_sepllm.integration.worker.cpu.sequences import SequenceKernel, padded_size
 from vllm_sepllm.ops import reference
 from vllm_sepllm.policy.keys.sequences import tile_sequences

@@ -1,4 +1,4 @@
-"""Models and text of the end-to-end tests."""
+"""Models for engines, and text in their tokens (a pytest plugin, see conftest.py)."""
 
 import json
 from collections.abc import Callable
@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.tiny_models import llama_config
 from vllm_sepllm.sample import FOLDER
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Folder of the converted SmolLM2-135M-Instruct; fetched on a machine's first run."""
+    from vllm_sepllm.models import ensure_model
+
+    return ensure_model()
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +35,8 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
     Long contexts are allowed, and one token of KV is 512 bytes in float32.
     """
+    from tests.support.tiny_models import llama_config
+
     path = tmp_path_factory.mktemp("tiny")
     vocab_size = json.loads((smollm2_path / "config.json").read_text())["vocab_size"]
     config = llama_config(
@@ -41,6 +50,16 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     config.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).write_bytes((smollm2_path / name).read_bytes())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with weights, and a tokenizer that has a word a token."""
+    from tests.support.tiny_models import write_tokenizer, write_weights
+
+    path = write_weights("llama", tmp_path_factory.mktemp("llama"))
+    write_tokenizer(path)
     return path
 
 

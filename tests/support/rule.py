@@ -1,0 +1,40 @@
+"""The rule of one query in scalars, from the paper's formula; shares no code with the package.
+
+With 0-based positions, query i reads key j <= i if j < a, or i - j < n, or j is among the latest s
+separators of those between. A policy is anything that has a, n and s by their names.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Numbers(Protocol):
+    """a, n and s."""
+
+    @property
+    def initial_tokens(self) -> int: ...
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def max_separators(self) -> int | None: ...
+
+
+def visible(policy: Numbers, is_separator: Sequence[bool | int], query: int) -> list[int]:
+    """Positions that the token at position ``query`` reads, ascending."""
+    a, n, s = policy.initial_tokens, policy.window, policy.max_separators
+    near = [j for j in range(query + 1) if j < a or query - j < n]
+    between = spilled(policy, is_separator, query + 1)
+    kept = between if s is None else between[max(0, len(between) - s) :]
+    return sorted(near + kept)
+
+
+def spilled(policy: Numbers, is_separator: Sequence[bool | int], num_tokens: int) -> list[int]:
+    """Separators behind the window of the last of ``num_tokens`` tokens, bounded or not."""
+    return [j for j in range(policy.initial_tokens, num_tokens - policy.window) if is_separator[j]]
+
+
+def num_kept(policy: Numbers, is_separator: Sequence[bool | int], num_tokens: int) -> int:
+    """Entries that a cache of ``num_tokens`` tokens holds: what its last token reads."""
+    return len(visible(policy, is_separator, num_tokens - 1))
