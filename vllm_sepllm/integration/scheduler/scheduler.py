@@ -92,8 +92,9 @@ class _SepLLMMixin(Scheduler):
             request.block_hashes.clear()
             request.update_block_hashes()
         live = self._live.add(request, policy, refusal)
-        is_watched = self._usage is not None and refusal is None
-        if is_watched and choices.forgets_its_beginning(self._limits, request):
+        if self._usage is None or refusal is not None:
+            return
+        if choices.forgets_its_beginning(self._limits, request):
             self._usage.arrives_unprotected(live)
 
     def _policy_of(self, request: Request) -> Policy:
