@@ -19,16 +19,20 @@ def run(path: Path, prompts: list[list[int]], max_tokens: int, **arguments: Any)
 
 
 @pytest.mark.compatibility("Requests shorter than the window", "bit for bit stock vLLM")
-def test_short_requests_and_wide_windows_equal_stock_vllm(
+def test_short_requests_wide_windows_and_many_initial_tokens_equal_stock_vllm(
     four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
     """Proves equality of tokens and of every bit of the log-probabilities."""
     short = [excerpt(700 * i, n) for i, n in enumerate((1, 31, 100, 192))]
     long = [excerpt(700 * i, n) for i, n in enumerate((63, 500, 1900))]
     stock = run(four_layers_path, short, 64, enable_prefix_caching=False)
-    default = run(four_layers_path, short, 64, attention_backend="sepllm")
+    whole = [{"sepllm_initial_tokens": 1800}] * len(long)
+    with engine(four_layers_path, **COMMON, attention_backend="sepllm") as made:
+        default = made.generate(short, 64)
+        initial = made.generate(long, 64, choices=whole)
     assert default == stock
     stock = run(four_layers_path, long, 64, enable_prefix_caching=False)
+    assert initial == stock
     wide = run(
         four_layers_path,
         long,

@@ -24,7 +24,10 @@ values = st.one_of(
     st.sampled_from(["64", "true", [64], [True], {"n": 64}, 64.0, 0, 1]),
 )
 keys = st.sampled_from(
-    "sepllm sepllm_window sepllm_initial_tokens sepllm_ SepLLM sepllm_separators top_k window".split()
+    [
+        *("sepllm", "sepllm_window", "sepllm_initial_tokens", "sepllm_", "SepLLM"),
+        *("sepllm_separators", "top_k", "window", ""),
+    ]
 )
 
 
