@@ -75,7 +75,7 @@ VOCABULARY = Vocabulary(
 def test_the_end_of_a_prefix_is_a_token_or_its_id() -> None:
     assert end_token_id("<|end|>", VOCABULARY, 9, TEMPLATE) == 6
     assert end_token_id("end", VOCABULARY, 9, TEMPLATE) == 4
-    assert end_token_id(7, None, 9, None) == 7
+    assert end_token_id(7, None, 9, "") == 7
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_the_end_of_a_prefix_is_a_token_or_its_id() -> None:
     [
         ("<end>", TEMPLATE, r"one token .* got '<end>'; its chat template has '<\|end\|>', '<\|s"),
         ("ab", TEMPLATE, "must be the text of one token of the model's tokenizer"),
-        ("<end>", None, "its chat template has no control token; leave protect out"),
+        ("<end>", "", "its chat template has no control token; leave protect out"),
         ("<end>", "{{ messages }}", "its chat template has no control token; leave protect out"),
         ("<|extra|>", TEMPLATE, "must be the text of one token"),  # beyond the model's vocabulary
         (9, TEMPLATE, r"a token id in \[0, 8\), the vocabulary, got 9"),
@@ -91,7 +91,7 @@ def test_the_end_of_a_prefix_is_a_token_or_its_id() -> None:
     ],
 )
 def test_what_is_no_token_is_refused_with_those_that_would_do(
-    given: str | int, template: str | None, sentence: str
+    given: str | int, template: str, sentence: str
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         end_token_id(given, VOCABULARY, 8, template)

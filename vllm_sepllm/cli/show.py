@@ -9,10 +9,9 @@ from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
-from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix, end_token_id
+from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix, protected_end
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.rules import RULES, token_separators
-from vllm_sepllm.policy.separators.vocabulary import read_vocabulary
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 _MAX_ATTENTION = 4096
@@ -106,9 +105,8 @@ def _attention(model: str, ids: list[int], is_separator: BoolArray, policy: Poli
 
 
 def _end_id(protect: str, tokenizer: Any) -> int:
-    templates = getattr(tokenizer, "chat_template", None)
     try:
-        return end_token_id(protect, read_vocabulary(tokenizer), len(tokenizer), templates)
+        return protected_end(protect, tokenizer, len(tokenizer))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

@@ -6,8 +6,9 @@ with a control token of the chat template, so where they end is seen in the prom
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from vllm_sepllm.policy.separators.vocabulary import Vocabulary
+from vllm_sepllm.policy.separators.vocabulary import Vocabulary, read_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,21 @@ class ProtectedPrefix:
 Initial = FixedInitial | ProtectedPrefix
 
 
+def protected_end(given: str | int, tokenizer: Any, vocab_size: int) -> int:
+    """The token that ends a protected prefix, of a tokenizer; None, without one, will do for an id.
+
+    Raises:
+        ValueError: if there is no such token, naming those that would do.
+    """
+    vocabulary = None if tokenizer is None else read_vocabulary(tokenizer)
+    templates = getattr(tokenizer, "chat_template", None) or ""
+    # one text, or several by the names of their uses
+    template = templates if isinstance(templates, str) else "\n".join(templates.values())
+    return end_token_id(given, vocabulary, vocab_size, template)
+
+
 def end_token_id(
-    given: str | int, vocabulary: Vocabulary | None, vocab_size: int, chat_template: str | None
+    given: str | int, vocabulary: Vocabulary | None, vocab_size: int, chat_template: str
 ) -> int:
     """The token that ends a protected prefix.
 
@@ -97,9 +111,7 @@ def end_token_id(
     surfaces = vocabulary.text | vocabulary.control
     found = [i for i, surface in surfaces.items() if surface == given and i < vocab_size]
     if not found:
-        named = sorted(
-            {tag for tag in vocabulary.control.values() if tag and tag in (chat_template or "")}
-        )
+        named = sorted({tag for tag in vocabulary.control.values() if tag and tag in chat_template})
         advice = (
             f"its chat template has {', '.join(map(repr, named))}"
             if named

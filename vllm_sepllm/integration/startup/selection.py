@@ -24,10 +24,9 @@ from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
 from vllm_sepllm.policy import trained
-from vllm_sepllm.policy.initial import FixedInitial, end_token_id
+from vllm_sepllm.policy.initial import FixedInitial, protected_end
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
 from vllm_sepllm.policy.separators.rules import token_separators
-from vllm_sepllm.policy.separators.vocabulary import read_vocabulary
 
 _CPU_WORKER = "vllm_sepllm.integration.worker.cpu.worker.SepLLMCPUWorker"
 _GPU_WORKER = "vllm_sepllm.integration.worker.gpu.worker.SepLLMGPUWorker"
@@ -154,22 +153,14 @@ def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
     # None with skip_tokenizer_init, which does for token ids
     tokenizer = cached_tokenizer_from_config(model_config)
     vocab_size = model_config.get_vocab_size()
+    protect = given.protect
     return given.resolve(
         separators=token_separators(given.separators, tokenizer, vocab_size),
-        end_id=_end_id(given, tokenizer, vocab_size),
+        end_id=None if protect is None else protected_end(protect, tokenizer, vocab_size),
         num_layers=model_config.get_total_num_hidden_layers(),
         max_model_len=model_config.max_model_len,
         block_size=vllm_config.cache_config.block_size,
     )
-
-
-def _end_id(given: SepLLMConfig, tokenizer: Any, vocab_size: int) -> int | None:
-    if given.protect is None:
-        return None
-    vocabulary = None if tokenizer is None else read_vocabulary(tokenizer)
-    templates = getattr(tokenizer, "chat_template", None) or ""
-    template = templates if isinstance(templates, str) else "\n".join(templates.values())
-    return end_token_id(given.protect, vocabulary, vocab_size, template)
 
 
 def _complete(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
