@@ -19,7 +19,7 @@ def run(path: Path, prompts: list[list[int]], max_tokens: int, **arguments: Any)
 
 
 @pytest.mark.compatibility("Requests shorter than the window", "bit for bit stock vLLM")
-def test_short_requests_wide_windows_and_many_initial_tokens_equal_stock_vllm(
+def test_short_requests_and_wide_windows_equal_stock_vllm(
     four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
     """Proves equality of tokens and of every bit of the log-probabilities."""
