@@ -103,10 +103,10 @@ def test_v2_is_exact_and_reuses_prefixes(engines: Engines, tiny_llama_path: Path
     first = without(end, random_prompts(200, 17, 90, 131))
     more = without(end, random_prompts(40, 40, 40, 40))
     second = [prompt + extra for prompt, extra in zip(first, more, strict=True)]
-    third = [*first[:3], [*first[3][:70], end, *first[3]]]
+    third = [first[0], first[2], [*first[3][:70], end, *first[3]]]
     rounds = [first, second, third]
-    chosen = [{"sepllm_initial_tokens": a} for a in (150, 0, 40)]
-    choices = [[None] * 4, [None] * 4, [*chosen, None]]
+    chosen = [{"sepllm_initial_tokens": 150}, {"sepllm_initial_tokens": 0}, None]
+    choices = [[None] * 4, [None] * 4, chosen]
     report = engines.run(
         rounds, MAX_TOKENS, llm=arguments(tiny_llama_path, policy), choices=choices
     )
@@ -116,7 +116,7 @@ def test_v2_is_exact_and_reuses_prefixes(engines: Engines, tiny_llama_path: Path
         "impl": "SepLLMGPUImpl",
         "backend": "SepLLMTritonAttentionBackend",
     }
-    initial_tokens = [[3] * 4, [3] * 4, [150, 0, 40, 71]]
+    initial_tokens = [[3] * 4, [3] * 4, [150, 0, 71]]
     check(tiny_llama_path, rounds, report, rule(max_separators=5), initial_tokens)
     assert sum(report.rounds[1].num_cached_tokens) > 200
 

@@ -8,8 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.support.engine import Engine, Watch, assert_same, engine
-from tests.support.measured import Number
+from tests.support.engine import Engine, Watch, engine
 from tests.support.oracle import TOLERANCE, differences, rule_of
 from vllm_sepllm.integration.frontend.request_choices import RequestCheck
 
@@ -74,68 +73,6 @@ def test_each_request_has_the_mask_that_it_asked_for(
         for is_again in (False, True):
             (answer,) = made.generate([text], 4, choices=[given])
             assert (answer.num_cached_tokens > 500) is is_again, f"{given}: shared or not found"
-
-
-@pytest.mark.compatibility(
-    "Initial tokens per request (`sepllm_initial_tokens`), protected prefixes (`protect`)",
-    "exact, mixed in a batch",
-)
-def test_each_request_has_the_initial_tokens_that_it_asked_for(
-    four_layers_path: Path, excerpt: Callable[[int, int], list[int]], number: Number
-) -> None:
-    """Proves a in {0, 3, 4, 300, 1500} with windows of 60 and 252 in one batch, against the oracle.
-
-    With chunks of 2048, 512 and 128 tokens, new and from the prefix cache, and with preemption. The
-    prompt of the last two has the control token at 1500, and they choose a window alone.
-    """
-    end = 2
-    text = [token for token in excerpt(3000, 1800) if token != end]
-    protected = [*text[:1499], end, *text[1500:1700]]
-    asked = [(a, n) for a in (0, 3, 4, 300, 1500) for n in (60, 252)]
-    prompts = [text[: 450 + 31 * i] for i in range(8)] + [protected] * 2
-    choices: list[dict[str, Any]] = [
-        {"sepllm_window": n} | ({} if a == 1500 else {"sepllm_initial_tokens": a}) for a, n in asked
-    ]
-    watch, rounds = Watch(), []
-    with engine(
-        four_layers_path,
-        attention_backend="sepllm",
-        additional_config={"sepllm": {"protect": "<|im_end|>", "max_protected": 1500}},
-        max_model_len=2048,
-        max_num_batched_tokens=2048,
-        num_gpu_blocks_override=130,
-    ) as made:
-        rule = rule_of(made)
-        for num_tokens in (2048, 512, 128):
-            made.scheduler.max_num_scheduled_tokens = num_tokens
-            assert made.llm.reset_prefix_cache()
-            for _ in range(2):
-                rounds.append(made.generate(prompts, 64, watch=watch, choices=choices))
-        assert made.llm.reset_prefix_cache()
-        for _ in range(2):  # one after the other, so that nothing is evicted
-            rounds.append(
-                [
-                    made.generate([p], 64, choices=[c])[0]
-                    for p, c in zip(prompts, choices, strict=True)
-                ]
-            )
-    cached = [answer.num_cached_tokens for answer in rounds[-1]]
-    print(f"{watch.num_preemptions} preemptions, {cached} cached")
-    assert watch.num_preemptions > 0
-    assert min(cached) > 0
-    for answers in rounds[1:]:
-        assert_same(answers, rounds[0])
-    num_other, largest = 0, 0.0
-    for prompt, answer, (a, n) in zip(prompts, rounds[0], asked, strict=True):
-        own = replace(rule, initial_tokens=a, window=n)
-        found = differences(four_layers_path, [prompt], [answer], own)
-        num_other, largest = num_other + found[0], max(largest, found[1])
-        # with other initial tokens it would be another answer
-        other = replace(own, initial_tokens=150)
-        assert differences(four_layers_path, [prompt], [answer], other)[1] > 30 * TOLERANCE
-    number("differences", f"{num_other} of 640 tokens, log-probabilities {largest:.1e}")
-    assert num_other == 0
-    assert largest < TOLERANCE
 
 
 def test_what_cannot_be_served_is_refused(
