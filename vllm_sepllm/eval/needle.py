@@ -14,6 +14,8 @@ from vllm_sepllm.eval.store import Store
 from vllm_sepllm.eval.task import Task
 
 MAX_ANSWER_TOKENS = 24
+# one more character of the text also moves the needle
+_SLACK = 8
 _CITIES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Perth", "Oslo", "Lima", "Cairo")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _TASK = "Read the text. A secret number is hidden in it."
@@ -90,7 +92,7 @@ def needles(
             city, number = chance.choice(_CITIES), str(chance.randrange(1000000, 9999999))
             start = chance.randrange(len(text) // 10, max(1, len(text) // 2))
             prompt = partial(_prompt, tokenizer, city=city, number=number, depth=depth)
-            ids = filled(prompt, text[start:], length, MAX_ANSWER_TOKENS)
+            ids = filled(prompt, text[start:], length, MAX_ANSWER_TOKENS, _SLACK)
             found.append(Needle(f"{depth:g}-{repeat}", length, depth, ids, number))
     return found
 

@@ -18,6 +18,8 @@ Instruction = Literal["word", "tool"]
 
 # characters of a passage, which is a turn
 _PASSAGE = 1500
+# one more character of the text may begin a passage
+_SLACK = 64
 _WORDS = ("zephyr", "marble", "lantern", "walnut", "copper", "meadow", "anchor", "velvet", "ginger")
 _QUESTIONS = (
     "What is the capital of France?",
@@ -76,7 +78,7 @@ def obedience(
         def prompt(passages: str, system: str = system, question: str = question) -> list[int]:
             return chat_ids(tokenizer, _conversation(system, passages, question))
 
-        ids = filled(prompt, text[start:], length, MAX_ANSWER_TOKENS)
+        ids = filled(prompt, text[start:], length, MAX_ANSWER_TOKENS, _SLACK)
         answer = tuple(tokenizer(wanted, add_special_tokens=False)["input_ids"])
         items.append(Question(str(number), ids, answer, grade))
     sampling = {"max_tokens": MAX_ANSWER_TOKENS}

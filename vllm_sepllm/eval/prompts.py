@@ -3,9 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-# tokens by which one more character may lengthen a prompt: it also moves what the text is parted at
-_SLACK = 8
-
 
 def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
     """Token ids of a chat, up to where the model answers."""
@@ -15,7 +12,7 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
 
 
 def filled(
-    prompt: Callable[[str], Sequence[int]], text: str, length: int, num_answer: int
+    prompt: Callable[[str], Sequence[int]], text: str, length: int, num_answer: int, slack: int
 ) -> tuple[int, ...]:
     """The longest prompt that leaves room for an answer, in whole characters of a text.
 
@@ -24,6 +21,7 @@ def filled(
         text: what the context is filled with.
         length: context, in tokens.
         num_answer: tokens of it that are left to the answer.
+        slack: tokens by which one more character may lengthen a prompt.
 
     Raises:
         ValueError: if the text does not fill the context, or the context holds no text.
@@ -39,7 +37,7 @@ def filled(
             f"a context of {length:,} tokens holds no text: the question takes {len(ids):,} tokens "
             f"and the answer {num_answer}; give a longer context"
         )
-    if len(ids) < limit - _SLACK:
+    if len(ids) < limit - slack:
         raise ValueError(
             f"prompts of {length:,} tokens need more text: behind its random start a text fills "
             f"{len(ids):,} tokens of {limit:,}; give a longer text or a shorter context"
