@@ -51,7 +51,7 @@ def test_each_request_has_the_initial_tokens_that_it_asked_for(
             made.scheduler.max_num_scheduled_tokens = num_tokens
             assert made.llm.reset_prefix_cache()
             rounds.append(made.generate(prompts, NEW, watch=watch, choices=choices))
-        for row in (0, 1, len(prompts) - 1):
+        for row in (0, len(prompts) - 1):
             for _ in range(2):
                 again += made.generate([prompts[row]], NEW, choices=[choices[row]])
     cached = [answer.num_cached_tokens for answer in again]
@@ -60,8 +60,7 @@ def test_each_request_has_the_initial_tokens_that_it_asked_for(
     assert min(cached[1::2]) > 500
     for answers in rounds[1:]:
         assert_same(answers, rounds[0])
-    first, last = rounds[0][:2], rounds[0][-1:]
-    assert_same(again, [first[0], first[0], first[1], first[1], *last, *last])
+    assert_same(again, [*rounds[0][:1] * 2, *rounds[0][-1:] * 2])
 
     def apart(rows: slice, **own: int) -> tuple[int, float]:
         mine = replace(rule, **own)
@@ -72,7 +71,7 @@ def test_each_request_has_the_initial_tokens_that_it_asked_for(
         row = slice(place, place + 1)
         found = apart(row, initial_tokens=a, window=n)
         num_other, largest = num_other + found[0], max(largest, found[1])
-        if n == 60:  # with other initial tokens it would be another answer
+        if n == 60 and a < 1500:  # with other initial tokens it would be another answer
             assert apart(row, initial_tokens=150, window=n)[1] > 30 * TOLERANCE
     num_tokens = len(prompts) * NEW
     number("differences", f"{num_other} of {num_tokens} tokens, log-probabilities {largest:.1e}")
