@@ -43,7 +43,6 @@ as_tokens = _parser(parse_tokens)
 Model = Annotated[str, typer.Argument(help="Model folder, or a name in the Hugging Face cache.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 InitialTokens = Annotated[int, typer.Option(min=0, help="Tokens at the start, always kept.")]
-MaxProtected = Annotated[int, typer.Option(min=1, help="Most tokens that --protect keeps.")]
 Window = Annotated[int, typer.Option(min=1, help="Last tokens kept, the query included.")]
 MaxSeparators = Annotated[
     int | None, typer.Option(min=0, help="Separators kept beyond the window; default: see README.")

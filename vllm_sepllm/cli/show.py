@@ -29,7 +29,9 @@ def show(
         str | None,
         typer.Option(help="Control token that ends a protected prefix, such as '<|im_end|>'."),
     ] = None,
-    max_protected: options.MaxProtected = options.DEFAULTS.max_protected,
+    max_protected: Annotated[
+        int, typer.Option(min=1, help="Most tokens that --protect keeps.")
+    ] = options.DEFAULTS.max_protected,
     window: options.Window = options.DEFAULTS.window,
     max_separators: options.MaxSeparators = None,
     max_tokens: Annotated[
