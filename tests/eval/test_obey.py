@@ -1,5 +1,6 @@
 """Instructions before long conversations: what is asked, and what counts as obeyed."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def test_the_system_prompt_alone_tells_what_is_wanted(instruction: Instruction) 
         assert question.startswith("<user>")
         assert answer == "<assistant>"
         assert turns[0].startswith("<user>Passage 1:\n")
-        assert turns[1] == "<assistant>I have read passage 1."
+        replies = [turn.removeprefix("<assistant>") for turn in turns[1::2]]
+        assert len(set(replies)) == len(replies) > 1
         known = "".join(map(chr, item.answer))
         assert item.grade is not None
         assert item.grade(known) == {"obeyed": True}
@@ -98,6 +100,7 @@ def test_the_right_tool_by_its_name_is_obedient() -> None:
 
 def test_methods_are_compared_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     """The rows of a prefix that is protected, and of a window with as much KV."""
+    facts = replace(FACTS, max_model_len=4000)
     protected = {"protect": END, "max_protected": 2000, "window": 20}
     methods = [
         Method("full", None),
@@ -105,7 +108,7 @@ def test_methods_are_compared_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
         Method("protected", protected),
         Method("streaming-llm", {"preset": "streaming-llm"}, "protected"),
     ]
-    rows = suite.plan([tasks("word", 3)], methods, FACTS)
+    rows = suite.plan([tasks("word", 3)], methods, facts)
     assert [row.rival for row in rows] == [None, None, "streaming-llm", "streaming-llm"]
     store, start = Store(tmp_path, {}), Start()
     start.stops_after = 2
@@ -116,7 +119,7 @@ def test_methods_are_compared_and_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert suite.missing(rows, store) == 10
     suite.run(rows, store, "m", {}, watcher, Start())
     assert watcher.answers.count("obey-word-4000/full") == 1
-    found = {result.method: result for result in report.results(rows, store, FACTS)}
+    found = {result.method: result for result in report.results(rows, store, facts)}
     number = len(text_of(tasks("word", 1).items[0].prompt).split("|")[0]) + 1
     assert abs(found["protected"].kept - found["sepllm"].kept - number) < 10
     assert found["streaming-llm"].kept == pytest.approx(found["protected"].kept, rel=0.02)

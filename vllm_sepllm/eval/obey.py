@@ -1,7 +1,7 @@
 """Instructions in a system prompt, and whether they are obeyed after a long conversation.
 
-The conversation is passages of a text, which the model says it has read; then a question is asked
-that the instruction is about. Nothing behind the system prompt tells what it asks for.
+The conversation is passages of a text and short replies; then a question is asked that the
+instruction is about. Nothing behind the system prompt tells what it asks for.
 """
 
 import json
@@ -18,6 +18,14 @@ Instruction = Literal["word", "tool"]
 
 # characters of a passage, which is a turn
 _PASSAGE = 1500
+# one reply alone would be repeated to the question as well, by small models
+_REPLIES = (
+    "Thank you, please go on.",
+    "I see. What comes next?",
+    "Noted; I am ready for more.",
+    "That was interesting to read.",
+    "All right, I have read it.",
+)
 # one more character of the text may begin a passage
 _SLACK = 64
 _WORDS = ("zephyr", "marble", "lantern", "walnut", "copper", "meadow", "anchor", "velvet", "ginger")
@@ -90,7 +98,7 @@ def _conversation(system: str, text: str, question: str) -> list[dict[str, str]]
     for number, start in enumerate(range(0, len(text), _PASSAGE), 1):
         passage = text[start : start + _PASSAGE]
         messages.append({"role": "user", "content": f"Passage {number}:\n{passage}"})
-        messages.append({"role": "assistant", "content": f"I have read passage {number}."})
+        messages.append({"role": "assistant", "content": _REPLIES[number % len(_REPLIES)]})
     return [*messages, {"role": "user", "content": question}]
 
 
@@ -102,7 +110,8 @@ def _word(chance: random.Random) -> _Asked:
     word, question = chance.choice(_WORDS), chance.choice(_QUESTIONS)
     system = (
         "You are a helpful assistant. The user shows you passages of a book and asks questions. "
-        f'Always end your answer to a question with the word "{word}".'
+        f'Every answer to a question must end with the word "{word}", whatever the question is. '
+        f'For example: "Rome is in Italy, {word}."'
     )
 
     def grade(text: str) -> dict[str, bool]:
