@@ -18,7 +18,12 @@ TOOLS = {
     "utc_offset": ("Hours that a city's clocks are ahead of UTC.", lambda city: CITIES[city][1]),
 }
 CITY = {"type": "string", "enum": list(CITIES)}
-ARGUMENTS = {"type": "object", "properties": {"city": CITY}, "required": ["city"]}
+ARGUMENTS = {
+    "type": "object",
+    "properties": {"city": CITY},
+    "required": ["city"],
+    "additionalProperties": False,
+}
 SCHEMAS = [
     {"name": name, "description": text, "parameters": ARGUMENTS}
     for name, (text, _) in TOOLS.items()
