@@ -1,6 +1,7 @@
 """Whatever is written for any key: one clear ValueError, or a policy that later steps can use."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
+from vllm_sepllm.policy.initial import protected_end
 from vllm_sepllm.policy.layout import compact_length
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.separators.rules import token_separators
@@ -39,6 +41,8 @@ ANYTHING = st.recursive(
 # what a user is likely to mean, so that not every example fails at its first key
 LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "initial_tokens": st.integers(0, 40),
+    "protect": st.none() | st.integers(0, VOCAB_SIZE - 1),
+    "max_protected": st.integers(1, 200),
     "window": st.integers(16, 300),
     "separators": st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=9),
     "preset": st.sampled_from([None, None, "streaming-llm", "fixed-interval"]),
@@ -69,8 +73,10 @@ def usable(config: ResolvedConfig, num_layers: int, max_model_len: int) -> None:
     SepLLMConfig.from_additional_config({"sepllm": written})
     assert len(config.full_layers) < num_layers
     assert all(0 <= layer < num_layers for layer in config.full_layers)
-    policy = config.policy
     token_ids = [(7 * i) % VOCAB_SIZE for i in range(60)]
+    policy = replace(config.policy, initial_tokens=config.initial.of(token_ids))
+    assert config.policy.initial_tokens <= policy.initial_tokens
+    assert policy.initial_tokens <= config.largest_policy.initial_tokens
     is_separator = config.separators.mask(token_ids)
     mask = visible_mask(policy, is_separator)
     row = [is_visible(policy, list(is_separator), 59, key) for key in range(60)]
@@ -98,8 +104,10 @@ def test_a_clear_error_or_a_usable_policy(
 ) -> None:
     try:
         config = SepLLMConfig.from_additional_config({"sepllm": given_by_user})
+        protect = config.protect
         resolved = config.resolve(
             separators=token_separators(config.separators, None, VOCAB_SIZE),
+            end_id=None if protect is None else protected_end(protect, None, VOCAB_SIZE),
             num_layers=num_layers,
             max_model_len=max_model_len,
             block_size=block_size,

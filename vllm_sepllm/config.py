@@ -5,11 +5,12 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
+from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix
 from vllm_sepllm.policy.separators.definition import (
     IntervalSeparators,
     Separators,
@@ -31,6 +32,11 @@ class SepLLMConfig(BaseModel):
 
     Attributes:
         initial_tokens: tokens at the start of a request that every query reads.
+        protect: a control token of the model's chat template, such as ``"<|im_end|>"``, or its id:
+            every query reads everything up to and including its first occurrence in the prompt,
+            which is the system prompt with its tool schemas.
+        max_protected: most tokens that are protected; a prompt without the token among its first
+            ``max_protected`` tokens has ``initial_tokens`` alone.
         window: most recent tokens that a query reads, itself included. With
             initial_tokens + window a multiple of the block size no block mixes ring and tail.
         separators: "paper", "extended", "unwrapped" or "sentences" (rules applied to the model's
@@ -58,6 +64,8 @@ class SepLLMConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     initial_tokens: Count = 4
+    protect: Annotated[str, Field(strict=True, min_length=1)] | StrictInt | None = None
+    max_protected: Annotated[StrictInt, Field(ge=1, le=_MAX_TOKENS)] = 4096
     window: Annotated[StrictInt, Field(ge=MIN_WINDOW, le=_MAX_TOKENS)] = 252
     separators: (
         SeparatorRule
@@ -120,6 +128,7 @@ class SepLLMConfig(BaseModel):
         self,
         *,
         separators: TokenSeparators,
+        end_id: int | None = None,
         num_layers: int,
         max_model_len: int,
         block_size: int,
@@ -128,6 +137,7 @@ class SepLLMConfig(BaseModel):
 
         Args:
             separators: what ``separators`` means for the model's tokenizer.
+            end_id: the token that ``protect`` names; None: none.
             num_layers: attention layers of the model.
             max_model_len: tokens of the longest request.
             block_size: tokens of a KV block.
@@ -137,8 +147,12 @@ class SepLLMConfig(BaseModel):
                 if ``checkpoint_interval`` is no multiple of the block size.
         """
         interval = self.interval
+        initial: Initial = FixedInitial(self.initial_tokens)
+        if end_id is not None:
+            most = min(self.max_protected, max_model_len)
+            initial = ProtectedPrefix(end_id, most, least=self.initial_tokens)
         return ResolvedConfig(
-            initial_tokens=self.initial_tokens,
+            initial=initial,
             window=self.window,
             max_separators=self._resolved_bound(max_model_len),
             separators=separators if interval is None else IntervalSeparators(interval),
@@ -183,7 +197,7 @@ class ResolvedConfig:
     """The policy that an engine runs and where it applies: nothing is left open.
 
     Attributes:
-        initial_tokens: as in :class:`SepLLMConfig`.
+        initial: how many tokens at the start of a prompt every query reads.
         window: as in :class:`SepLLMConfig`.
         max_separators: separators older than the window that stay visible.
         separators: which tokens are separators.
@@ -191,7 +205,7 @@ class ResolvedConfig:
         checkpoint_interval: tokens between the regular checkpoints of a request.
     """
 
-    initial_tokens: int
+    initial: Initial
     window: int
     max_separators: int
     separators: Separators
@@ -200,8 +214,13 @@ class ResolvedConfig:
 
     @property
     def policy(self) -> Policy:
-        """The engine's policy; a request may choose another window."""
-        return Policy(self.initial_tokens, self.window, self.max_separators)
+        """The engine's policy, of a request that chooses none and protects no prefix."""
+        return Policy(self.initial.least, self.window, self.max_separators)
+
+    @property
+    def largest_policy(self) -> Policy:
+        """The policy of a request with as long a protected prefix as there may be."""
+        return replace(self.policy, initial_tokens=self.initial.most)
 
     def to_json(self) -> dict[str, Any]:
         """JSON values under the keys of :class:`SepLLMConfig`, which would resolve to this."""
@@ -212,8 +231,15 @@ class ResolvedConfig:
             separators = {"separators": asdict(self.separators)}
         else:
             separators = {"separators": list(self.separators.token_ids)}
+        protected: dict[str, Any] = {}
+        if isinstance(self.initial, ProtectedPrefix):
+            protected = {
+                "protect": self.initial.end_id,
+                "max_protected": self.initial.max_tokens,
+            }
         return {
-            "initial_tokens": self.initial_tokens,
+            "initial_tokens": self.initial.least,
+            **protected,
             "window": self.window,
             **separators,
             "max_separators": self.max_separators,
@@ -232,8 +258,13 @@ class ResolvedConfig:
             separators = TokenSeparators(**ids)
         else:
             separators = TokenSeparators(tuple(written["separators"]))
+        initial: Initial = FixedInitial(written["initial_tokens"])
+        if "protect" in written:
+            initial = ProtectedPrefix(
+                written["protect"], written["max_protected"], written["initial_tokens"]
+            )
         return cls(
-            initial_tokens=written["initial_tokens"],
+            initial=initial,
             window=written["window"],
             max_separators=written["max_separators"],
             separators=separators,

@@ -38,6 +38,16 @@ def test_a_model_that_passes(run: Run, tiny_model: Path) -> None:
     assert "window 60, max_separators 1024, full_layers []" in found["settings"]["detail"]
 
 
+def test_a_protected_prefix(run: Run, tiny_model: Path) -> None:
+    """One token of the tokenizer, or a refusal that says so."""
+    found = findings(run, tiny_model, "--config", '{"protect": "<s>", "max_protected": 900}')
+    detail = "'<s>' is one token, 0: it ends a prefix of up to 900 tokens that every query reads"
+    assert found["protect"] == {"name": "protect", "is_ok": True, "detail": detail}
+    assert "protect" not in findings(run, tiny_model)
+    found = findings(run, tiny_model, "--config", '{"protect": "<|end|>"}', code=1)
+    assert "protect must be the text of one token" in found[str(tiny_model)]["detail"]
+
+
 def test_a_refusal_of_ours_and_one_of_vllm(run: Run, tiny_model: Path) -> None:
     options = ("--engine-args", '{"enable_prompt_embeds": true}')
     found = findings(run, tiny_model, *options, code=1)

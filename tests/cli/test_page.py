@@ -89,6 +89,30 @@ def test_show_writes_the_whole_text(
     assert reader.pieces[-5:] == ["\N{CAT FACE}", "", "", "", "\n"]
 
 
+def test_show_colours_a_protected_prefix(
+    run: Run, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Up to the first occurrence of the token, in a colour of its own."""
+    page = tmp_path / "out.html"
+    options = ("-o", page, "--window", 16, "--protect", ";")
+    said = run("show", tiny_model, text_file, *options)
+    text = page.read_text("utf-8")
+    reader = read(text)
+    number = reader.pieces.index(";") + 1
+    assert number > 4
+    assert f"{number} protected, window 16" in said
+    assert reader.classes[: number + 1].count("s0") == number
+    assert json.loads(data_of(text))["initialTokens"] == number
+    assert '<body class="protected">' in text
+    assert '<b class="s0">protected</b>' in text
+    # too late in the text
+    said = run("show", tiny_model, text_file, *options, "--max-protected", number - 1)
+    assert "4 initial, window 16" in said
+    assert '<body class="initial">' in page.read_text("utf-8")
+    refused = run("show", tiny_model, text_file, "-o", page, "--protect", "<|end|>", code=2)
+    assert "protect must be the text of one token" in refused
+
+
 def test_show_stops_at_max_tokens(
     run: Run, tiny_model: Path, text_file: Path, tmp_path: Path
 ) -> None:

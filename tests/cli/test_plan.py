@@ -50,15 +50,31 @@ def test_effects_change_one_setting_at_a_time(run: Run, tiny_model: Path) -> Non
     rows = {row["setting"]: row for row in plan(run, tiny_model)["effects"]}  # type: ignore[attr-defined]
     assert list(rows) == [
         *("window 124", "window 252", "window 508", "window 1020"),
+        *("protected 0 tokens", "protected 1,024 tokens", "protected 4,096 tokens"),
         *("separators 5% of tokens", "separators 13% of tokens", "separators 25% of tokens"),
         *("full layers none", "full layers 0, -1"),  # all 4 layers would leave none
     ]
     assert [name for name, row in rows.items() if row["is_plan"]] == [
-        *("window 252", "separators 13% of tokens", "full layers none")
+        *("window 252", "protected 0 tokens", "separators 13% of tokens", "full layers none")
     ]
     # 4 + 508 + 0.13 x 512
     assert rows["window 508"]["estimate"]["entries"] == 579
     assert rows["separators 25% of tokens"]["estimate"]["entries"] == 448
+
+
+def test_a_protected_prefix_is_kept_beside_window_and_separators(
+    run: Run, tiny_model: Path
+) -> None:
+    """200 + 252 + (1024 - 452) / 11 = 504 entries; the bound of separators and 4 tokens stay."""
+    answer = plan(run, tiny_model, "--protected", 200, "--density", 1 / 11)
+    assert answer["sepllm"]["entries"] == 504  # type: ignore[index]
+    rows = {row["setting"]: row for row in answer["effects"]}  # type: ignore[attr-defined]
+    assert rows["protected 200 tokens"]["is_plan"]
+    assert rows["protected 200 tokens"]["estimate"]["entries"] == 504
+    # 4 + 252 + 768 / 11, and a prefix as long as the request
+    assert rows["protected 0 tokens"]["estimate"]["entries"] == 326
+    assert rows["protected 1,024 tokens"]["estimate"] == answer["full"]
+    assert plan(run, tiny_model, "--protected", 2)["sepllm"] == plan(run, tiny_model)["sepllm"]
 
 
 def test_the_table_says_what_it_is(run: Run, tiny_model: Path) -> None:

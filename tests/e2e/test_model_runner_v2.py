@@ -1,6 +1,7 @@
 """The GPU path end to end in Triton's interpreter: exact, whoever runs the model."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def rule(**policy: Any) -> Rule:
     )
 
 
+def without(token: int, prompts: list[list[int]]) -> list[list[int]]:
+    """The prompts with another token in the place of ``token``."""
+    return [[token + 1 if i == token else i for i in prompt] for prompt in prompts]
+
+
 def continuation(path: Path, prompt: list[int], wanted: Rule) -> list[int]:
     """The oracle's greedy answer."""
     tokens: list[int] = []
@@ -44,14 +50,26 @@ def continuation(path: Path, prompt: list[int], wanted: Rule) -> list[int]:
     return tokens
 
 
-def check(path: Path, rounds: list[list[list[int]]], report: Report, wanted: Rule) -> None:
-    """Every token and log-probability is the oracle's, and full attention's are others."""
+def check(
+    path: Path,
+    rounds: list[list[list[int]]],
+    report: Report,
+    wanted: Rule,
+    initial_tokens: list[list[int]] | None = None,
+) -> None:
+    """Every token and log-probability is the oracle's, and full attention's are others.
+
+    ``initial_tokens`` are those of each prompt; None: the rule's.
+    """
     num_unlike_full = 0
-    for asked, answered in zip(rounds, report.rounds, strict=True):
-        for prompt, tokens, logprobs in zip(asked, answered.tokens, answered.logprobs, strict=True):
+    for number, (asked, answered) in enumerate(zip(rounds, report.rounds, strict=True)):
+        answers = zip(asked, answered.tokens, answered.logprobs, strict=True)
+        for place, (prompt, tokens, logprobs) in enumerate(answers):
             assert len(tokens) == MAX_TOKENS
-            chosen = torch.tensor(tokens)
-            for reference in (wanted, None):
+            chosen, own_rule = torch.tensor(tokens), wanted
+            if initial_tokens is not None:
+                own_rule = replace(wanted, initial_tokens=initial_tokens[number][place])
+            for reference in (own_rule, None):
                 every = log_probabilities(path, (prompt + tokens)[:-1], reference)
                 every = every[len(prompt) - 1 :]
                 if reference is None:
@@ -77,21 +95,29 @@ def arguments(model: Path, policy: dict[str, Any], **llm: Any) -> dict[str, Any]
 def test_v2_is_exact_and_reuses_prefixes(engines: Engines, tiny_llama_path: Path) -> None:
     """Proves builder, kernels and checkpoints under Model Runner V2, with a tail that wraps.
 
-    Chunks of 96 tokens of up to three requests at once; the second round continues the first.
+    Chunks of 96 tokens of up to three requests at once; the second round continues the first, the
+    third has other initial tokens, one of them a protected prefix that ends with the token 2.
     """
-    policy = {"max_separators": 5, "checkpoint_interval": 64}
-    first = random_prompts(200, 17, 90, 131)
-    more = random_prompts(40, 40, 40, 40)
+    end = 2
+    policy = {"max_separators": 5, "checkpoint_interval": 64, "protect": end, "max_protected": 150}
+    first = without(end, random_prompts(200, 17, 90, 131))
+    more = without(end, random_prompts(40, 40, 40, 40))
     second = [prompt + extra for prompt, extra in zip(first, more, strict=True)]
-    rounds = [first, second]
-    report = engines.run(rounds, MAX_TOKENS, llm=arguments(tiny_llama_path, policy))
+    third = [first[0], first[2], [*first[3][:70], end, *first[3]]]
+    rounds = [first, second, third]
+    chosen = [{"sepllm_initial_tokens": 150}, {"sepllm_initial_tokens": 0}, None]
+    choices = [[None] * 4, [None] * 4, chosen]
+    report = engines.run(
+        rounds, MAX_TOKENS, llm=arguments(tiny_llama_path, policy), choices=choices
+    )
     assert report.classes == {
         "scheduler": "SepLLMScheduler",
         "runner": "vllm.v1.worker.cpu.model_runner",
         "impl": "SepLLMGPUImpl",
         "backend": "SepLLMTritonAttentionBackend",
     }
-    check(tiny_llama_path, rounds, report, rule(max_separators=5))
+    initial_tokens = [[3] * 4, [3] * 4, [150, 0, 71]]
+    check(tiny_llama_path, rounds, report, rule(max_separators=5), initial_tokens)
     assert sum(report.rounds[1].num_cached_tokens) > 200
 
 

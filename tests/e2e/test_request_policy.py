@@ -82,6 +82,8 @@ def test_what_cannot_be_served_is_refused(
     text = excerpt(0, 600)
     for given, num_tokens, sentence in (
         ({"sepllm_window": 8}, 4, "sepllm_window must be at least 16 here, got 8"),
+        ({"sepllm_initial_tokens": -1}, 4, "sepllm_initial_tokens must be at least 0 here, got -1"),
+        ({"sepllm_initial_tokens": 1900}, 1400, "needs up to 63 KV blocks .* the engine has 39"),
         ({"sepllm_size": 64}, 4, "unknown key 'sepllm_size'"),
         ({"sepllm": False}, 1400, "needs up to 63 KV blocks .* the engine has 39"),
     ):

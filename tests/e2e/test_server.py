@@ -165,6 +165,15 @@ def test_a_request_chooses_its_policy(client: OpenAI, documents: list[str]) -> N
         ({"sepllm": "off"}, {}, "sepllm must be true (the engine's policy) or false"),
         ({"sepllm_separators": 3}, {}, "unknown key 'sepllm_separators'"),
         ({"sepllm": False, "sepllm_window": 60}, {}, "give one of the two"),
+        (
+            {"sepllm_initial_tokens": "9"},
+            {},
+            "sepllm_initial_tokens must be an integer number of tokens",
+        ),
+        ({"sepllm_initial_tokens": -1}, {}, "sepllm_initial_tokens must be at least 0 here, got"),
+        ({"sepllm_initial_tokens": 9000}, {}, "at most max_model_len, which is 8192, got 9000"),
+        ({"sepllm": False, "sepllm_initial_tokens": 9}, {}, "give one of the two"),
+        (None, {"sepllm_initial_tokens": 9}, "put it into vllm_xargs"),
         (None, {"sepllm_window": 60}, "put it into vllm_xargs"),
         ({"sepllm": False}, {"use_beam_search": True}, "beam search"),
     ):

@@ -26,9 +26,13 @@ def test_short_requests_and_wide_windows_equal_stock_vllm(
     short = [excerpt(700 * i, n) for i, n in enumerate((1, 31, 100, 192))]
     long = [excerpt(700 * i, n) for i, n in enumerate((63, 500, 1900))]
     stock = run(four_layers_path, short, 64, enable_prefix_caching=False)
-    default = run(four_layers_path, short, 64, attention_backend="sepllm")
+    whole = [{"sepllm_initial_tokens": 1800}] * len(long)
+    with engine(four_layers_path, **COMMON, attention_backend="sepllm") as made:
+        default = made.generate(short, 64)
+        initial = made.generate(long, 64, choices=whole)
     assert default == stock
     stock = run(four_layers_path, long, 64, enable_prefix_caching=False)
+    assert initial == stock
     wide = run(
         four_layers_path,
         long,

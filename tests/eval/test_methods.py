@@ -1,5 +1,7 @@
 """Budgets are those of the rule, and the methods that are compared keep as many tokens."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from vllm_sepllm.policy.visibility import Policy, visible_mask
 SEPARATORS = (3, 5)
 FACTS = ModelFacts(
     lambda spec: TokenSeparators(() if spec == () else SEPARATORS),
+    end_id=lambda protect: {"end": 20}[str(protect)],
     num_layers=10,
     max_model_len=4000,
 )
@@ -43,11 +46,28 @@ def test_mean_kept_is_the_mean_of_the_masks_rows() -> None:
     assert mean_kept(None, [part], FACTS) == pytest.approx(full.mean())
 
 
+def test_a_protected_prefix_is_kept_of_each_request_as_far_as_it_goes() -> None:
+    """One of 100 tokens, and one that begins too late."""
+    settings = {"protect": "end", "max_protected": 100, "window": 20}
+    for place, initial_tokens in ((99, 100), (100, 4)):
+        part = span(400, 200)
+        token_ids = [*part.token_ids[:place], 20, *part.token_ids[place + 1 :]]
+        rows = visible_mask(Policy(initial_tokens, 20), np.isin(token_ids, SEPARATORS)).sum(axis=1)
+        found = mean_kept(settings, [Span(token_ids, 200)], FACTS)
+        assert found == pytest.approx(rows[200:].mean())
+    wanted = [Method("protected", settings), Method("s", {"preset": STREAMING}, "protected")]
+    parts = [Span([*range(19)] * 5 + [20, *range(19)] * 10, 200)]
+    _, streaming = resolve(wanted, parts, FACTS)
+    assert streaming.settings is not None
+    assert streaming.settings["initial_tokens"] == 4
+    kept = mean_kept(settings, parts, FACTS)
+    assert mean_kept(streaming.settings, parts, FACTS) == pytest.approx(kept, rel=0.02)
+
+
 def test_separators_are_bounded_as_in_the_engine() -> None:
     """Three of four tokens are separators, a quarter of max_model_len stays."""
-    facts = ModelFacts(
-        lambda _spec: TokenSeparators(tuple(range(15))), num_layers=10, max_model_len=401
-    )
+    separators = TokenSeparators(tuple(range(15)))
+    facts = replace(FACTS, separators=lambda _spec: separators, max_model_len=401)
     part = span(400, 200)
     is_separator = np.isin(part.token_ids, range(15))
     assert is_separator.mean() > 0.5

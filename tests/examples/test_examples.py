@@ -2,10 +2,12 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
@@ -36,6 +38,10 @@ def run_example(*command: str, **variables: str) -> str:
 def base_url(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that examples/serve.sh started, stopped after this module."""
     command = [str(EXAMPLES / "serve.sh"), str(smollm2_path), "--enforce-eager"]
+    command += ["--additional-config", '{"sepllm": {"protect": "<|im_end|>"}}']
+    # a small model would fill a tool's call with blanks
+    blanks = '{"backend": "xgrammar", "disable_any_whitespace": true}'
+    command += ["--structured-outputs-config", blanks]
     command += ["--kv-cache-memory-bytes", str(256 * 2**20)]
     with serving(command, tmp_path_factory.mktemp("serve") / "log", START_SECONDS) as url:
         yield url
@@ -54,6 +60,22 @@ def test_server_script_and_streaming_client(base_url: str, document: Path) -> No
     question = "Which insect is this text about?"
     answer = run_example(str(EXAMPLES / "ask.py"), str(document), question, base_url)
     assert "glow-worm" in answer.lower()
+
+
+@pytest.mark.slow
+def test_agent_with_tools(base_url: str) -> None:
+    """Each question leads to a call of a tool and an answer, in a chat that outgrows the window.
+
+    Which tool a model of this size calls is its own affair; no request forgets its schemas.
+    """
+    questions = [f"What is the weather in {city} now?" for city in ("Osaka", "Lisbon") * 2]
+    output = run_example(str(EXAMPLES / "agent.py"), *questions, SEPLLM_URL=base_url)
+    calls = re.findall(r"^call: (?:weather|utc_offset)\((?:Osaka|Lisbon)\)$", output, re.M)
+    answers = re.findall(r"^answer: .+", output, re.M)
+    assert len(calls) == len(answers) == 4
+    page = urlopen(base_url.removesuffix("/v1") + "/metrics").read().decode()
+    (unprotected,) = re.findall(r"^vllm:sepllm_unprotected_requests_total\{.*\} (.+)$", page, re.M)
+    assert float(unprotected) == 0.0
 
 
 def test_server_script_wants_a_model() -> None:

@@ -38,7 +38,7 @@ def test_kept_tokens_are_what_the_last_query_reads(
 
 
 def test_a_window_as_long_as_any_request_is_full_attention() -> None:
-    assert [label(Policy(4, n), 512) for n in (252, 511, 512, 600)] == [
+    assert [label(n, 512) for n in (252, 511, 512, 600)] == [
         "252",
         "511",
         "full",

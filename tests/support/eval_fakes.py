@@ -15,7 +15,10 @@ from vllm_sepllm.eval.text import Excerpt, Texts
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 FACTS = ModelFacts(
-    lambda spec: TokenSeparators(() if spec == () else (0,)), num_layers=4, max_model_len=200
+    lambda spec: TokenSeparators(() if spec == () else (0,)),
+    end_id=int,
+    num_layers=4,
+    max_model_len=200,
 )
 SEPLLM = {"window": 20}
 BOOKS = Texts(

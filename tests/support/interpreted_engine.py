@@ -87,7 +87,7 @@ class Engines:
             rounds: token ids of the prompts, one round after the other.
             max_tokens: of each answer.
             options: ``llm``: arguments of vllm.LLM; ``runner``: "v1" or "v2"; ``asynchronous``:
-                with asynchronous scheduling.
+                with asynchronous scheduling; ``choices``: extra_args of the prompts of each round.
 
         Raises:
             AssertionError: if the engine failed, with what it wrote.
@@ -203,12 +203,10 @@ def _answer(job: dict[str, Any]) -> None:
         "seed": 0,
     }
     with started(runner, **(defaults | job["llm"])) as llm:
-        print("\n" + MARK + json.dumps(_report(llm, job["rounds"], job["max_tokens"])), flush=True)
+        print("\n" + MARK + json.dumps(_report(llm, job)), flush=True)
 
 
-def _report(llm: Any, rounds: list[list[list[int]]], max_tokens: int) -> dict[str, Any]:
-    from vllm import SamplingParams
-
+def _report(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     core = llm.llm_engine.engine_core.engine_core
     scheduler, worker = core.scheduler, core.model_executor.driver_worker.worker
     layer = next(iter(worker.vllm_config.compilation_config.static_forward_context.values()))
@@ -229,10 +227,11 @@ def _report(llm: Any, rounds: list[list[list[int]]], max_tokens: int) -> dict[st
         return update(scheduled, output)
 
     scheduler.schedule, scheduler.update_from_output = schedule, update_from_output
-    sampling = SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, detokenize=False
-    )
-    answers = [_round(llm.generate(_prompts(r), sampling, use_tqdm=False)) for r in rounds]
+    choices = job.get("choices") or [[None] * len(prompts) for prompts in job["rounds"]]
+    answers = [
+        _round(llm.generate(_prompts(r), _sampling(job["max_tokens"], c), use_tqdm=False))
+        for r, c in zip(job["rounds"], choices, strict=True)
+    ]
     pool = scheduler.kv_cache_manager.block_pool
     assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1, "blocks were not given back"
     return {
@@ -246,6 +245,13 @@ def _report(llm: Any, rounds: list[list[list[int]]], max_tokens: int) -> dict[st
         "num_preemptions": sum(preempted.values()),
         "num_accepted": accepted[0],
     }
+
+
+def _sampling(max_tokens: int, choices: list[dict[str, Any] | None]) -> list[Any]:
+    from vllm import SamplingParams
+
+    greedy = {"temperature": 0, "max_tokens": max_tokens, "ignore_eos": True, "logprobs": 0}
+    return [SamplingParams(**greedy, detokenize=False, extra_args=own) for own in choices]
 
 
 def _prompts(token_ids: list[list[int]]) -> list[dict[str, list[int]]]:

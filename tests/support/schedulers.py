@@ -103,7 +103,7 @@ def make_scheduler(setting: Setting, *, log_stats: bool = False) -> Any:
     if setting.kind == "stock":
         specs = [FULL]
     else:
-        policy = read_config(config).policy
+        policy = read_config(config).largest_policy
         specs.append(SepLLMSpec.from_full_attention(FULL, policy))
     groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
     cache_config = KVCacheConfig(setting.num_blocks, [], groups)

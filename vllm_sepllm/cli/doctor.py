@@ -138,10 +138,15 @@ def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]
         by = "refused by vLLM itself" if verdict.is_stock else "refused by sepllm"
         return [Check(model, False, f"{by}: {verdict.refusal}")]
     resolved = ", ".join(f"{name} {value}" for name, value in verdict.settings.items())
-    return [
+    checks = [
         Check(model, True, f"not refused; {NOT_LOADED}"),
         Check("settings", None, resolved),
     ]
+    if settings.get("protect") is not None:
+        end_id, most = verdict.settings["protect"], verdict.settings["max_protected"]
+        found = f"{settings['protect']!r} is one token, {end_id}: it ends a prefix of up to {most}"
+        checks.append(Check("protect", True, f"{found} tokens that every query reads"))
+    return checks
 
 
 def _print(checks: list[Check], is_ok: bool) -> None:

@@ -14,6 +14,7 @@ from vllm_sepllm.cli.doctor import installed_version
 from vllm_sepllm.cli.eval_progress import Progress
 from vllm_sepllm.cli.kv_sizes import load_shape
 from vllm_sepllm.cli.tokens import load_tokenizer
+from vllm_sepllm.policy.initial import protected_end
 from vllm_sepllm.policy.separators.rules import token_separators
 
 if TYPE_CHECKING:  # they import torch
@@ -51,7 +52,12 @@ def evaluate(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     longest = max(task.length for task, _ in built)
-    facts = ModelFacts(lambda spec: token_separators(spec, tokenizer), num_layers, longest)
+    facts = ModelFacts(
+        lambda spec: token_separators(spec, tokenizer),
+        lambda protect: protected_end(protect, tokenizer, len(tokenizer)),
+        num_layers,
+        longest,
+    )
     described = {
         "model": model,
         "engine": wanted.engine,

@@ -34,6 +34,7 @@ def build_page(
     is_separator: BoolArray,
     policy: Policy,
     note: str = "",
+    initial: str = "initial",
 ) -> str:
     """The whole page, showing the last position until its script has started.
 
@@ -44,6 +45,7 @@ def build_page(
         is_separator: [num_tokens], whether each is a separator.
         policy: a, n and s.
         note: a sentence below the plot.
+        initial: what the initial tokens are, "initial" or "protected", each in its colour.
     """
     last = len(pieces) - 1
     states = token_states(policy, is_separator, last)
@@ -52,6 +54,7 @@ def build_page(
     parts = {
         "title": html.escape(title),
         "subtitle": html.escape(subtitle),
+        "initial": html.escape(initial),
         "style": asset("page.css"),
         "script": asset("page.js"),
         "last": str(last),

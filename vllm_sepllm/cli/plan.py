@@ -1,7 +1,7 @@
 """``vllm-sepllm plan``: bytes and concurrent requests, full attention against sepllm."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -20,10 +20,12 @@ from vllm_sepllm.cli.kv_sizes import (
 )
 from vllm_sepllm.cli.sizes import format_bytes
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
+from vllm_sepllm.policy.initial import FixedInitial
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 LABEL = "arithmetic, not a measurement"
 WINDOWS = (124, 252, 508, 1020)
+PROTECTED = (0, 1024, 4096)
 DENSITIES = (0.05, 0.13, 0.25)
 FULL_LAYERS = ((), (0, -1), (0, 1, -2, -1))
 
@@ -69,6 +71,9 @@ def plan(
         float, typer.Option(min=0, max=1, help="Share of separators beyond the window.")
     ] = 0.13,
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
+    protected: Annotated[
+        int, typer.Option(min=0, help="Tokens of the prefix that `protect` keeps of each request.")
+    ] = 0,
     window: options.Window = options.DEFAULTS.window,
     max_separators: options.MaxSeparators = None,
     full_layers: options.FullLayers = None,
@@ -91,7 +96,7 @@ def plan(
         full_layers=options.layer_indices(full_layers),
     )
     try:
-        made = make_plan(model, shape, deployment, config, density)
+        made = make_plan(model, shape, deployment, config, density, protected)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if as_json:
@@ -101,14 +106,19 @@ def plan(
 
 
 def make_plan(
-    model: str, shape: KVShape, deployment: Deployment, config: SepLLMConfig, density: float
+    model: str,
+    shape: KVShape,
+    deployment: Deployment,
+    config: SepLLMConfig,
+    density: float,
+    protected: int = 0,
 ) -> Plan:
     """All estimates for one model and deployment.
 
     Raises:
         ValueError: if the settings do not go with the model.
     """
-    resolved = _resolve(config, shape, deployment)
+    resolved = _resolve(config, shape, deployment, protected)
     settings = resolved.to_json()
     del settings["separators"]  # of a configuration without a preset
     return Plan(
@@ -121,7 +131,7 @@ def make_plan(
         full=estimate(shape, deployment, None, density),
         sepllm=estimate(shape, deployment, resolved, density),
         worst=estimate(shape, deployment, resolved, 1.0),
-        effects=list(effects(shape, deployment, config, density)),
+        effects=list(effects(shape, deployment, config, density, protected)),
     )
 
 
@@ -134,7 +144,10 @@ def _resolved_dtype(dtype: str, shape: KVShape) -> str:
     return dtype
 
 
-def _resolve(config: SepLLMConfig, shape: KVShape, deployment: Deployment) -> ResolvedConfig:
+def _resolve(
+    config: SepLLMConfig, shape: KVShape, deployment: Deployment, protected: int
+) -> ResolvedConfig:
+    """As an engine resolves it, for requests with a protected prefix of so many tokens."""
     resolved = config.resolve(
         separators=TokenSeparators(()),
         num_layers=shape.num_layers,
@@ -142,21 +155,25 @@ def _resolve(config: SepLLMConfig, shape: KVShape, deployment: Deployment) -> Re
         block_size=deployment.block_size,
     )
     check_layers(shape, resolved.full_layers)
-    return resolved
+    return replace(resolved, initial=FixedInitial(max(config.initial_tokens, protected)))
 
 
 def effects(
-    shape: KVShape, deployment: Deployment, config: SepLLMConfig, density: float
+    shape: KVShape, deployment: Deployment, config: SepLLMConfig, density: float, protected: int
 ) -> Iterator[Row]:
     """The plan with one value changed at a time; values that the model cannot take are left out."""
 
-    def row(setting: str, changed: SepLLMConfig, density: float, is_plan: bool) -> Row:
-        resolved = _resolve(changed, shape, deployment)
+    def row(
+        setting: str, changed: SepLLMConfig, density: float, is_plan: bool, kept: int = protected
+    ) -> Row:
+        resolved = _resolve(changed, shape, deployment, kept)
         return Row(setting, is_plan, estimate(shape, deployment, resolved, density))
 
     for window in sorted({*WINDOWS, config.window}):
         changed = config.model_copy(update={"window": window})
         yield row(f"window {window}", changed, density, window == config.window)
+    for kept in sorted({*PROTECTED, protected}):
+        yield row(f"protected {kept:,} tokens", config, density, kept == protected, kept)
     for value in sorted({*DENSITIES, density}):
         yield row(f"separators {value:.0%} of tokens", config, value, value == density)
     for layers in sorted({*FULL_LAYERS, config.full_layers}, key=len):

@@ -9,6 +9,7 @@ from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
+from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix, protected_end
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.rules import RULES, token_separators
 from vllm_sepllm.policy.visibility import BoolArray, Policy
@@ -24,6 +25,13 @@ def show(
     ] = None,
     separators: Annotated[str, typer.Option(help=f"Rule: {', '.join(RULES)}.")] = "extended",
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
+    protect: Annotated[
+        str | None,
+        typer.Option(help="Control token that ends a protected prefix, such as '<|im_end|>'."),
+    ] = None,
+    max_protected: Annotated[
+        int, typer.Option(min=1, help="Most tokens that --protect keeps.")
+    ] = options.DEFAULTS.max_protected,
     window: options.Window = options.DEFAULTS.window,
     max_separators: options.MaxSeparators = None,
     max_tokens: Annotated[
@@ -44,7 +52,6 @@ def show(
     Without --max-separators no separator is forgotten.
     """
     text = options.read_text(file)
-    policy = Policy(initial_tokens, window, max_separators)
     page = output or Path(f"{file.stem}-kept.html")
     if page.resolve() == file.resolve():
         raise typer.BadParameter(f"--output {page} is FILE itself; name another file")
@@ -54,14 +61,21 @@ def show(
     tokens = tokenise(tokenizer, text)
     ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]
     is_separator = _by_rule(separators, tokenizer).mask(ids)
+    initial: Initial = FixedInitial(initial_tokens)
+    if protect is not None:
+        initial = ProtectedPrefix(_end_id(protect, tokenizer), max_protected, initial_tokens)
+    policy = Policy(initial.of(ids), window, max_separators)
+    is_protected = protect is not None and initial.is_in(ids)
+    kind = "protected" if is_protected else "initial"
     bound = "" if max_separators is None else f" (at most {max_separators:,})"
     part = "" if len(ids) == len(tokens.ids) else f"the first of {len(tokens.ids):,}, "
     subtitle = (
-        f"{len(ids):,} tokens of {Path(model).name}, {part}{initial_tokens} initial, "
+        f"{len(ids):,} tokens of {Path(model).name}, {part}{policy.initial_tokens:,} {kind}, "
         f"window {window}, {separators} separators{bound}"
     )
     note = _attention(model, ids, is_separator, policy) if attention else ""
-    page.write_text(build_page(file.name, subtitle, pieces, is_separator, policy, note), "utf-8")
+    made = build_page(file.name, subtitle, pieces, is_separator, policy, note, kind)
+    page.write_text(made, "utf-8")
     for line in filter(None, (f"{page}: {subtitle}", note)):
         make_console().print(line, markup=False, soft_wrap=True)
 
@@ -90,6 +104,13 @@ def _attention(model: str, ids: list[int], is_separator: BoolArray, policy: Poli
         + ", ".join(parts)
         + "."
     )
+
+
+def _end_id(protect: str, tokenizer: Any) -> int:
+    try:
+        return protected_end(protect, tokenizer, len(tokenizer))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _by_rule(rule: str, tokenizer: Any) -> TokenSeparators:

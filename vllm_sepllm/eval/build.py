@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_sepllm.eval import cloze, suite_file
 from vllm_sepllm.eval.needle import Needles, needles
+from vllm_sepllm.eval.obey import obedience
 from vllm_sepllm.eval.questions import Question, Scored, encode
 from vllm_sepllm.eval.suite_file import Suite
 from vllm_sepllm.eval.task import Task
@@ -51,6 +52,8 @@ def _tasks(spec: suite_file.TaskSpec, data: Path, tokenizer: Any) -> list[Task]:
             return _texts(spec, _texts_of(data, spec.files), tokenizer)
         case suite_file.NeedleSpec():
             return _needles(spec, _texts_of(data, spec.files), tokenizer)
+        case suite_file.ObeySpec():
+            return _obedience(spec, _texts_of(data, spec.files), tokenizer)
         case suite_file.ClozeSpec():
             return [_cloze(spec, _texts_of(data, spec.files), tokenizer)]
         case suite_file.QaSpec():
@@ -117,6 +120,22 @@ def _needles(spec: suite_file.NeedleSpec, texts: Mapping[str, str], tokenizer: A
         )
         tasks.append(Needles(f"{spec.name}-{length}", length, tuple(items), None, spec.round))
     return tasks
+
+
+def _obedience(spec: suite_file.ObeySpec, texts: Mapping[str, str], tokenizer: Any) -> list[Task]:
+    return [
+        obedience(
+            tokenizer,
+            list(texts.values()),
+            name=f"{spec.name}-{instruction}-{length}",
+            instruction=instruction,
+            length=length,
+            num_items=spec.items,
+            num_a_round=spec.round,
+        )
+        for length in dict.fromkeys(spec.context)
+        for instruction in dict.fromkeys(spec.instructions)
+    ]
 
 
 def _scored(

@@ -54,11 +54,13 @@ class ModelFacts:
 
     Attributes:
         separators: what ``separators`` of a configuration means for its tokenizer.
+        end_id: the token that ``protect`` of a configuration means for it.
         num_layers: of the model, all with ordinary attention.
         max_model_len: of every engine of the run; bounds the separators where the settings do not.
     """
 
     separators: Callable[[Any], TokenSeparators]
+    end_id: Callable[[str | int], int]
     num_layers: int
     max_model_len: int
 
@@ -79,7 +81,8 @@ def mean_kept(
     means = []
     for span in spans:
         position = np.arange(len(span.token_ids))
-        kept = kept_lengths(config.policy, config.separators.mask(span.token_ids))
+        policy = replace(config.policy, initial_tokens=config.initial.of(span.token_ids))
+        kept = kept_lengths(policy, config.separators.mask(span.token_ids))
         means.append((share * (position + 1) + (1 - share) * kept)[span.first :])
     return float(np.concatenate(means).mean())
 
@@ -145,6 +148,7 @@ def _resolved(settings: Mapping[str, Any], facts: ModelFacts) -> ResolvedConfig:
     config = _config(settings)
     return config.resolve(
         separators=facts.separators(config.separators),
+        end_id=None if config.protect is None else facts.end_id(config.protect),
         num_layers=facts.num_layers,
         max_model_len=facts.max_model_len,
         # the engine's own is unknown here; nothing that is kept depends on it, and 1 never refuses

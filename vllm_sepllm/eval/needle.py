@@ -4,18 +4,20 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vllm_sepllm.eval.engine import Engine
 from vllm_sepllm.eval.methods import Span
+from vllm_sepllm.eval.prompts import chat_ids, filled
 from vllm_sepllm.eval.store import Store
 from vllm_sepllm.eval.task import Task
 
 MAX_ANSWER_TOKENS = 24
+# one more character of the text also moves the needle
+_SLACK = 8
 _CITIES = ("Lisbon", "Nairobi", "Osaka", "Quito", "Tallinn", "Perth", "Oslo", "Lima", "Cairo")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# tokens by which one more character may lengthen a prompt: it also moves the needle
-_SLACK = 8
 _TASK = "Read the text. A secret number is hidden in it."
 
 
@@ -89,37 +91,10 @@ def needles(
             text = texts[len(found) % len(texts)]
             city, number = chance.choice(_CITIES), str(chance.randrange(1000000, 9999999))
             start = chance.randrange(len(text) // 10, max(1, len(text) // 2))
-            ids = _fit(tokenizer, text[start:], city, number, depth, length - MAX_ANSWER_TOKENS)
-            _check_filled(len(ids), length)
-            found.append(Needle(f"{depth:g}-{repeat}", length, depth, tuple(ids), number))
+            prompt = partial(_prompt, tokenizer, city=city, number=number, depth=depth)
+            ids = filled(prompt, text[start:], length, MAX_ANSWER_TOKENS, _SLACK)
+            found.append(Needle(f"{depth:g}-{repeat}", length, depth, ids, number))
     return found
-
-
-def _fit(
-    tokenizer: Any, text: str, city: str, number: str, depth: float, limit: int
-) -> Sequence[int]:
-    """The longest prompt of at most ``limit`` tokens, in whole characters of the text."""
-    low, high = 0, min(len(text), 8 * limit)
-    while low < high:
-        middle = (low + high + 1) // 2
-        ids = _prompt(tokenizer, text[:middle], city, number, depth)
-        low, high = (middle, high) if len(ids) <= limit else (low, middle - 1)
-    return _prompt(tokenizer, text[:low], city, number, depth)
-
-
-def _check_filled(num_tokens: int, length: int) -> None:
-    limit = length - MAX_ANSWER_TOKENS
-    if num_tokens > limit:
-        raise ValueError(
-            f"a needle's context of {length:,} tokens holds no text: the question takes "
-            f"{num_tokens:,} tokens and the answer {MAX_ANSWER_TOKENS}; give a longer "
-            "context"
-        )
-    if num_tokens < limit - _SLACK:
-        raise ValueError(
-            f"needles of {length:,} tokens need more text: behind its random start a text fills "
-            f"{num_tokens:,} tokens of {limit:,}; give a longer text or a shorter context"
-        )
 
 
 def _prompt(tokenizer: Any, text: str, city: str, number: str, depth: float) -> list[int]:
@@ -128,13 +103,8 @@ def _prompt(tokenizer: Any, text: str, city: str, number: str, depth: float) -> 
     question = f"What is the secret number of {city}?"
     body = f"{_TASK}\n\n{hide(text, fact, depth)}\n\n{question} Answer with the number."
     if tokenizer.chat_template is None:
-        ids = tokenizer(f"{body}\nThe secret number of {city} is")["input_ids"]
-    else:
-        message = [{"role": "user", "content": body}]
-        chat = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        # the template has written the special tokens already
-        ids = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    return list(ids)
+        return list(tokenizer(f"{body}\nThe secret number of {city} is")["input_ids"])
+    return chat_ids(tokenizer, [{"role": "user", "content": body}])
 
 
 def hide(text: str, fact: str, depth: float) -> str:

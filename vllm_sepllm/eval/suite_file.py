@@ -96,6 +96,22 @@ class NeedleSpec(_Spec):
     needles: Positive = 2
 
 
+class ObeySpec(_Spec):
+    """Instructions in a system prompt before a long conversation (eval/obey.py).
+
+    Attributes:
+        context: tokens of system prompt, conversation and answer, one task each.
+        instructions: "word", "tool" or both, one task each.
+        items: of each context and instruction.
+    """
+
+    kind: Literal["obey"]
+    files: list[str] = Field(min_length=1)
+    context: list[Context] = Field(min_length=1)
+    instructions: list[Literal["word", "tool"]] = Field(["word", "tool"], min_length=1)
+    items: Positive = 20
+
+
 class ClozeSpec(_Spec):
     """Passages that break off before a name (eval/cloze.py).
 
@@ -145,7 +161,7 @@ class HarnessSpec(_Spec):
     questions: Positive | None = None
 
 
-TaskSpec = TextSpec | NeedleSpec | ClozeSpec | QaSpec | HarnessSpec
+TaskSpec = TextSpec | NeedleSpec | ObeySpec | ClozeSpec | QaSpec | HarnessSpec
 
 
 class Suite(BaseModel):

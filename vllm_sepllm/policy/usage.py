@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vllm_sepllm.policy.step.decode import compact_lengths
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import AnyPolicy, IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +24,18 @@ class Usage:
     blocks_saved: int
 
 
-def label(policy: Policy, max_model_len: int) -> str:
-    """The policy for people: its window, or ``full`` where no token ever leaves it."""
-    return "full" if policy.window >= max_model_len else str(policy.window)
+def label(window: int, max_model_len: int) -> str:
+    """A policy for people: its window, or ``full`` where no token ever leaves it."""
+    return "full" if window >= max_model_len else str(window)
 
 
 def usage(
-    policy: Policy, num_tokens: IntArray, num_spilled: IntArray, block_sizes: Sequence[int]
+    policy: AnyPolicy, num_tokens: IntArray, num_spilled: IntArray, block_sizes: Sequence[int]
 ) -> Usage:
     """The sums.
 
     Args:
-        policy: a, n and s.
+        policy: a, n and s, of all requests or of each.
         num_tokens: [num_requests], computed tokens of each.
         num_spilled: [num_requests], separators that left the window in them.
         block_sizes: tokens of a block, for each KV cache group with this policy.

@@ -43,6 +43,7 @@ def test_the_scheduler_plans_windows_and_ends_what_it_cannot_serve(rig: Schedule
     scheduler = rig.scheduler
     pool = scheduler.kv_cache_manager.block_pool
     scheduler.add_request(request("small", {"sepllm_window": 32}))
+    scheduler.add_request(request("initial", {"sepllm_initial_tokens": 40}))
     scheduler.add_request(request("unknown", {"sepllm_size": 32}))
     num_blocks, pool.num_gpu_blocks = pool.num_gpu_blocks, 3
     scheduler.add_request(request("unfit", {"sepllm": False}))
@@ -52,6 +53,8 @@ def test_the_scheduler_plans_windows_and_ends_what_it_cannot_serve(rig: Schedule
     assert not {"unknown", "unfit"} & set(output.num_scheduled_tokens)
     plan = attached_plan(output)
     assert plan.policy.window[plan.rows["small"]] == 32
+    assert plan.policy.initial_tokens[plan.rows["initial"]] == 40
+    assert sorted(np.unique(plan.policy.initial_tokens)) == [4, 40]
     assert sorted(np.unique(plan.policy.window)) == [32, 252]
     ended = {
         made.request_id: made.finish_reason
@@ -81,6 +84,9 @@ def test_front_ends_refuse_with_an_error_of_the_client(rig: SchedulerRig) -> Non
     for extra_args, num_prompt, sentence in (
         ({"sepllm": False}, 3000, "needs up to"),
         ({"sepllm_window": 5}, 3, "sepllm_window must be at least 16 here, got 5"),
+        ({"sepllm_initial_tokens": 2900}, 3000, "a smaller .* sepllm_initial_tokens or max_tokens"),
+        ({"sepllm_initial_tokens": -1}, 3, "sepllm_initial_tokens must be at least 0 here, got -1"),
+        ({"sepllm_initial_tokens": "4"}, 3, "sepllm_initial_tokens must be an integer number"),
     ):
         asked: Any = SimpleNamespace(
             sampling_params=SamplingParams(max_tokens=16, extra_args=extra_args),

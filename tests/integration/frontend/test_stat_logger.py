@@ -72,16 +72,16 @@ def test_reports_of_all_engines_and_policies_are_shown(model: str) -> None:
     manager = StatLoggerManager(selected(model), engine_idxs=[0, 1])
     names = [*stat_logger.GAUGES, *stat_logger.COUNTERS]
     assert shown() == {(name, e, "252"): 0 for name in names for e in "01"}
-    manager.record(sent({"252": PolicyUsage(100, 60, 3, 5, 7)}), None, engine_idx=0)
+    manager.record(sent({"252": PolicyUsage(100, 60, 3, 5, 7, 1)}), None, engine_idx=0)
     manager.record(sent({"252": PolicyUsage(10, 10, 0, 0, 1)}), None, engine_idx=1)
-    other = {"252": PolicyUsage(200, 90, 4, 2, 7), "full": PolicyUsage(50, 50, 0, 0, 0)}
+    other = {"252": PolicyUsage(200, 90, 4, 2, 7, 3), "full": PolicyUsage(50, 50, 0, 0, 0, 0)}
     manager.record(sent(other), None, engine_idx=0)
     manager.record(sent(None), None, engine_idx=0)
     manager.record(None, None, engine_idx=0)
     found = shown()
-    assert [found[name, "0", "252"] for name in names] == [200, 90, 4, 7, 7]
-    assert [found[name, "1", "252"] for name in names] == [10, 10, 0, 1, 0]
-    assert [found[name, "0", "full"] for name in names] == [50, 50, 0, 0, 0]
+    assert [found[name, "0", "252"] for name in names] == [200, 90, 4, 7, 7, 4]
+    assert [found[name, "1", "252"] for name in names] == [10, 10, 0, 1, 0, 0]
+    assert [found[name, "0", "full"] for name in names] == [50, 50, 0, 0, 0, 0]
     page = generate_latest(REGISTRY).decode()
     assert 'vllm:sepllm_spilled_separators_total{engine="0",' in page
     assert f'model_name="{model}",window="252"' in page
@@ -129,7 +129,7 @@ def test_the_log_shows_what_is_kept(model: str, caplog: pytest.LogCaptureFixture
 def test_no_line_where_vllm_writes_none(model: str, caplog: pytest.LogCaptureFixture) -> None:
     """As with several API servers: each would know a part."""
     manager = StatLoggerManager(selected(model), client_count=2)
-    manager.record(sent({"252": PolicyUsage(100, 60, 3, 5, 7)}), None)
+    manager.record(sent({"252": PolicyUsage(100, 60, 3, 5, 7, 1)}), None)
     assert lines_of(manager, caplog) == []
     assert shown()["kept_tokens", "0", "252"] == 60
 
@@ -140,7 +140,7 @@ def test_a_report_harms_nobody_who_does_not_know_it(
     """A frontend that got its VllmConfig from another process and has stock loggers."""
     manager = object.__new__(StatLoggerManager)
     StatLoggerManager.__init__.__wrapped__(manager, selected(model))  # type: ignore[attr-defined]
-    manager.record(sent({"252": PolicyUsage(100, 60, 3, 5, 7)}), None)
+    manager.record(sent({"252": PolicyUsage(100, 60, 3, 5, 7, 1)}), None)
     (line,) = lines_of(manager, caplog)
     assert "KV fetch" not in line
 

@@ -63,7 +63,9 @@ def check_ended(run: Run, alive: set[str]) -> None:
     with_full=st.booleans(),
     seed=st.integers(0, 1000),
     actions=st.lists(
-        st.sampled_from(["step"] * 10 + ["arrive", "arrive", "window", "abort", "reset"]),
+        st.sampled_from(
+            ["step"] * 10 + ["arrive", "arrive", "window", "initial", "abort", "reset"]
+        ),
         min_size=20,
         max_size=80,
     ),
@@ -86,6 +88,9 @@ def test_nothing_mentions_a_request_that_has_ended(
             alive.add(run.arrive(prompt, run.pick.choice([1, 5, 60])))
         elif action == "window":
             alive.add(run.arrive(prompt, 20, sepllm_window=run.pick.choice([16, 100])))
+        elif action == "initial":
+            initial = run.pick.choice([0, 40, 300])
+            alive.add(run.arrive(prompt, 20, sepllm_initial_tokens=initial))
         elif action == "abort":
             run.abort()
         elif action == "reset":

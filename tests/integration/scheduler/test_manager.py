@@ -3,7 +3,6 @@
 import inspect
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -81,18 +80,21 @@ def make_manager(
     requests=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=300), max_size=6),
     steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 90)), max_size=40),
     frees=st.sets(st.integers(0, 39)),
-    windows=st.lists(st.sampled_from([16, 33, 100, 4096]), max_size=3),
+    choices=st.lists(
+        st.tuples(st.sampled_from([0, 3, 16, 50, 200]), st.sampled_from([16, 33, 100, 4096])),
+        max_size=3,
+    ),
 )
 def test_held_blocks_are_those_of_the_compact_length(
     policy: Policy,
     requests: list[list[int]],
     steps: list[tuple[int, int]],
     frees: set[int],
-    windows: list[int],
+    choices: list[tuple[int, int]],
 ) -> None:
-    """Invariant 3, whatever the pool is and whoever is freed, whatever windows requests choose."""
+    """Invariant 3, whatever the pool is, whoever is freed, whatever a and n requests choose."""
     live = {f"r{i}": FakeRequest(f"r{i}", t) for i, t in enumerate(requests)}
-    own = {f"r{i}": replace(policy, window=window) for i, window in enumerate(windows)}
+    own = {f"r{i}": Policy(a, n, policy.max_separators) for i, (a, n) in enumerate(choices)}
     manager = make_manager(policy, num_blocks=24, requests=live, policies=own)
     pool = manager.block_pool
     for number, (which, size) in enumerate(steps):

@@ -7,25 +7,27 @@ from hypothesis import strategies as st
 
 from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.policy.choice import RequestLimits
+from vllm_sepllm.policy.initial import FixedInitial
 from vllm_sepllm.policy.visibility import Policy
 
 POLICY = Policy(initial_tokens=4, window=28, max_separators=100)
-SALTS = (
-    st.none() | st.text(max_size=4) | st.sampled_from(["sepllm_window=28:", "sepllm_window=9:a"])
-)
+SALTS = st.none() | st.text(max_size=4) | st.sampled_from(["sepllm=4,28:", "sepllm=0,9:a"])
 
 
-@given(*[st.tuples(st.sampled_from([9, 28, 99]), SALTS) for _ in range(2)])
-def test_no_two_windows_have_a_cache_salt_in_common(
-    one: tuple[int, str | None], two: tuple[int, str | None]
+OWN = st.tuples(st.sampled_from([0, 4, 28, 99]), st.sampled_from([4, 9, 28, 99]), SALTS)
+
+
+@given(OWN, OWN)
+def test_no_two_policies_have_a_cache_salt_in_common(
+    one: tuple[int, int, str | None], two: tuple[int, int, str | None]
 ) -> None:
     """Layers of other kinds are found by it; users may write what they like. Empty is none."""
-    limits = RequestLimits(POLICY, max_model_len=99, min_window=4)
+    limits = RequestLimits(POLICY, FixedInitial(4), max_model_len=99, min_window=4)
     a, b = (
-        salted(limits, dataclasses.replace(POLICY, window=window), salt)
-        for window, salt in (one, two)
+        salted(limits, dataclasses.replace(POLICY, initial_tokens=initial, window=window), salt)
+        for initial, window, salt in (one, two)
     )
-    are_same = (one[0], one[1] or "") == (two[0], two[1] or "")
+    are_same = (*one[:2], one[2] or "") == (*two[:2], two[2] or "")
     assert ((a or "") == (b or "")) is are_same
     assert salted(limits, POLICY, "mine") == "mine"
     assert salted(limits, POLICY, None) is None

@@ -31,9 +31,9 @@ def checkpoints_at(start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
 class Machine:
     """Requests with endless texts; tokens become known ``lag`` steps late."""
 
-    def __init__(self, policy: Policy, lag: int, windows: dict[str, int]) -> None:
+    def __init__(self, policy: Policy, lag: int, choices: dict[str, tuple[int, int]]) -> None:
         self.policy, self.lag = policy, lag
-        self.windows = windows
+        self.choices = choices
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
         self.live = LiveRequests(SEPARATORS, policy)
@@ -41,7 +41,10 @@ class Machine:
 
     def own(self, name: str) -> Policy:
         """The policy of a request."""
-        return replace(self.policy, window=self.windows.get(name, self.policy.window))
+        if name not in self.choices:
+            return self.policy
+        initial_tokens, window = self.choices[name]
+        return replace(self.policy, initial_tokens=initial_tokens, window=window)
 
     @staticmethod
     def plan_checkpoints(live: LiveRequest, start: int, end: int) -> tuple[PlannedCheckpoint, ...]:
@@ -106,7 +109,10 @@ class Machine:
         max_separators=st.sampled_from([3, None]),
     ),
     lag=st.integers(0, 3),
-    windows=st.dictionaries(st.sampled_from(["r0", "r1", "r2"]), st.sampled_from([4, 9, 50, 900])),
+    choices=st.dictionaries(
+        st.sampled_from(["r0", "r1", "r2"]),
+        st.tuples(st.sampled_from([0, 2, 30, 300]), st.sampled_from([4, 9, 50, 900])),
+    ),
     actions=st.lists(
         st.tuples(
             st.sampled_from(["step"] * 8 + ["chunk", "skip", "preempt", "finish", "again"]),
@@ -116,13 +122,13 @@ class Machine:
     ),
 )
 def test_plans_agree(
-    policy: Policy, lag: int, windows: dict[str, int], actions: list[tuple[str, int]]
+    policy: Policy, lag: int, choices: dict[str, tuple[int, int]], actions: list[tuple[str, int]]
 ) -> None:
     """Whoever comes, goes, waits, is preempted or takes a finished request's name.
 
-    Some requests have windows of their own.
+    Some requests have initial tokens and windows of their own.
     """
-    machine = Machine(policy, lag, windows)
+    machine = Machine(policy, lag, choices)
     for number in range(3):
         machine.arrive(f"r{number}", number, 5 + 20 * number)
     for step, (action, which) in enumerate(actions):

@@ -209,7 +209,7 @@ def test_clients_cannot_make_labels_without_end() -> None:
     manager: Any = SimpleNamespace(req_to_blocks={}, block_size=BLOCK)
     requests = LiveRequests(TokenSeparators(()), Policy(4, 16))
     watch = usage.KvUsage([manager], requests, CheckpointBlockCount(), 18)
-    labels = [watch._label(Policy(4, 16 + number)) for number in range(100)]
+    labels = [watch._label(16 + number) for number in range(100)]
     assert labels[:3] == ["16", "17", "full"]
     assert len(watch._labels) == 100
     assert labels[31:] == [usage.OTHER] * 69
@@ -217,13 +217,13 @@ def test_clients_cannot_make_labels_without_end() -> None:
 
 def test_checkpoint_blocks_are_forgotten_with_their_keys() -> None:
     """However many come and go, the list stays within a few times the living ones."""
-    count, policy = CheckpointBlockCount(), Policy(4, 16)
+    count = CheckpointBlockCount()
     pool = [SimpleNamespace(block_hash=b"") for _ in range(50)]
     for number in range(10_000):
         block = pool[number % 50]
         block.block_hash = b"%d" % number  # the pool gives it to another
-        count.add(block, policy)  # type: ignore[arg-type]
+        count.add(block, 16)  # type: ignore[arg-type]
         assert len(count._entries) <= 3 * len(pool)
     for block in pool[:20]:
         block.block_hash = None  # type: ignore[assignment]
-    assert count.count() == {policy: 30}
+    assert count.count() == {16: 30}

@@ -16,6 +16,9 @@ import vllm.config.vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.policy.initial import ProtectedPrefix
+
 Models = Callable[[str], str]
 
 
@@ -35,7 +38,7 @@ def refusal(model: str, **arguments: Any) -> str:
     """What the user reads when he starts ``model`` with sepllm and ``arguments``."""
     given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
     args = EngineArgs(model=model, **(ARGUMENTS | given | arguments))
-    with pytest.raises(ValueError, match=r"sepllm|separators|full_layers|set one") as caught:
+    with pytest.raises(ValueError, match=r"sepllm|separators|full_|protect|set one") as caught:
         args.create_engine_config()
     return str(caught.value)
 
@@ -195,7 +198,7 @@ VALUES: list[tuple[Any, str, str]] = [
     (policy(window=15), "window: ", "greater than or equal to 16, got 15"),
     (policy(initial_tokens=-1), "initial_tokens: ", "greater than or equal to 0, got -1"),
     (policy(max_separators=-1), "max_separators: ", "greater than or equal to 0, got -1"),
-    (policy(windows=64), "unknown key 'windows'", "valid keys are ['initial_tokens', 'window', "),
+    (policy(windows=64), "unknown key 'windows'", "valid keys are ['initial_tokens', 'protect', "),
     (policy(full_layers=[2]), "full_layers: ", "has layers -2 to 1, got [2]"),
     (policy(full_layers=[-3, 0]), "full_layers: ", "has layers -2 to 1, got [-3]"),
     (policy(full_layers=[0, -1]), "names all 2 layers", "without --attention-backend sepllm"),
@@ -216,6 +219,15 @@ VALUES: list[tuple[Any, str, str]] = [
     ({}, "separators='extended' must be read from a tokenizer", "give token ids"),
     (policy(separators="paper"), "separators='paper' must be read", "give token ids"),
     (policy(separators=["."]), "must be read from a tokenizer", "give token ids"),
+    (policy(protect="</s>"), "protect='</s>' must be read from a tokenizer", "give the token's id"),
+    (
+        policy(protect=128),
+        "protect must be a token id in [0, 128), the vocabulary, got 128",
+        "id in",
+    ),
+    (policy(protect=""), "protect: ", "at least 1 character, got ''"),
+    (policy(protect=True), "protect: ", "a valid string, got True"),
+    (policy(protect=7, max_protected=0), "max_protected: ", "greater than or equal to 1, got 0"),
     ({"sepllm": [7]}, "must be an object with any of ['initial_tokens'", "got [7]"),
     (HashedConfig(), "additional_config as a dict, got HashedConfig", "pass a dict"),
 ]
@@ -242,6 +254,38 @@ def test_separator_of_several_tokens(models: Models, monkeypatch: pytest.MonkeyP
     text = refusal(models("llama"), additional_config=policy(separators=[".", "and"]))
     check_sentence(text, "separators", "'and'")
     assert "one token" in text
+
+
+@pytest.mark.parametrize("templates", ["one", "by name"])
+def test_a_protected_prefix_that_no_token_ends(
+    models: Models, monkeypatch: pytest.MonkeyPatch, templates: str
+) -> None:
+    """The control tokens of the chat template are named; one of them is taken."""
+    from tokenizers import Tokenizer
+    from tokenizers import models as token_models
+    from transformers import PreTrainedTokenizerFast
+
+    from vllm_sepllm.integration.startup import selection
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(token_models.WordLevel({"a": 0, "<end>": 1}, unk_token="a"))
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|end|>", "<|pad|>"]})
+    template = "<|turn|>{{ messages }}<|end|>"
+    tokenizer.chat_template = template if templates == "one" else {"tool_use": template}
+    monkeypatch.setattr(selection, "cached_tokenizer_from_config", lambda _config: tokenizer)
+    for given in ("<|END|>", "<|end|><|end|>", "a a"):
+        text = refusal(models("llama"), additional_config=policy(protect=given))
+        check_sentence(text, "protect must be the text of one token", f"got {given!r}")
+        assert "; its chat template has '<|end|>', '<|turn|>'" in text
+    args = EngineArgs(
+        models("llama"),
+        attention_backend="sepllm",
+        additional_config=policy(protect="<|end|>", max_protected=5000),
+        **ARGUMENTS,
+    )
+    config = read_config(args.create_engine_config())
+    assert config.initial == ProtectedPrefix(tokenizer.convert_tokens_to_ids("<|end|>"), 512, 4)
 
 
 @refused("Model Runner V2 on CPUs", "Model Runner V2 on CPU yet", "unset VLLM_USE_V2_MODEL_RUNNER")

@@ -82,6 +82,12 @@ def test_a_baseline_with_full_attention_is_served_without_us(configure: Configur
     assert config.model_config.max_model_len == 512
 
 
+def test_a_protected_prefix_would_be_another_model(configure: Configure) -> None:
+    user = {"sepllm": {"protect": 7}}
+    with pytest.raises(ValueError, match=r"was trained with 3 initial tokens, .* remove protect"):
+        configure({}, attention_backend="sepllm", additional_config=user)
+
+
 @pytest.mark.parametrize("backend", [None, "sepllm"])
 @pytest.mark.parametrize(
     ("checkpoint", "what"),

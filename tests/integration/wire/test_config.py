@@ -21,6 +21,7 @@ from vllm_sepllm.integration.wire.config import (
     read_config,
     write_config,
 )
+from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix
 from vllm_sepllm.policy.separators.definition import IntervalSeparators, TokenSeparators
 
 COUNTS = st.integers(0, 2**30 - 1)
@@ -30,9 +31,16 @@ SEPARATORS = st.one_of(
     st.builds(TokenSeparators, IDS),
     st.builds(TokenSeparators, IDS, IDS.filter(bool), IDS),
 )
+INITIAL = st.builds(FixedInitial, COUNTS) | st.builds(
+    # no more than max_model_len below
+    ProtectedPrefix,
+    st.integers(0, 200_000),
+    st.integers(1, 64),
+    COUNTS,
+)
 CONFIGS = st.builds(
     ResolvedConfig,
-    initial_tokens=COUNTS,
+    initial=INITIAL,
     window=st.integers(16, 2**29),
     max_separators=COUNTS,
     separators=SEPARATORS,
@@ -67,7 +75,14 @@ def test_what_is_written_is_what_a_user_may_write(config: ResolvedConfig) -> Non
     again = SepLLMConfig.from_additional_config(made.additional_config)
     own = again.separators
     separators = own if isinstance(own, TokenSeparators) else TokenSeparators(tuple(own))
-    resolved = again.resolve(separators=separators, num_layers=100, max_model_len=64, block_size=1)
+    assert not isinstance(again.protect, str)
+    resolved = again.resolve(
+        separators=separators,
+        end_id=again.protect,
+        num_layers=100,
+        max_model_len=64,
+        block_size=1,
+    )
     assert resolved == config
 
 

@@ -106,13 +106,14 @@ def run(
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[Policy], list[list[int]], list[list[Action]]]:
-    """Requests with the engine's policy or with windows of their own, the longest never full."""
+    """Requests with the engine's policy or a and n of their own, the longest never full."""
     policy = draw(policies)
     tokens = draw(
         st.lists(st.lists(st.integers(0, 1), min_size=8, max_size=60), min_size=1, max_size=3)
     )
     windows = st.sampled_from([policy.window, 2 * MAX_PROPOSED, 9, 17, 100])
-    own = [replace(policy, window=draw(windows)) for _ in tokens]
+    initial = st.sampled_from([policy.initial_tokens, 0, 9, 25])
+    own = [replace(policy, window=draw(windows), initial_tokens=draw(initial)) for _ in tokens]
     steps = []
     for _ in range(draw(st.integers(1, 12))):
         row = []

@@ -63,16 +63,23 @@ def test_checkpoint_and_shared_blocks_are_the_state_at_the_position(
 
 
 @given(policies, st.integers(0, 80), st.integers(0, 40), st.sampled_from([1, 4, 7]))
-def test_blocks_that_are_not_written_are_full_and_past_the_ring(
+def test_blocks_that_are_not_written_are_full_and_outside_the_ring(
     policy: Policy, num_tokens: int, num_spilled: int, block_size: int
 ) -> None:
+    """Before it: initial tokens alone; behind it: separators, unless they go round as well."""
     num_spilled = min(num_spilled, max(0, num_tokens - policy.num_dense))
     own = checkpoint.written_blocks(policy, block_size, num_tokens, num_spilled, may_wrap=False)
     length = checkpoint.layout.compact_length(policy, num_tokens, num_spilled)
     for i in range(-(-length // block_size)):
         entries = range(i * block_size, (i + 1) * block_size)
-        safe = entries.start >= policy.num_dense and entries.stop <= length
-        assert (i in own) is not safe
+        is_initial = entries.stop <= policy.initial_tokens
+        is_tail = entries.start >= policy.num_dense
+        assert (i in own) is not ((is_initial or is_tail) and entries.stop <= length)
+    goes_round = checkpoint.written_blocks(
+        policy, block_size, num_tokens, num_spilled, may_wrap=True
+    )
+    initial = range(min(policy.initial_tokens, length) // block_size)
+    assert goes_round == [i for i in range(-(-length // block_size)) if i not in initial]
 
 
 @given(policies, st.integers(0, 60), st.integers(1, 40), st.sampled_from([1, 4, 7]))

@@ -22,6 +22,7 @@ def wrong_fields(
         {"min_tokens": 9, "max_tokens": 8},
         {"stream": "perhaps"},
         {"vllm_xargs": {"sepllm_window": 3}},
+        {"vllm_xargs": {"sepllm_initial_tokens": -1}},
         {"vllm_xargs": {"sepllm": "no"}},
         {"vllm_xargs": {"sepllm_windows": 64}},
         {"vllm_xargs": {"sepllm": False, "sepllm_window": 64}},

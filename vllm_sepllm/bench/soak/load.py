@@ -33,6 +33,7 @@ REQUEST_POLICIES: tuple[dict[str, Any], ...] = (
     {},
     {"sepllm_window": 24},
     {"sepllm_window": 500},
+    {"sepllm_initial_tokens": 120},
     {"sepllm": False},
 )
 

@@ -39,6 +39,8 @@ GAUGES = {
 }
 COUNTERS = {
     "spilled_separators": "Separators that left the window of their request.",
+    "unprotected_requests": "Requests whose prompt lacks the token that ends a protected prefix "
+    "among its first max_protected tokens; they have initial_tokens alone.",
 }
 
 
@@ -78,7 +80,7 @@ class SepLLMStatLogger(AggregateStatLoggerBase):
         self._is_logging = any(_is_logging(other) for other in others)
         self._last: dict[int, Report] = {}
         policy = read_config(vllm_config).policy
-        name = label(policy, vllm_config.model_config.max_model_len)
+        name = label(policy.window, vllm_config.model_config.max_model_len)
         for engine_idx in self._engine_labels:
             self._set(engine_idx, {name: PolicyUsage()})
 

@@ -187,9 +187,9 @@ class SepLLMManager(SingleTypeKVCacheManager):
 
         A block may be shared as long as nobody who runs writes into it again. Into these somebody
         does: the ring's blocks, unless the request ends before its ring goes round; the tail's
-        last block, unless it is full; all blocks, if the tail may become a ring; and for a request
-        that would share its ring's blocks, those that another running request holds and will
-        overwrite.
+        last block, unless it is full; all blocks of the tail, if it may become a ring; and for a
+        request that would share its ring's blocks, those that another running request holds and
+        will overwrite. Full blocks of initial tokens nobody writes again.
 
         Args:
             live: whoever goes on from the state.
@@ -210,7 +210,10 @@ class SepLLMManager(SingleTypeKVCacheManager):
             return written
         requests = self.events.requests
         rings = [b for name, b in self.req_to_blocks.items() if not requests[name].stays_dense]
-        overwritten = {i for b in rings for i in used if i < len(b) and b[i] is hit[i]}
+        # whoever finds a prefix has the policy of whoever left it (wire/choices.py)
+        num_initial = live.policy.initial_tokens // self.block_size
+        in_ring = [i for i in used if i >= num_initial]
+        overwritten = {i for b in rings for i in in_ring if i < len(b) and b[i] is hit[i]}
         return sorted({*written, *overwritten})
 
     # ------------------------------------------------------------------ leaving prefixes

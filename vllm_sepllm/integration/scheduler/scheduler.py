@@ -91,7 +91,11 @@ class _SepLLMMixin(Scheduler):
             request.cache_salt = salt
             request.block_hashes.clear()
             request.update_block_hashes()
-        self._live.add(request, policy, refusal)
+        live = self._live.add(request, policy, refusal)
+        if self._usage is None or refusal is not None:
+            return
+        if choices.forgets_its_beginning(self._limits, request):
+            self._usage.arrives_unprotected(live)
 
     def _policy_of(self, request: Request) -> Policy:
         """The policy that a request chooses.

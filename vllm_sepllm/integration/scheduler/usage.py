@@ -5,7 +5,7 @@ look at the clock.
 """
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +16,7 @@ from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
 from vllm_sepllm.integration.wire.report import PolicyUsage, Report, attach_report
 from vllm_sepllm.policy.usage import label, usage
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.policy.visibility import BatchPolicy
 
 _SECONDS = 1.0
 # windows that get a label: clients choose them, and each label is a time series in a database
@@ -25,7 +25,7 @@ OTHER = "other"
 
 
 class KvUsage:
-    """Watches the requests that hold blocks, and reports on them by policy."""
+    """Watches the requests that hold blocks, and reports on them by window."""
 
     def __init__(
         self,
@@ -47,11 +47,17 @@ class KvUsage:
         self._block_count = block_count
         self._max_model_len = max_model_len
         self._block_sizes = [m.block_size for m in managers]
-        self._labels: dict[Policy, str] = {}
-        # label -> separators that left a window since the last report
-        self._num_spilled: defaultdict[str, int] = defaultdict(int)
+        self._labels: dict[int, str] = {}
+        # label -> since the last report, separators that left a window, and requests without a
+        # prefix to protect
+        self._num_spilled: Counter[str] = Counter()
+        self._num_unprotected: Counter[str] = Counter()
         self._next = 0.0
         self._was_busy = False
+
+    def arrives_unprotected(self, live: LiveRequest) -> None:
+        """The request's prompt has no prefix to protect, though the engine protects one."""
+        self._num_unprotected[self._label(live.policy.window)] += 1
 
     def leaves(self, live: LiveRequest) -> None:
         """The request is about to lose its blocks."""
@@ -68,41 +74,47 @@ class KvUsage:
         self._was_busy = is_busy
 
     def report(self) -> Report:
-        """The numbers of now, of every policy that was seen."""
-        rows: defaultdict[Policy, list[tuple[int, int]]] = defaultdict(list)
+        """The numbers of now, of every window that was seen."""
+        rows: defaultdict[str, list[tuple[LiveRequest, int]]] = defaultdict(list)
         for request_id in self._held:
             live = self._requests[request_id]
-            num_tokens = live.request.num_computed_tokens
-            num_spilled = live.num_spilled(num_tokens)
+            num_spilled = live.num_spilled(live.request.num_computed_tokens)
             self._count(live, num_spilled)
-            rows[live.policy].append((num_tokens, num_spilled))
+            rows[self._label(live.policy.window)].append((live, num_spilled))
         num_blocks = self._block_count.count()
-        report = {self._label(policy): PolicyUsage() for policy in [*self._labels, *num_blocks]}
-        for policy, requests in rows.items():
-            tokens, spilled = np.array(requests, dtype=np.int64).T
-            held = usage(policy, tokens, spilled, self._block_sizes)
-            entry = report[self._label(policy)]
-            entry.logical_tokens += held.logical_tokens
-            entry.kept_tokens += held.kept_tokens
-            entry.blocks_saved += held.blocks_saved
-        for policy, number in num_blocks.items():
-            report[self._label(policy)].checkpoint_blocks += number
-        for name, num_spilled in self._num_spilled.items():
-            report[name].spilled_separators = num_spilled
+        report = {self._label(window): PolicyUsage() for window in [*self._labels, *num_blocks]}
+        for name, requests in rows.items():
+            policies = [live.policy for live, _ in requests]
+            held = usage(
+                BatchPolicy.of(policies, self._requests.engine),
+                np.array([live.request.num_computed_tokens for live, _ in requests]),
+                np.array([num_spilled for _, num_spilled in requests]),
+                self._block_sizes,
+            )
+            report[name].logical_tokens = held.logical_tokens
+            report[name].kept_tokens = held.kept_tokens
+            report[name].blocks_saved = held.blocks_saved
+        for window, number in num_blocks.items():
+            report[self._label(window)].checkpoint_blocks += number
+        for name, number in self._num_spilled.items():
+            report[name].spilled_separators = number
+        for name, number in self._num_unprotected.items():
+            report[name].unprotected_requests = number
         self._num_spilled.clear()
+        self._num_unprotected.clear()
         return report
 
     def _count(self, live: LiveRequest, num_spilled: int) -> None:
-        name, known = self._label(live.policy), live.holding.num_counted
+        name, known = self._label(live.policy.window), live.holding.num_counted
         # drafts that turn out wrong take tokens back; what was counted stays so
         if num_spilled > known:
             self._num_spilled[name] += num_spilled - known
             live.holding.num_counted = num_spilled
 
-    def _label(self, policy: Policy) -> str:
-        name = self._labels.get(policy)
+    def _label(self, window: int) -> str:
+        name = self._labels.get(window)
         if name is None:
             has_room = len(self._labels) < _MAX_LABELS - 1
-            name = label(policy, self._max_model_len) if has_room else OTHER
-            self._labels[policy] = name
+            name = label(window, self._max_model_len) if has_room else OTHER
+            self._labels[window] = name
         return name

@@ -25,6 +25,7 @@ from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
 from vllm_sepllm.policy import trained
+from vllm_sepllm.policy.initial import FixedInitial, protected_end
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
 from vllm_sepllm.policy.separators.rules import token_separators
 
@@ -131,6 +132,11 @@ def _with_trained_policy(given: SepLLMConfig, model_config: ModelConfig) -> SepL
     )
     fields: dict[str, Any] = asdict(policy)
     logger.info("The checkpoint was trained with SepLLM; its policy is %s.", fields)
+    if given.protect is not None:
+        raise ValueError(
+            f"this checkpoint was trained with {policy.initial_tokens} initial tokens, and a "
+            "protected prefix would make another model of it; remove protect"
+        )
     for name in sorted(given.model_fields_set):
         value = getattr(given, name)
         if name in fields and value != fields[name]:
@@ -146,10 +152,13 @@ def _with_trained_policy(given: SepLLMConfig, model_config: ModelConfig) -> SepL
 
 def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
     model_config = vllm_config.model_config
-    # None with skip_tokenizer_init, which does for a list of token ids
+    # None with skip_tokenizer_init, which does for token ids
     tokenizer = cached_tokenizer_from_config(model_config)
+    vocab_size = model_config.get_vocab_size()
+    protect = given.protect
     return given.resolve(
-        separators=token_separators(given.separators, tokenizer, model_config.get_vocab_size()),
+        separators=token_separators(given.separators, tokenizer, vocab_size),
+        end_id=None if protect is None else protected_end(protect, tokenizer, vocab_size),
         num_layers=model_config.get_total_num_hidden_layers(),
         max_model_len=model_config.max_model_len,
         block_size=vllm_config.cache_config.block_size,
@@ -199,9 +208,10 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
         named = given.separators if isinstance(given.separators, str) else "given"
         rule, num_ids = given.preset or named, len(separators.token_ids)
     logger.info(
-        "sepllm keeps the first %d tokens, the last %d and up to %d separators in between "
+        "sepllm keeps the first %d tokens%s, the last %d and up to %d separators in between "
         "(%s, %d token ids)%s; block size %d.",
-        config.initial_tokens,
+        config.initial.least,
+        _protected(given, config),
         config.window,
         config.max_separators,
         rule,
@@ -209,6 +219,13 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
         f"; layers {list(config.full_layers)} keep full attention" if config.full_layers else "",
         block_size,
     )
+
+
+def _protected(given: SepLLMConfig, config: ResolvedConfig) -> str:
+    initial = config.initial
+    if isinstance(initial, FixedInitial):
+        return ""
+    return f" or all up to the first {given.protect!r} among {initial.max_tokens}"
 
 
 def _install_in_front_end() -> None:

@@ -5,6 +5,8 @@ nothing carries it but vLLM. The API server refuses nonsense with HTTP 400 (fron
 scheduler ends with an error what got past that, and gives the policy of everything else.
 """
 
+from typing import Any
+
 from vllm.config import VllmConfig
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
@@ -12,17 +14,18 @@ from vllm.v1.request import Request
 from vllm_sepllm.config import MIN_WINDOW, ResolvedConfig
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.integration.wire.trained_config import is_trained
-from vllm_sepllm.policy.choice import RequestLimits, request_policy
+from vllm_sepllm.policy.choice import RequestLimits, is_unprotected, request_policy
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.visibility import Policy
 
-_SALT = "sepllm_window="
+_SALT = "sepllm="
 
 
 def request_limits(vllm_config: VllmConfig, config: ResolvedConfig) -> RequestLimits:
     """What the requests of an engine may choose."""
     return RequestLimits(
         config.policy,
+        config.initial,
         max_model_len=vllm_config.model_config.max_model_len,
         min_window=max(MIN_WINDOW, staging.num_entries(max_proposed(vllm_config))),
         is_trained=is_trained(vllm_config.model_config),
@@ -35,21 +38,31 @@ def policy_of(limits: RequestLimits, request: EngineCoreRequest | Request) -> Po
     Raises:
         ValueError: if the request asks for what the engine does not serve.
     """
+    return request_policy(limits, *_given(request), is_session=request.resumable)
+
+
+def forgets_its_beginning(limits: RequestLimits, request: Request) -> bool:
+    """Whether a served request has no prefix to protect, although the engine protects one."""
+    return is_unprotected(limits, *_given(request))
+
+
+def _given(request: EngineCoreRequest | Request) -> tuple[dict[str, Any] | None, list[int]]:
+    """``extra_args`` and prompt."""
     assert request.sampling_params is not None, "sepllm serves no pooling models"
-    given = request.sampling_params.extra_args
-    return request_policy(limits, given, is_session=request.resumable)
+    assert request.prompt_token_ids is not None, "prompt embeddings are refused"
+    return request.sampling_params.extra_args, request.prompt_token_ids
 
 
 def salted(limits: RequestLimits, policy: Policy, cache_salt: str | None) -> str | None:
     """The ``cache_salt`` under which vLLM hashes the blocks of a request.
 
     Layers of other kinds are found by vLLM's hashes alone, and their KV depends on what the SepLLM
-    layers before them read. No two pairs of window and salt give the same string.
+    layers before them read. No two policies and salts give the same string.
     """
     is_taken = cache_salt is not None and cache_salt.startswith(_SALT)
     if policy == limits.engine and not is_taken:
         return cache_salt
-    return f"{_SALT}{policy.window}:{cache_salt or ''}"
+    return f"{_SALT}{policy.initial_tokens},{policy.window}:{cache_salt or ''}"
 
 
 def check_fits(num_needed: int, num_blocks: int, num_tokens: int) -> None:
@@ -61,6 +74,7 @@ def check_fits(num_needed: int, num_blocks: int, num_tokens: int) -> None:
     if num_needed > num_blocks:
         raise ValueError(
             f"a request of {num_tokens} tokens, max_tokens included, needs up to {num_needed} KV "
-            f"blocks with the window that it asks for and the engine has {num_blocks}; ask for a "
-            "smaller sepllm_window or max_tokens, or give the engine more KV cache memory"
+            f"blocks with the policy that it asks for and the engine has {num_blocks}; ask for a "
+            "smaller sepllm_window, sepllm_initial_tokens or max_tokens, or give the engine more "
+            "KV cache memory"
         )

@@ -11,7 +11,7 @@ _MARK = "sepllm "
 
 @dataclass(slots=True)
 class PolicyUsage:
-    """The numbers of the requests of one policy.
+    """The numbers of the requests of one window.
 
     Attributes:
         logical_tokens: computed tokens of the requests that hold blocks; full attention would
@@ -20,6 +20,7 @@ class PolicyUsage:
         blocks_saved: KV blocks of the logical tokens less those of the kept ones.
         spilled_separators: that have left a window since the last report.
         checkpoint_blocks: blocks of the pool that only checkpoints lead to.
+        unprotected_requests: that have arrived since the last report without a prefix to protect.
     """
 
     logical_tokens: int = 0
@@ -27,6 +28,7 @@ class PolicyUsage:
     blocks_saved: int = 0
     spilled_separators: int = 0
     checkpoint_blocks: int = 0
+    unprotected_requests: int = 0
 
 
 Report = Mapping[str, PolicyUsage]  # the window, or what else names a policy -> its numbers

@@ -44,7 +44,8 @@ class SepLLMSpec(AttentionSpec):
     """A layer that holds the compact entries of each request (policy/layout.py).
 
     Attributes:
-        policy: a, n and s; s is a number here, so that the cache of a request is bounded.
+        policy: a, n and s of the request that can hold most: a is the most initial tokens that a
+            request has unless it asks for more; s is a number.
     """
 
     policy: Policy

@@ -44,19 +44,20 @@ def written_blocks(
 ) -> list[int]:
     """Blocks of a state that a request going on from it would write, ascending.
 
-    The ring, and the tail's last block if it is not full. If the request may spill more than
-    max_separators, the tail is a ring too and no block is safe. If it ends within a + n tokens, as
-    with full attention, the ring never goes round and full blocks stay as they are.
+    The ring, and the last block if it is not full. If the request may spill more than
+    max_separators, the tail is a ring too. If it ends within a + n tokens, as with full attention,
+    the ring never goes round. Full blocks of initial tokens are never written again.
     """
     length = layout.compact_length(policy, num_tokens, num_spilled)
-    num_blocks = -(-length // block_size)
-    if may_wrap:
-        return list(range(num_blocks))
-    return [
-        i
-        for i in range(num_blocks)
-        if (i * block_size < policy.num_dense and not stays_dense) or (i + 1) * block_size > length
-    ]
+
+    def is_written(block: int) -> bool:
+        first, end = block * block_size, (block + 1) * block_size
+        in_ring = first < policy.num_dense and end > policy.initial_tokens
+        in_tail = end > policy.num_dense
+        goes_round = (in_ring and not stays_dense) or (in_tail and may_wrap)
+        return goes_round or end > length
+
+    return [i for i in range(-(-length // block_size)) if is_written(i)]
 
 
 def overwritten_blocks(policy: Policy, block_size: int, start: int, end: int) -> list[int]:

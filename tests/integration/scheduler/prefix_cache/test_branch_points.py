@@ -211,3 +211,76 @@ def test_a_large_pool_is_no_condition(model: Path) -> None:
         assert all(
             ours >= 0.95 * stock for ours, stock in zip(found[kind], found["stock"], strict=True)
         )
+
+
+# ends a system prompt; random_tokens and Run sample none
+END = 100
+PROTECTING = (("protect", END), ("max_protected", 2048))
+
+
+@pytest.mark.parametrize("num_protected", [40, 1000, 2048])
+def test_chats_with_one_system_prompt_share_it_at_block_granularity(
+    model: Path, num_protected: int
+) -> None:
+    """Whatever follows it, and wherever in it they part: as much as in stock vLLM."""
+    pick = random.Random(num_protected)
+    system = [*random_tokens(pick, num_protected - 1), END]
+    first = [*system, *random_tokens(pick, 1500)]
+    others = [[*system, *random_tokens(pick, length)] for length in (1, 300, 1500)]
+    # a system prompt of the same length that is another from some token on
+    cut = num_protected * 2 // 3
+    parted = [*system[:cut], *random_tokens(pick, num_protected - cut - 1), END]
+    others.append([*parted, *random_tokens(pick, 500)])
+    found = {}
+    for kind in KINDS:
+        run = Run(Setting(model, kind, 2000, max_num_batched_tokens=512, policy=PROTECTING))
+        assert reused(run, [first]) == 0
+        found[kind] = [reused(run, [prompt]) for prompt in others]
+    assert found["sync"] == found["async"] == found["stock"]
+    assert found["stock"] == [
+        *[(num_protected - (num_protected % 32)) for _ in range(3)],
+        cut // 32 * 32,
+    ]
+
+
+def test_a_long_chat_reuses_what_stock_vllm_reuses(model: Path) -> None:
+    """A system prompt of 1000 tokens and 20 turns, each with an answer of the engine in it."""
+    found, lengths = {}, {}
+    for kind in KINDS:
+        run = Run(Setting(model, kind, 2000, max_num_batched_tokens=512, policy=PROTECTING))
+        pick = random.Random(9)
+        chat = [*random_tokens(pick, 999), END]
+        found[kind] = []
+        for _ in range(20):
+            chat += [*random_tokens(pick, pick.randrange(20, 120)), END]
+            name = run.arrive(chat, pick.randrange(20, 200))
+            request = run.scheduler.requests[name]
+            run.finish()
+            found[kind].append(run.num_reused[name])
+            chat = [*request.all_token_ids, END]
+        lengths[kind] = len(chat)
+    print(found)
+    assert lengths["sync"] == lengths["async"] == lengths["stock"] > 3000
+    for kind in ("sync", "async"):
+        assert sum(found[kind]) >= 0.95 * sum(found["stock"])
+        assert all(ours >= 1000 // 32 * 32 for ours in found[kind][1:])
+
+
+def test_a_prefix_that_is_not_protected_is_counted(model: Path) -> None:
+    """Requests without the token in their first 2048 ones, and not those that choose."""
+    run = Run(Setting(model, policy=PROTECTING, max_num_batched_tokens=512), log_stats=True)
+    plain = random_tokens(random.Random(1), 2048)
+    for prompt, extra in (
+        (plain, {}),
+        ([*plain, END], {"sepllm_window": 60}),
+        (plain[:50], {"sepllm_initial_tokens": 9}),
+        ([*plain[:50], END, *plain], {}),
+        (plain[:50], {"sepllm": False}),
+    ):
+        run.arrive(prompt, 8, **extra)
+    report = run.scheduler._usage.report()
+    assert {window: used.unprotected_requests for window, used in report.items()} == {
+        "252": 1,
+        "60": 1,
+    }
+    run.finish()

@@ -33,6 +33,7 @@ from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.policy.choice import RequestLimits
+from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
@@ -49,13 +50,17 @@ OTHERS: dict[str, list[KVCacheSpec]] = {
     "full and sliding": [FULL, SLIDING],
     "wide": [WIDE],
 }
+# ends a protected prefix; no separator
+END = 2
+PROTECTED = ProtectedPrefix(END, 12, least=1)
 SEPARATORS = TokenSeparators((1,))
 
 
 class PrefixCacheMachine(RuleBasedStateMachine):
     """Requests come, step, are preempted, finish; texts share prefixes of every length.
 
-    Some choose a window of their own, one of them full attention; labels say whose KV it is.
+    Some choose initial tokens or a window of their own, one of them full attention, or protect the
+    prefix up to a token; labels say whose KV it is.
     """
 
     @initialize(
@@ -79,7 +84,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.requests: dict[str, Request] = {}
         self.apart: dict[str, int] = {}
         self.policies: dict[str, Policy] = {}
-        self.limits = RequestLimits(policy, max_model_len=512, min_window=5)
+        self.limits = RequestLimits(
+            policy, FixedInitial(policy.initial_tokens), max_model_len=512, min_window=5
+        )
         self.counter = 0
         specs = OTHERS[others] + [SepLLMSpec.from_full_attention(FULL, policy)] * num_groups
         num_blocks *= len(specs)
@@ -105,21 +112,35 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         own=st.lists(st.integers(0, 1), min_size=1, max_size=12),
         apart=st.integers(0, 3),
         window=st.sampled_from([None, None, None, 6, 12, 30, 512]),
+        initial=st.sampled_from([None, None, None, None, 0, 7, 25, "protect", "protect"]),
         max_tokens=st.sampled_from([1, 3, 30]),
     )
     def arrive(
-        self, num_shared: int, own: list[int], apart: int, window: int | None, max_tokens: int
+        self,
+        num_shared: int,
+        own: list[int],
+        apart: int,
+        window: int | None,
+        max_tokens: int,
+        initial: int | str | None = None,
     ) -> None:
         # a fixed text of zeros and ones that many requests begin with
         shared = [(i * i // 3 + i // 7) % 2 for i in range(num_shared)]
         self.counter += 1
         name = f"r{self.counter}"
-        policy = self.policy if window is None else replace(self.policy, window=window)
+        policy, prompt = self.policy, [*shared, *own]
+        if window is not None:
+            policy = replace(policy, window=window)
+        if initial == "protect":  # a token that occurs once, anywhere in the shared text
+            prompt[9:10] = [END]
+            initial = PROTECTED.of(prompt)
+        if initial is not None:
+            policy = replace(policy, initial_tokens=int(initial))
         self.policies[name] = policy
-        self.apart[name] = max(1, apart) + 10 * policy.window
+        self.apart[name] = max(1, apart) + 10 * policy.window + 10_000 * policy.initial_tokens
         self.requests[name] = Request(
             name,
-            [*shared, *own],
+            prompt,
             SamplingParams(max_tokens=max_tokens),
             None,
             block_hasher=self.hasher,

@@ -221,6 +221,7 @@ def test_every_query_reads_what_the_rule_shows(
     """The windows are served by vLLM's kernel, masked tiles, and both: separators are given up."""
     pick, engine = random.Random(seed), make_engine(policy)
     windows = [policy.window, policy.window, 40, 500]
+    initial = [policy.initial_tokens, policy.initial_tokens, 0, 150]
     live: list[Request] = []
     kept: list[Checkpoint] = []
     num_arrived, used = 0, set()
@@ -231,7 +232,9 @@ def test_every_query_reads_what_the_rule_shows(
             if kept and pick.random() < 0.5:
                 live.append(engine.go_on(str(num_arrived), kept.pop(), text))
             else:
-                own = replace(policy, window=pick.choice(windows))
+                own = replace(
+                    policy, window=pick.choice(windows), initial_tokens=pick.choice(initial)
+                )
                 live.append(engine.arrive(str(num_arrived), own, text))
         parts = []
         for request in pick.sample(live, pick.randint(1, len(live))):

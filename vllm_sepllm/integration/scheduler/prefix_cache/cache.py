@@ -68,8 +68,8 @@ class PrefixCache:
         It grows with a window that is larger than the engine's, as the ring does of which each
         checkpoint holds a copy.
         """
-        engine = self._engine.num_dense
-        wanted = self._interval * max(policy.num_dense, engine)
+        engine = self._engine.window
+        wanted = self._interval * max(policy.window, engine)
         return -(-wanted // (engine * self._unit)) * self._unit
 
     # ------------------------------------------------------------------ a new request
@@ -143,10 +143,12 @@ class PrefixCache:
         """Blocks for the checkpoints that the step [start, end) passes; the step fills them."""
         if not self.is_enabled:
             return ()
-        known = min(end, live.request.num_tokens)
-        if end <= live.policy.num_dense:
+        known, policy = min(end, live.request.num_tokens), live.policy
+        if end <= policy.num_dense:
             self._key_dense(live, start, known)
             return ()
+        # the ring goes over what is behind the initial tokens, never over them
+        self._key_dense(live, start, min(known, policy.initial_tokens))
         if end > known:  # an asynchronous step beyond the known tokens
             return ()
         positions = self._positions(live, start, end)
@@ -157,16 +159,17 @@ class PrefixCache:
         """Positions in (start, end] at which the request's step leaves a checkpoint.
 
         Regularly, at the last block of the prompt, and where prompts part. Beyond a + n tokens
-        that is once in a + n tokens at most, as each checkpoint holds a copy of the ring; up to
-        there once, as every block boundary before can be hit, too.
+        that is once in n tokens at most, as each checkpoint holds a copy of the ring; up to there
+        once, as every block boundary before can be hit, too.
         """
         size, num_dense = self._pool.hash_block_size, live.policy.num_dense
-        first = start // num_dense * num_dense
+        distance = live.policy.window
+        first = start // distance * distance
         numbers = self._branches.between(live.request.block_hashes, first // size, end // size)
         branches = [self._aligned(number * size) for number in numbers]
         wanted = [
             *[p for p in branches if p <= num_dense][-1:],
-            *checkpoint.first_of_each((p for p in branches if p > num_dense), num_dense),
+            *checkpoint.first_of_each((p for p in branches if p > num_dense), distance),
             self._aligned(live.request.num_prompt_tokens - 1),
         ]
         interval = self.interval_of(live.policy)
@@ -174,7 +177,9 @@ class PrefixCache:
 
     def _positions_ahead(self, live: LiveRequest, start: int, end: int) -> list[int]:
         """Positions in (start, end] at which a prefill leaves something that others can hit."""
-        dense = self._aligned(min(end, live.policy.num_dense))
+        policy, longest = live.policy, live.request.num_prompt_tokens
+        num_keyed = policy.num_dense if longest <= policy.num_dense else policy.initial_tokens
+        dense = self._aligned(min(end, num_keyed))
         return [p for p in (dense, *self._positions(live, start, end)) if p > start]
 
     def _aligned(self, position: int) -> int:
@@ -187,7 +192,7 @@ class PrefixCache:
         self._fresh = []
 
     def _key_dense(self, live: LiveRequest, start: int, end: int) -> None:
-        """Give the blocks that are full at ``end`` their keys: nothing has been overwritten yet.
+        """Give the blocks that are full at ``end`` their keys: none has been overwritten yet.
 
         An asynchronous step fills a block before its last token is known, so it may be a later
         step that gives the key.
@@ -196,7 +201,7 @@ class PrefixCache:
         if holding.keyed_until is None:
             holding.keyed_until = start
         start = holding.keyed_until
-        if start // size == end // size:
+        if start // size >= end // size:
             return
         holding.keyed_until = end
         for manager in self._managers:
@@ -232,7 +237,7 @@ class PrefixCache:
                 m.kv_cache_group_id: m.state(live, position, blocks)
                 for m, blocks in zip(self._managers, fresh, strict=True)
             }
-            self.registry.add(live.policy, block_hash, position, (), state)
+            self.registry.add(live.policy.window, block_hash, position, (), state)
         return PlannedCheckpoint(
             position,
             {
@@ -260,4 +265,4 @@ class PrefixCache:
         if self.registry.has(block_hash, rest):
             return
         state = {m.kv_cache_group_id: m.state(live, position) for m in self._managers}
-        self.registry.add(live.policy, block_hash, position, rest, state)
+        self.registry.add(live.policy.window, block_hash, position, rest, state)

@@ -13,7 +13,6 @@ from vllm.v1.core.kv_cache_utils import (
 )
 
 from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
-from vllm_sepllm.policy.visibility import Policy
 
 # blocks of the pool per new checkpoint between two sweeps that forget checkpoints without all of
 # their blocks: the checkpoint of a long text takes kilobytes of host memory
@@ -104,16 +103,19 @@ class CheckpointRegistry:
 
     def add(
         self,
-        policy: Policy,
+        window: int,
         block_hash: BlockHash,
         position: int,
         rest: tuple[int, ...],
         state: State,
     ) -> None:
-        """Remember a checkpoint; its blocks get keys and may be freed afterwards."""
+        """Remember a checkpoint; its blocks get keys and may be freed afterwards.
+
+        ``window`` is the request's, by which the metrics tell blocks apart.
+        """
         keyed = {
             group_id: tuple(
-                (block, self._key(block, group_id, position, policy)) for block in blocks
+                (block, self._key(block, group_id, position, window)) for block in blocks
             )
             for group_id, blocks in state.items()
         }
@@ -125,7 +127,7 @@ class CheckpointRegistry:
                 self._whole(known)
 
     def _key(
-        self, block: KVCacheBlock, group_id: int, position: int, policy: Policy
+        self, block: KVCacheBlock, group_id: int, position: int, window: int
     ) -> BlockHashWithGroupId:
         """The block's key in vLLM's map of cached blocks, given now if it has none."""
         if block.block_hash is None:
@@ -133,6 +135,6 @@ class CheckpointRegistry:
             name = BlockHash(b"sepllm" + next(self._numbers).to_bytes(26, "big"))
             key = make_block_hash_with_group_id(name, group_id)
             self._pool._insert_block_hash(key, block, num_tokens=position)
-            self.block_count.add(block, policy)
+            self.block_count.add(block, window)
         assert block.block_hash is not None
         return block.block_hash

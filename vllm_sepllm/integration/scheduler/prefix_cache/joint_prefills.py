@@ -64,7 +64,7 @@ class JointPrefills:
     def _find(self, live: LiveRequest) -> Awaited | None:
         """The prefill that will leave the longest prefix of the request, if it is worth waiting.
 
-        A beginning shorter than both a + n tokens and half of what is left of the prompt is not: it
+        A beginning shorter than both the window and half of what is left of the prompt is not: it
         is computed faster than a step of waiting takes.
         """
         longest = live.request.num_tokens - 1
@@ -78,7 +78,7 @@ class JointPrefills:
             return None
         best = max(found, key=lambda awaited: awaited.position)
         num_found = self._num_found(live)
-        enough = max(1, min(live.policy.num_dense, (longest + 1 - num_found) // 2))
+        enough = max(1, min(live.policy.window, (longest + 1 - num_found) // 2))
         return best if best.position >= num_found + enough else None
 
     def _position(self, live: LiveRequest, leader: LiveRequest, longest: int) -> int:

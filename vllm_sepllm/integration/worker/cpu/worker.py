@@ -25,8 +25,9 @@ class SepLLMCPUWorker(CPUWorker):
         """Load as vLLM does, then put ours around the implementation of each chosen layer."""
         super().load_model(load_dummy_weights=load_dummy_weights)
         config = read_config(self.vllm_config)
+        policy = config.largest_policy
         for layer in sepllm_layers(self.vllm_config, config):
-            layer.attn_backend = wrap_backend(layer.attn_backend, CPUBuilderMixin, config.policy)
+            layer.attn_backend = wrap_backend(layer.attn_backend, CPUBuilderMixin, policy)
             layer.impl = SepLLMCPUImpl(cast(CPUAttentionBackendImpl, layer.impl))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:

@@ -38,7 +38,7 @@ class GPUWorkerMixin(Worker):
         """
         super().load_model(load_dummy_weights=load_dummy_weights)
         config = read_config(self.vllm_config)
-        self._policy = config.policy
+        self._policy = config.largest_policy
         runner: Any = self.model_runner  # vLLM types it as Model Runner V1's
         drafting: Collection[str] = ()
         if self.use_v2_model_runner and isinstance(runner.speculator, DraftModelSpeculator):
