@@ -12,7 +12,9 @@ from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, 
 
 pytest.importorskip("vllm")
 
+import vllm.config.cache
 import vllm.config.vllm
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -261,6 +263,34 @@ def test_batch_invariance(models: Models, monkeypatch: pytest.MonkeyPatch) -> No
     """Answers are equal in any batch up to rounding, not bit by bit."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     check_sentence(refusal(models("llama")), "batch invariance", "unset VLLM_BATCH_INVARIANT")
+
+
+def test_models_that_group_their_own_layers(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ModelConfig, "supports_kv_cache_grouping", property(lambda _: True), raising=False
+    )
+    text = refusal(models("llama"))
+    check_sentence(text, "models that group the layers of their KV cache themselves", ELSEWHERE)
+
+
+def test_platforms_that_group_layers(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = classmethod(lambda _cls, _config: "their.Builder")
+    monkeypatch.setattr(
+        type(current_platform), "get_kv_cache_config_builder_cls", ask, raising=False
+    )
+    check_sentence(refusal(models("llama")), "the KV cache of their.Builder", "serve without")
+
+
+def test_kv_formats_of_other_plugins(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under a name of vLLM's, which such a plugin may take over."""
+    handlers = {"auto": object()}
+    monkeypatch.setattr(
+        vllm.config.cache, "get_kv_cache_dtype_handler", handlers.get, raising=False
+    )
+    text = refusal(models("llama"))
+    check_sentence(text, "a KV cache in auto, which another plugin", "remove --kv-cache-dtype")
 
 
 def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,7 @@ def test_names_without_one_index_are_read_only_for_full_layers() -> None:
         ({"kv_sharing_target_layer_name": "x"}, "shares the KV of another layer"),
         ({"impl": SimpleNamespace(alibi_slopes=torch.ones(2))}, "uses ALiBi, whose bias needs"),
         ({"head_size_v": 32}, "has K and V of different head sizes"),
+        ({"kv_cache_update_bypass": True}, "writes its KV cache itself, by token position"),
         (
             {"kv_cache_torch_dtype": torch.uint8, "kv_cache_dtype": "fp8"},
             "keeps its KV cache in fp8, which sepllm does not read",

@@ -61,6 +61,9 @@ def _check_layer(name: str, layer: Attention) -> None:
     # a field of every implementation that we wrap
     if layer.impl.alibi_slopes is not None:  # type: ignore[attr-defined]
         _refuse(name, "uses ALiBi, whose bias needs distances that a compact cache does not keep")
+    # since vLLM 0.33: models that found it in their backend before it was wrapped (Muse Spark)
+    if getattr(layer, "kv_cache_update_bypass", False):
+        _refuse(name, "writes its KV cache itself, by token position")
     if layer.head_size_v != layer.head_size:
         _refuse(name, "has K and V of different head sizes, which sepllm does not support")
     # a checkpoint may ask for it layer by layer, unseen by VllmConfig

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 import vllm
 from vllm.v1.attention.backend import (
+    AttentionBackend,
     AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -23,7 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_sepllm.integration.contracts.source_tree import SourceTree
 from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
-from vllm_sepllm.integration.worker.backend import wrap_builder
+from vllm_sepllm.integration.worker.backend import wrap_backend, wrap_builder
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.policy.keys.columns import REQUEST
@@ -226,6 +227,20 @@ def test_runs_without_requests_write_nothing(builder: Any, cache: torch.Tensor) 
     assert made.prefill is None
     builder.warm_up(4)
     assert torch.equal(cache, before)
+
+
+def test_no_model_writes_the_cache_by_position() -> None:
+    """FlashAttention and FlashInfer let it since vLLM 0.33."""
+
+    class Library(AttentionBackend):
+        supports_kv_cache_update_bypass = True
+
+        @staticmethod
+        def get_builder_cls() -> type[LibraryBuilder]:
+            return LibraryBuilder
+
+    ours = wrap_backend(Library, GPUBuilderMixin, POLICY)
+    assert not ours.supports_kv_cache_update_bypass
 
 
 def test_a_group_gets_no_metadata_of_another(builder: Any) -> None:
