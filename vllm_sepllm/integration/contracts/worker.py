@@ -89,10 +89,15 @@ CONTRACTS = by_hand(
             "execute_model(scheduler_output, intermediate_tensors)": (
                 "wrapped: hands on the plan; the worker and the Ray executor call it"
             ),
+            "sample_tokens(grammar_output)": "wrapped on CPUs: keeps seeds of chunks",
+            "discard_request_mask": "read: rows whose prompt goes on",
             "reorder_batch_threshold: int | None": "set: all pipeline stages sort alike",
             "input_batch": "read: which request is in which row",
         },
-        "vllm.v1.worker.gpu_input_batch:InputBatch": {"req_ids": "read: the rows' requests"},
+        "vllm.v1.worker.gpu_input_batch:InputBatch": {
+            "req_ids, num_reqs": "read: the rows' requests",
+            "generators: dict[int, torch.Generator]": "emptied of chunks while vLLM samples",
+        },
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
             "execute_model(scheduler_output, intermediate_tensors, dummy_run)": (
                 "wrapped: hands on the plan, except to steps that vLLM makes up"

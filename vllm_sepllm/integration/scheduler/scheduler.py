@@ -103,6 +103,8 @@ class _SepLLMMixin(Scheduler):
         Raises:
             ValueError: if the engine does not serve it, or if its cache would never fit.
         """
+        assert request.sampling_params is not None, "sepllm serves no pooling models"
+        choices.check_prompt_logprobs(self.vllm_config, request.sampling_params)
         policy = choices.policy_of(self._limits, request)
         if policy != self._limits.engine:
             longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
