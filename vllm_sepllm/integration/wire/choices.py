@@ -76,11 +76,9 @@ def check_prompt_logprobs(vllm_config: VllmConfig, params: SamplingParams) -> No
     Raises:
         ValueError: one sentence.
     """
-    is_read = (
-        vllm_config.cache_config.enable_prefix_caching and not params.skip_reading_prefix_cache
-    )
+    is_cached = vllm_config.cache_config.enable_prefix_caching
     wants = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
-    if wants and is_read:
+    if is_cached and wants and not params.skip_reading_prefix_cache:
         raise ValueError(
             "prompt_logprobs of tokens in the prefix cache do not exist, and this request sets "
             "skip_reading_prefix_cache to False; leave it out"
