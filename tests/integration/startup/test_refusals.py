@@ -265,6 +265,13 @@ def test_batch_invariance(models: Models, monkeypatch: pytest.MonkeyPatch) -> No
     check_sentence(refusal(models("llama")), "batch invariance", "unset VLLM_BATCH_INVARIANT")
 
 
+@refused("`VLLM_USE_RUST_FRONTEND=1`", "Rust front end", "unset VLLM_USE_RUST_FRONTEND")
+def test_rust_front_end(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes no requests through the classes that sepllm wraps."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    check_sentence(refusal(models("llama")), "Rust front end", "unset VLLM_USE_RUST_FRONTEND")
+
+
 def test_models_that_group_their_own_layers(
     models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,8 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
-from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME, FP8_CACHE_DTYPES
+from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+from vllm_sepllm.integration.wire.fp8 import FP8_CACHE_DTYPES, converts_fp8
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.policy.step import staging
 
@@ -195,6 +196,11 @@ def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "splitting a batch into micro-batches: remove --enable-dbo and --ubatch-size",
         ),
         (
+            envs.VLLM_USE_RUST_FRONTEND,
+            "vLLM's Rust front end, which neither answers wrong requests with HTTP 400 nor shows "
+            "metrics of sepllm: unset VLLM_USE_RUST_FRONTEND",
+        ),
+        (
             current_platform.is_cpu() and vllm_config.use_v2_model_runner,
             "vLLM's Model Runner V2 on CPU yet: unset VLLM_USE_V2_MODEL_RUNNER",
         ),
@@ -229,6 +235,11 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             and (current_platform.is_cpu() or cache.cache_dtype not in FP8_CACHE_DTYPES),
             f"a KV cache in {cache.cache_dtype}: remove --kv-cache-dtype"
             + ("" if current_platform.is_cpu() else ", or set it to fp8"),
+        ),
+        (
+            is_quantized_kv_cache(cache.cache_dtype) and not converts_fp8(),
+            f"a KV cache in {cache.cache_dtype} on a GPU below compute capability 8.9, whose "
+            "hardware does not convert it: remove --kv-cache-dtype",
         ),
         (
             current_platform.is_cpu()

@@ -188,23 +188,26 @@ def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
 def test_decodes_of_a_mixed_batch_are_no_graph_to_the_wrapped_builder(
     builder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashInfer's would keep buffers for each number of them; its flag is there in its source."""
+    """FlashInfer's would keep buffers for each number of them, FlashAttention's kernel allocate a
+    graph's number of splits; both attributes are there in the source.
+    """
     seen = []
     build = LibraryBuilder.build
 
     def spy(self: Any, *arguments: Any) -> LibraryMetadata:
-        seen.append(self.enable_cuda_graph)
+        seen.append((self.enable_cuda_graph, self.max_num_splits))
         return build(self, *arguments)
 
     monkeypatch.setattr(LibraryBuilder, "build", spy)
-    builder.enable_cuda_graph = True
+    builder.enable_cuda_graph, builder.max_num_splits = True, 32
     step(builder, [20, 30], [1, 7], num_tokens=8, num_reqs=2)
     step(builder, [20, 30], [1, 1], num_tokens=2, num_reqs=2)
-    assert seen == [False, True]
-    assert builder.enable_cuda_graph
+    assert seen == [(False, 0), (True, 32)]
+    assert (builder.enable_cuda_graph, builder.max_num_splits) == (True, 32)
     tree = SourceTree(Path(vllm.__file__).parents[1])
-    flashinfer = "vllm.v1.attention.backends.flashinfer"
-    assert tree.has(flashinfer, "FlashInferMetadataBuilder.enable_cuda_graph")
+    backends = "vllm.v1.attention.backends"
+    assert tree.has(f"{backends}.flashinfer", "FlashInferMetadataBuilder.enable_cuda_graph")
+    assert tree.has(f"{backends}.flash_attn", "FlashAttentionMetadataBuilder.max_num_splits")
 
 
 def test_rows_have_windows_of_their_own(builder: Any) -> None:
