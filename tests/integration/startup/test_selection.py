@@ -18,12 +18,12 @@ pytest.importorskip("vllm")
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from tests.support.moved import make_arg_parser
 from vllm_sepllm.integration.wire.backend_name import register_backend_name
 
 SCHEDULER = "vllm_sepllm.integration.scheduler.scheduler.SepLLMScheduler"
