@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from tests.support.tiny_models import write
 from vllm_sepllm.integration.startup import versions
 
 
@@ -54,21 +56,31 @@ def test_plugin_touches_nothing_of_another_vllm() -> None:
 
 
 @pytest.mark.parametrize(
-    "use",
+    "made",
     [
-        "EngineArgs(model='m', attention_config={'backend': 'sepllm'})",
-        "EngineArgs(model='m', attention_backend='sepllm').create_engine_config()",
+        "EngineArgs(**model, attention_config={'backend': 'sepllm'})",
+        "EngineArgs(**model, attention_backend='sepllm')",
         "EngineArgs.from_cli_args(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args("
-        "['--attention-backend', 'sepllm']))",
+        "['--model', model['model'], '--skip-tokenizer-init', '--attention-backend', 'sepllm']))",
     ],
 )
-def test_whoever_selects_it_beside_another_vllm_reads_our_sentence(use: str) -> None:
+def test_whoever_selects_it_beside_another_vllm_reads_our_sentence(
+    tmp_path: Path, made: str
+) -> None:
+    folder = str(write("llama", tmp_path))
     done = beside_another_vllm(
         "from vllm.engine.arg_utils import EngineArgs\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
         "from vllm.v1.attention.backends.registry import AttentionBackendEnum\n"
         "vllm_sepllm.register_backend_name()\n"
-        "assert AttentionBackendEnum['FLASH_ATTN'].name == 'FLASH_ATTN'\n" + use
+        "assert AttentionBackendEnum['FLASH_ATTN'].name == 'FLASH_ATTN'\n"
+        f"model = {{'model': {folder!r}, 'skip_tokenizer_init': True}}\n"
+        "try:\n"
+        f"    {made}.create_engine_config()\n"
+        "except ValueError as error:\n"
+        "    print('RAISED', repr(str(error)))"
     )
-    assert done.returncode != 0
-    assert REASON in done.stderr, done.stderr
+    raised = [line for line in done.stdout.splitlines() if line.startswith("RAISED")]
+    assert len(raised) == 1, done.stderr
+    assert REASON in raised[0]
+    assert "Unknown attention backend" not in raised[0]
