@@ -143,6 +143,6 @@ def test_aborted_requests_give_their_blocks_back(
         answers = made.generate([excerpt(0, 900), excerpt(500, 200)], 200, max_steps=steps)
         assert answers == []
         assert made.num_free_blocks == made.num_blocks
-        assert len(made.scheduler._separators) == 0
+        assert len(made.scheduler._live) == 0
     (after,) = made.generate([prompt], 20)
     assert after.token_ids == before.token_ids
