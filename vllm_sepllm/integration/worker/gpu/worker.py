@@ -87,7 +87,7 @@ class GPUWorkerMixin(Worker):
         if self.vllm_config.speculative_config is None:
             return
         mode = self.vllm_config.compilation_config.cudagraph_mode
-        assert not mode.has_full_cudagraphs(), "GPUBuilderMixin.get_cudagraph_support says UNIFORM"
+        assert not mode.has_full_cudagraphs(), "GPUBuilderMixin.get_cudagraph_support forbids it"
         logger.info(
             "sepllm: with speculative decoding no step is a FULL CUDA graph (cudagraph_mode %s).",
             mode.name,
