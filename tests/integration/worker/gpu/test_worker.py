@@ -14,7 +14,9 @@ pytest.importorskip("vllm")
 from vllm.config import CUDAGraphMode
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_sepllm.integration.worker.gpu import worker as gpu_worker
 from vllm_sepllm.integration.worker.gpu.profile import hold_while_profiling, key_list_bytes
 from vllm_sepllm.integration.worker.gpu.worker import GPUWorkerMixin, check_layout
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
@@ -95,6 +97,35 @@ def test_no_key_list_is_longer_than_reckoned(chunk: int) -> None:
     asked.scheduler_config.max_num_batched_tokens = num_chunks * chunk
     assert num_keys > num_chunks * policy.num_dense
     assert listed <= key_list_bytes(asked, policy, 1 << 40)
+
+
+def test_a_worker_bounds_copies_and_sets_memory_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own part of loading and of allocating; vLLM's parts are left out."""
+    policy, profiled, installed = Policy(4, 252, 1000), [], []
+    monkeypatch.setattr(Worker, "load_model", lambda self, **options: None)
+    monkeypatch.setattr(Worker, "initialize_from_config", lambda self, config: None)
+    monkeypatch.setattr(gpu_worker, "sepllm_layers", lambda *given, **options: [])
+    monkeypatch.setattr(gpu_worker, "read_config", lambda _: SimpleNamespace(policy=policy))
+    monkeypatch.setattr(gpu_worker.block_copies, "install", lambda: installed.append(True))
+    made = worker(CUDAGraphMode.FULL_AND_PIECEWISE, None)
+    asked = config(2, 4096)
+    made.vllm_config.scheduler_config = asked.scheduler_config
+    made.vllm_config.model_config = asked.model_config
+    made.vllm_config.compilation_config.static_forward_context = {}
+    made.use_v2_model_runner = False
+    wanted = key_list_bytes(asked, policy, 1 << 40)
+    made.model_runner = SimpleNamespace(
+        device=torch.device("cpu"),
+        profile_run=lambda: profiled.append(len(live(wanted))),
+        execute_model=None,
+        attn_groups=[],
+    )
+    made.load_model()
+    made.model_runner.profile_run()
+    made.initialize_from_config(KVCacheConfig(1, [], [], kv_cache_layout="LBHNC"))
+    assert (installed, profiled) == ([True], [1])
+    with pytest.raises(ValueError, match="KV cache layout BLHNC"):
+        made.initialize_from_config(KVCacheConfig(1, [], [], kv_cache_layout="BLHNC"))
 
 
 def test_memory_is_held_while_vllm_profiles() -> None:
