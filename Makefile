@@ -18,7 +18,7 @@ READY := $(VENV)/.vllm-sepllm-ready
 # two processes of one thread: an engine of a small model keeps no more than one core busy
 PYTEST := $(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env model demo test test-quick test-slow lint check-next format clean
+.PHONY: help env model demo test test-quick test-slow lint check-next test-next format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make test-slow   the tests that start a vLLM engine"
 	@echo "make lint        ruff and mypy"
 	@echo "make check-next  hold our code against the vLLM unpacked in NEXT"
+	@echo "make test-next   run the Python of vLLM VLLM=X.Y.Z over what is installed (20 minutes)"
 	@echo "make format      apply ruff's fixes and formatting"
 	@echo "make clean       remove build outputs and caches, not $(VENV) and not the model"
 
@@ -79,6 +80,10 @@ check-next: $(READY)
 	echo "[next] types"; \
 	MYPYPATH='$(NEXT)' $(BIN)/mypy --cache-dir .mypy_cache/next || status=1; \
 	exit $$status
+
+test-next: $(READY)
+	@test -n '$(VLLM)' || { echo "[next] make test-next VLLM=X.Y.Z [NEXT=FOLDER]"; exit 1; }
+	@$(BIN)/python -m tests.support.next_vllm '$(VLLM)' $(if $(NEXT),'$(NEXT)')
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -16,8 +16,11 @@ def register_backend_name() -> None:
     vLLM parses ``LLM(attention_config={"backend": "sepllm"})`` before it loads general plugins,
     but resolves the platform earlier still. This offers no platform: it returns None.
     """
+    from vllm_sepllm.integration.startup import unsupported
     from vllm_sepllm.integration.startup.versions import unsupported_vllm
     from vllm_sepllm.integration.wire.backend_name import register_backend_name as _register
 
-    if not unsupported_vllm():
+    if reason := unsupported_vllm():
+        unsupported.install(reason)
+    else:
         _register()

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_name("compiled.jsonl")
 TENSOR_CORE = {
     "sm_80": "mma.sync",
+    "sm_89": "mma.sync",
     "sm_90": "wgmma.mma_async",
     "sm_100": "tcgen05.mma",
     "gfx942": "v_mfma",
@@ -43,7 +44,7 @@ def check(rows: list[dict]) -> None:
 def test_main_variants_use_tensor_cores_and_spill_scalars_at_most() -> None:
     names = ("bf16 head 128", "8-byte units, row 64", "blocks of 16")
     rows = compile_table(*(argument for name in names for argument in ("--variant", name)))
-    assert len(rows) == len(names) * len(TENSOR_CORE)
+    assert len(rows) == len(names) * len(set(TENSOR_CORE) - {"sm_89"})
     check(rows)
     recorded = {row["key"]: row for row in recorded_rows()}
     for row in rows:
@@ -59,7 +60,10 @@ def test_every_variant_uses_tensor_cores_and_spills_scalars_at_most() -> None:
     from vllm_sepllm.bench.compile import VARIANTS
 
     rows = compile_table("--known", str(RECORD))
-    assert len(rows) == len(VARIANTS) * len(TENSOR_CORE)
+    fp8 = [variant for variant in VARIANTS if variant.has_fp8_cache]
+    # of the two halves of sm80, one has fp8 caches and the other all else
+    assert len(rows) == len(VARIANTS) * (len(TENSOR_CORE) - 1)
+    assert {row["variant"] for row in rows if row["target"] == "sm_89"} == {v.name for v in fp8}
     check(rows)
     num_known = sum(row in recorded_rows() for row in rows)
     print(f"{num_known} of {len(rows)} compilations are as recorded")
@@ -76,6 +80,25 @@ def test_a_changed_compilation_is_not_taken_from_the_record(tmp_path: Path) -> N
 
 def recorded_rows() -> list[dict]:
     return [json.loads(line) for line in RECORD.read_text().splitlines()]
+
+
+def test_fp8_is_vllms_format_and_does_not_compile_below_8_9() -> None:
+    """What startup/refusals.py refuses: vLLM hands over e4m3, which sm_80 does not convert."""
+    from vllm_sepllm.bench.gpus import TARGETS
+
+    assert {target.fp8 for target in TARGETS.values()} == {None, "fp8e4nv", "fp8e4b8"}
+    code = (
+        "from dataclasses import replace\n"
+        "from vllm_sepllm.bench import compile, variants\n"
+        "compile.TARGETS['sm_80'] = replace(compile.TARGETS['sm_80'], fp8='fp8e4nv')\n"
+        "(fp8,) = [v for v in variants.VARIANTS if v.name == 'bf16 head 128, fp8 cache']\n"
+        "compile.compile_variant(fp8, 'sm_80')"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "fp8e4nv not supported in this architecture" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")

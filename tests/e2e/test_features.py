@@ -43,11 +43,7 @@ def test_prompt_logprobs_equal_the_oracle(
 def test_several_samples_of_one_prompt(
     made: Engine, excerpt: Callable[[int, int], list[int]]
 ) -> None:
-    """Proves n > 1: samples differ, a seed repeats them, greedy ones are those of n = 1.
-
-    Three times 80 tokens fit one step: stock vLLM 0.32 on CPU fails on a seeded request whose
-    prefill is cut into chunks ("CPU Generator does not use offset").
-    """
+    """Proves n > 1: samples differ, a seed repeats them, greedy ones are those of n = 1."""
     from vllm import SamplingParams
 
     prompt = {"prompt_token_ids": excerpt(4000, 80)}
@@ -61,6 +57,29 @@ def test_several_samples_of_one_prompt(
     (one,) = made.llm.generate([prompt], greedy)[0].outputs
     (answer,) = made.generate([prompt["prompt_token_ids"]], 24)
     assert list(one.token_ids) == answer.token_ids
+
+
+@pytest.mark.compatibility("Seeds of prompts that are cut into chunks", "work")
+def test_a_seed_does_not_depend_on_chunks(
+    made: Engine, excerpt: Callable[[int, int], list[int]]
+) -> None:
+    """Proves that a chunk draws nothing: stock vLLM's CPU engine dies of the first one."""
+    from vllm import SamplingParams
+
+    prompt = excerpt(4000, 200)
+    beside = [excerpt(0, 700), excerpt(100, 700)]
+    seeded = SamplingParams(temperature=1.0, seed=1, max_tokens=24, ignore_eos=True)
+    (alone,) = made.llm.generate([{"prompt_token_ids": prompt}], seeded)
+    answers = [a for _ in range(2) for a in made.llm.generate(_prompts([*beside, prompt]), seeded)]
+    assert answers[2].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert answers[5].outputs[0].token_ids == alone.outputs[0].token_ids
+    assert [a.outputs[0].token_ids for a in answers[:2]] == [
+        a.outputs[0].token_ids for a in answers[3:5]
+    ]
+
+
+def _prompts(token_ids: list[list[int]]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": ids} for ids in token_ids]
 
 
 @pytest.mark.compatibility("Stop strings, structured output", "works")

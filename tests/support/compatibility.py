@@ -22,7 +22,8 @@ _HEAD = """\
 Written by `python -m pytest --write-compatibility` from the results of the tests: no row without a
 test that passed on vLLM 0.32 for CPUs; what each test does is told once, [below](#the-tests). What
 is refused is refused at start-up, with the sentence of which the table has the reason and the
-remedy. Nothing here ran on a GPU.
+remedy. Nothing here ran on a GPU, nor on vLLM 0.33:
+[upgrading-vllm.md](upgrading-vllm.md#what-ran-on-which-version) has what did.
 """
 
 

@@ -63,7 +63,7 @@ class Engines:
             return self._process
         environment = {
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "TORCHDYNAMO_DISABLE": "1",  # inductor would ask for the Triton driver
             "TRITON_INTERPRET": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

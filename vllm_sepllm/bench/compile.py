@@ -155,13 +155,14 @@ def _search(pattern: str, text: str) -> str:
 
 
 def results(names: list[str], targets: list[str], known: dict[str, Result]) -> Iterator[Result]:
-    """The variants of some names (all if there is none) for some targets.
+    """The variants of some names (all if there is none) for those targets that have them.
 
     ``known`` has results by key: such a compilation would give the same again, and is left out.
     """
     for target in targets:
         for variant in VARIANTS:
-            if not names or variant.name in names:
+            is_asked = not names or variant.name in names
+            if is_asked and TARGETS[target].compiles(variant.has_fp8_cache):
                 same = known.get(compilation_key(variant, target)) if known else None
                 yield same or compile_variant(variant, target)
 

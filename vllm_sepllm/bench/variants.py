@@ -93,6 +93,7 @@ def _source(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> AS
 
 def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSource:
     cache = target.fp8 if variant.has_fp8_cache else variant.dtype
+    assert cache is not None, "the target has no such cache: Target.compiles"
     types = {f"{name}_ptr": f"*{variant.dtype}" for name in ("query", "key", "value", "out")}
     types |= {f"{name}_cache_ptr": f"*{cache}" for name in ("key", "value")}
     tables = ("tiles", "place", "until")

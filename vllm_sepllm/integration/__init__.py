@@ -5,8 +5,8 @@ def register() -> None:
     """Announce our name and our model to vLLM and watch for our selection; no more until then.
 
     vLLM calls this in every process that it starts, possibly more than once. With a vLLM that we
-    were not written for nothing is touched: whoever selects sepllm learns from vLLM that there is
-    no such backend, and from this line of the log why.
+    were not written for, whoever selects sepllm learns why there is no such backend (see
+    vllm_sepllm.register_backend_name); nothing else is touched.
     """
     from vllm_sepllm.integration.log import logger
     from vllm_sepllm.integration.startup.versions import unsupported_vllm

@@ -1,6 +1,7 @@
 """Names that are written by hand: each is used by the side that it is written for."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def files_of(tree: SourceTree, side: str) -> Iterator[Path]:
 @pytest.mark.parametrize("side", check.BY_HAND)
 def test_no_entry_has_lost_its_use(side: str) -> None:
     used = names_used(files_of(check.installed(), side))
-    stale = [c.where for c in check.BY_HAND[side] if c.where.rpartition(".")[2] not in used]
+    stale = [c.where for c in check.BY_HAND[side] if re.split("[.:]", c.where)[-1] not in used]
     assert not stale, f"in contracts/{side}.py, but nowhere in {side}/ or wire/: {stale}"
 
 

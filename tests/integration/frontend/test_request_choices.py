@@ -125,3 +125,32 @@ def test_the_configuration_is_read_once_by_a_front_end(
     assert len(reads) == 1
     monkeypatch.setattr(rig.config.scheduler_config, "scheduler_cls", None)
     assert take_in({"sepllm_window": 5}) is not None
+
+
+@pytest.mark.parametrize("asks", [{"prompt_logprobs": 1}, {"prompt_logprob_token_ids": [3]}])
+def test_prompt_logprobs_are_not_read_from_the_prefix_cache(
+    rig: SchedulerRig, monkeypatch: pytest.MonkeyPatch, asks: dict[str, Any]
+) -> None:
+    """Where there is one; vLLM leaves it out by itself unless it is told not to."""
+    cache_config = rig.config.cache_config
+    processor = InputProcessor.__new__(InputProcessor)
+    processor.vllm_config = rig.config
+
+    def take_in(**fields: Any) -> Any:
+        params = SamplingParams(max_tokens=16, **fields)
+        asked = Request("logprobs", [2] * 60, params, None)
+        return request_choices._process_inputs(lambda _self: asked, processor)
+
+    reading = asks | {"skip_reading_prefix_cache": False}
+    assert take_in(**reading) is not None
+    monkeypatch.setattr(cache_config, "enable_prefix_caching", True)
+    assert take_in(**asks) is not None
+    assert take_in(skip_reading_prefix_cache=False) is not None
+    with pytest.raises(RequestRefused, match="this request sets skip_reading_prefix_cache"):
+        take_in(**reading)
+    # by another way than a front end's
+    rig.scheduler.add_request(Request("raw", [2] * 60, SamplingParams(**reading), None))
+    live = rig.scheduler._live["raw"]
+    assert live.refusal is not None
+    assert "skip_reading_prefix_cache" in live.refusal
+    rig.scheduler.finish_requests(["raw"], RequestStatus.FINISHED_ABORTED)

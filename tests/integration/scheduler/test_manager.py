@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_coordinator import HybridKVCacheCoordinator
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups, is_kv_cache_spec_uniform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from tests.support.moved import get_kv_cache_groups, is_kv_cache_spec_uniform
 from tests.support.rule import num_kept
 from vllm_sepllm.integration.scheduler import coordinator
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
 from tests.support.compatibility import refused
 from tests.support.refusals import check_sentence
@@ -42,6 +43,27 @@ def test_more_drafts_than_the_resolved_window_takes() -> None:
     with pytest.raises(ValueError, match="9 draft tokens with a window of 16") as caught:
         check_drafts(make_config(num_speculative_tokens=9), 16)
     check_sentence(str(caught.value), "sepllm does not support 9 draft tokens", "7 or less")
+
+
+@pytest.mark.parametrize("capability", [80, 89])
+def test_fp8_caches_below_compute_capability_8_9(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: int
+) -> None:
+    vllm_config = EngineArgs(
+        model=str(write("llama", tmp_path)), **ARGUMENTS
+    ).create_engine_config()
+    vllm_config.cache_config.cache_dtype = "fp8"
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cpu", lambda _self: False)
+    monkeypatch.setattr(platform, "is_cuda", lambda _self: True)
+    has = classmethod(lambda _cls, needed: capability >= needed)
+    monkeypatch.setattr(platform, "has_device_capability", has)
+    if capability >= 89:
+        check_vllm_config(vllm_config)
+        return
+    with pytest.raises(ValueError, match="sepllm does not support") as caught:
+        check_vllm_config(vllm_config)
+    check_sentence(str(caught.value), "below compute capability 8.9", "remove --kv-cache-dtype")
 
 
 @refused("`--enable-return-routed-experts`", "returned routed experts", "remove --enable-return")

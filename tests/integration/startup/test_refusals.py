@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,12 @@ from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, 
 
 pytest.importorskip("vllm")
 
+import vllm.config.cache
 import vllm.config.vllm
+from vllm.config import ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import KVQuantMode
 
 from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.policy.initial import ProtectedPrefix
@@ -180,6 +184,10 @@ def options(arguments: dict[str, Any]) -> str:
     ids=[str(row[0]) for row in SETTINGS],
 )
 def test_settings(models: Models, arguments: dict[str, Any], what: str, remedy: str) -> None:
+    if arguments == {"kv_cache_dtype": "bfloat16"} and hasattr(
+        vllm.config.cache, "KV_CACHE_DTYPES"
+    ):
+        pytest.skip("vLLM refuses it first since 0.33")
     check_sentence(refusal(models("llama"), **arguments), what, remedy)
 
 
@@ -305,6 +313,41 @@ def test_batch_invariance(models: Models, monkeypatch: pytest.MonkeyPatch) -> No
     """Answers are equal in any batch up to rounding, not bit by bit."""
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     check_sentence(refusal(models("llama")), "batch invariance", "unset VLLM_BATCH_INVARIANT")
+
+
+@refused("`VLLM_USE_RUST_FRONTEND=1`", "Rust front end", "unset VLLM_USE_RUST_FRONTEND")
+def test_rust_front_end(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes no requests through the classes that sepllm wraps."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    check_sentence(refusal(models("llama")), "Rust front end", "unset VLLM_USE_RUST_FRONTEND")
+
+
+def test_models_that_group_their_own_layers(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ModelConfig, "supports_kv_cache_grouping", property(lambda _: True), raising=False
+    )
+    text = refusal(models("llama"))
+    check_sentence(text, "models that group the layers of their KV cache themselves", ELSEWHERE)
+
+
+def test_platforms_that_group_layers(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = classmethod(lambda _cls, _config: "their.Builder")
+    monkeypatch.setattr(
+        type(current_platform), "get_kv_cache_config_builder_cls", ask, raising=False
+    )
+    check_sentence(refusal(models("llama")), "the KV cache of their.Builder", "serve without")
+
+
+def test_kv_formats_of_other_plugins(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under a name of vLLM's, which such a plugin may take over."""
+    handlers = {"auto": SimpleNamespace(quant_mode=lambda: KVQuantMode.NONE)}
+    monkeypatch.setattr(
+        vllm.config.cache, "get_kv_cache_dtype_handler", handlers.get, raising=False
+    )
+    text = refusal(models("llama"))
+    check_sentence(text, "a KV cache in auto, which another plugin", "remove --kv-cache-dtype")
 
 
 def test_other_platforms(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.attention import (
     CrossAttention,
     EncoderOnlyAttention,
 )
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_sepllm.config import SepLLMConfig
@@ -40,6 +41,7 @@ def layer(kind: type[Attention] = Attention, **fields: Any) -> Attention:
         "head_size_v": 64,
         "dtype": torch.bfloat16,
         "kv_cache_torch_dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
         "impl": SimpleNamespace(alibi_slopes=None),
     }
     for name, value in (given | fields).items():
@@ -88,12 +90,56 @@ def test_names_without_one_index_are_read_only_for_full_layers() -> None:
     assert chosen({"decoder.0.attn.1": layer()}) == ["decoder.0.attn.1"]
 
 
+def quantised(**fields: Any) -> dict[str, Attention]:
+    """Two layers, the second with an fp8 cache."""
+    scale = torch.tensor(0.5)
+    fp8 = {"kv_cache_torch_dtype": torch.uint8, "kv_cache_dtype": "fp8"}
+    return {
+        name(0): layer(),
+        name(1): layer(**(fp8 | {"_k_scale": scale, "_v_scale": scale} | fields)),
+    }
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
+    """Make vLLM say that it runs on an NVIDIA GPU."""
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "is_cpu", lambda _self: False)
+    monkeypatch.setattr(platform, "is_cuda", lambda _self: True)
+    has = classmethod(lambda _cls, needed: capability >= needed)
+    monkeypatch.setattr(platform, "has_device_capability", has)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+def test_fp8_layers_need_hardware_that_converts(
+    monkeypatch: pytest.MonkeyPatch, capability: int
+) -> None:
+    """Triton compiles vLLM's fp8 format for 8.9 and later (tests/bench/test_compile.py)."""
+    on_gpu(monkeypatch, capability)
+    if capability >= 89:
+        assert chosen(quantised()) == [name(0), name(1)]
+        return
+    with pytest.raises(ValueError, match="keeps its KV cache in fp8, which sepllm does not read"):
+        chosen(quantised())
+
+
+@pytest.mark.parametrize("which", ["_k_scale", "_v_scale"])
+def test_one_scale_per_head_is_refused(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
+    """compressed-tensors loads such checkpoints for FlashAttention; the kernel takes scalars."""
+    on_gpu(monkeypatch, 90)
+    with pytest.raises(
+        ValueError, match=f"^layer {name(1)} has one KV scale per head.*{ELSEWHERE}"
+    ):
+        chosen(quantised(**{which: torch.ones(8)}))
+    assert chosen(quantised(**{which: torch.ones(1)})) == [name(0), name(1)]
+
+
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
         ({"kv_sharing_target_layer_name": "x"}, "shares the KV of another layer"),
         ({"impl": SimpleNamespace(alibi_slopes=torch.ones(2))}, "uses ALiBi, whose bias needs"),
         ({"head_size_v": 32}, "has K and V of different head sizes"),
+        ({"kv_cache_update_bypass": True}, "writes its KV cache itself, by token position"),
         (
             {"kv_cache_torch_dtype": torch.uint8, "kv_cache_dtype": "fp8"},
             "keeps its KV cache in fp8, which sepllm does not read",

@@ -5,7 +5,7 @@ from vllm_sepllm.integration.contracts.contract import by_hand
 CONTRACTS = by_hand(
     {
         "vllm.v1.core.sched.scheduler:Scheduler": {
-            "grammar_compile_error_reqs: set[str]": (
+            "grammar_compile_error_reqs: set[str] or dict[str, RequestError]": (
                 "refused requests go in: vLLM ends them with an error after the step"
             ),
             "prev_step_scheduled_req_ids: set[str]": (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from vllm_sepllm.integration.contracts.contract import by_hand
+from vllm_sepllm.integration.contracts.contract import Contract, by_hand
 from vllm_sepllm.integration.contracts.source_tree import SourceTree, members
 
 _CPU = "vllm.v1.attention.backends.cpu_attn:CPUAttention"
@@ -35,13 +35,16 @@ FLAGS = (
     "supports_xqa_or_trtllm_gen_decode",
 )
 
+# decided too, and not in the oldest vLLM of our range; ours say False
+NEWER_FLAGS = ("supports_kv_cache_update_bypass",)
+
 
 def new_flags(tree: SourceTree) -> Iterator[str]:
-    """Flags of WRAPPED classes that FLAGS does not have."""
+    """Flags of WRAPPED classes that nobody has decided."""
     lineages = [found for owner in WRAPPED for found in tree.lineage(*owner.split(":"))]
     flags = {(found.where, name) for found in lineages for name in members(found.node)}
     for where, name in sorted(flags):
-        if name.startswith("supports_") and name not in FLAGS:
+        if name.startswith("supports_") and name not in (*FLAGS, *NEWER_FLAGS):
             yield f"{where}.{name}: new, what do our layers answer?"
 
 
@@ -67,6 +70,10 @@ CONTRACTS = by_hand(
             **_BUILDER,
             "enable_cuda_graph": "switched off for decodes cut off a mixed batch",
         },
+        "vllm.v1.attention.backends.flash_attn:FlashAttentionMetadataBuilder": {
+            **_BUILDER,
+            "max_num_splits: int": "0 for decodes cut off a mixed batch",
+        },
         **dict.fromkeys(_IMPLS, _GPU_IMPL),
         f"{_CPU}BackendImpl": _IMPL,
         "vllm.v1.attention.backend:CommonAttentionMetadata": {
@@ -86,16 +93,30 @@ CONTRACTS = by_hand(
             "execute_model(scheduler_output, intermediate_tensors)": (
                 "wrapped: hands on the plan; the worker and the Ray executor call it"
             ),
+            "sample_tokens(grammar_output)": "wrapped on CPUs: keeps seeds of chunks",
+            "discard_request_mask": "read: rows whose prompt goes on",
+            "profile_run()": "wrapped: memory of a step that it does not use is held beside it",
             "reorder_batch_threshold: int | None": "set: all pipeline stages sort alike",
             "input_batch": "read: which request is in which row",
         },
-        "vllm.v1.worker.gpu_input_batch:InputBatch": {"req_ids": "read: the rows' requests"},
+        "vllm.v1.worker.gpu_input_batch:InputBatch": {
+            "req_ids, num_reqs": "read: the rows' requests",
+            "generators: dict[int, torch.Generator]": "emptied of chunks while vLLM samples",
+        },
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
             "execute_model(scheduler_output, intermediate_tensors, dummy_run)": (
                 "wrapped: hands on the plan, except to steps that vLLM makes up"
             ),
+            "profile_run()": "wrapped: memory of a step that it does not use is held beside it",
             "attn_groups, req_states, speculator": "read; vLLM types it as the other runner",
         },
         "vllm.v1.worker.gpu.states:RequestState": {"index_to_req_id": "read: the rows' requests"},
     }
+) + tuple(
+    Contract(
+        f"{runner}:copy_kv_cache_blocks_inplace",
+        "wrapped: makes the copies of a step in parts",
+        passed=("kv_caches", "num_blocks", "kv_cache_block_copies"),
+    )
+    for runner in ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 )

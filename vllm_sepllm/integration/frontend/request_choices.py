@@ -1,4 +1,4 @@
-"""Requests whose choice of a policy cannot be served, refused with HTTP 400."""
+"""Requests that cannot be served, refused with HTTP 400."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,12 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_sepllm.config import ResolvedConfig
 from vllm_sepllm.integration.patch import wrap_once
-from vllm_sepllm.integration.wire.choices import check_fits, policy_of, request_limits
+from vllm_sepllm.integration.wire.choices import (
+    check_fits,
+    check_prompt_logprobs,
+    policy_of,
+    request_limits,
+)
 from vllm_sepllm.integration.wire.config import is_selected, read_config
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.policy import layout
@@ -79,6 +84,11 @@ def _process_inputs(
 ) -> EngineCoreRequest:
     request = original(self, *args, **kwargs)
     params = request.sampling_params
+    if params is not None and is_selected(self.vllm_config):
+        try:
+            check_prompt_logprobs(self.vllm_config, params)
+        except ValueError as error:
+            raise RequestRefused(str(error)) from None
     makes_choice = params is not None and bool(chosen_keys(params.extra_args))
     if makes_choice and is_selected(self.vllm_config):
         if self not in _checks:

@@ -9,6 +9,7 @@ from typing import Any
 from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+from vllm.outputs import RequestError
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -37,6 +38,9 @@ class _SepLLMMixin(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # since vLLM 0.33; only drafters that refusals.py refuses have any
+        num_ahead = getattr(self.vllm_config, "num_hash_lookahead_tokens", 0)
+        assert num_ahead == 0, "a checkpoint's key must not depend on the tokens behind it"
         config = read_config(self.vllm_config)
         self._limits = choices.request_limits(self.vllm_config, config)
         self._live = LiveRequests(config.separators, config.policy)
@@ -103,6 +107,8 @@ class _SepLLMMixin(Scheduler):
         Raises:
             ValueError: if the engine does not serve it, or if its cache would never fit.
         """
+        assert request.sampling_params is not None, "sepllm serves no pooling models"
+        choices.check_prompt_logprobs(self.vllm_config, request.sampling_params)
         policy = choices.policy_of(self._limits, request)
         if policy != self._limits.engine:
             longest = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
@@ -119,11 +125,23 @@ class _SepLLMMixin(Scheduler):
         """
         live = self._live[request.request_id]
         if live.refusal is not None:
-            self.grammar_compile_error_reqs.add(request.request_id)
+            self._end_with_error(request, live.refusal)
             return False
         is_ready: bool = super()._handle_blocked_waiting_request(request)
         is_cached = self._prefix_cache.is_enabled
         return is_ready and not (is_cached and self._prefix_cache.must_wait(live))
+
+    def _end_with_error(self, request: Request, reason: str) -> None:
+        """Have vLLM end a request after this step.
+
+        Scheduler.grammar_compile_error_reqs is the one list of such requests that vLLM keeps. Under
+        0.33 it is a dict, and the client learns the reason; the set goes with vLLM 0.32.
+        """
+        failed: Any = self.grammar_compile_error_reqs
+        if isinstance(failed, set):
+            failed.add(request.request_id)
+        else:
+            failed[request.request_id] = RequestError("validation_error", reason)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """See vLLM's Scheduler.schedule; requests whose tail becomes a ring begin anew before."""
@@ -156,10 +174,14 @@ class _SepLLMMixin(Scheduler):
         self._prefix_cache.release_checkpoints()
         return plan
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> tuple[KVCacheBlocks, int, int, bool]:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> tuple[KVCacheBlocks, int, int, bool]:
         kv, cache = self.kv_cache_manager, self._prefix_cache
+        # vLLM 0.32 knows no limit, and 0.33 has one only for what refusals.py refuses
+        limit: Any = () if max_cache_hit_length is None else (max_cache_hit_length,)
         hit: tuple[KVCacheBlocks, int, int, bool]
-        hit = super()._get_local_prefix_cache_hit(request)
+        hit = super()._get_local_prefix_cache_hit(request, *limit)
         blocks, num_tokens, _, _ = hit
         if num_tokens and not cache.fits(kv, request, blocks, num_tokens):
             return kv.empty_kv_cache_blocks, 0, 0, False

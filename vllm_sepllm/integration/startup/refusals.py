@@ -3,6 +3,7 @@
 A row that is missing here is a silent wrong answer, so each states the reason it is wrong.
 """
 
+import vllm.config.cache as cache_config
 from vllm import envs
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
@@ -11,10 +12,13 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
-from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME, FP8_CACHE_DTYPES
+from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
+from vllm_sepllm.integration.wire.fp8 import FP8_CACHE_DTYPES, converts_fp8
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.policy.step import staging
 
+# vLLM's own grouping of layers into KV cache groups
+_DEFAULT_GROUPING = "vllm.v1.core.kv_cache_planning.DefaultKVCacheConfigBuilder"
 # drafters with caches of their own, or none
 _DRAFTERS = ("ngram", "ngram_gpu", "draft_model")
 
@@ -86,6 +90,7 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
         *_speculative_reasons(vllm_config),
         *_parallel_reasons(vllm_config),
         *_cache_reasons(vllm_config),
+        *_reasons_since_0_33(vllm_config),
     ):
         if is_unsupported:
             raise ValueError(f"sepllm does not support {reason}")
@@ -191,6 +196,11 @@ def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "splitting a batch into micro-batches: remove --enable-dbo and --ubatch-size",
         ),
         (
+            envs.VLLM_USE_RUST_FRONTEND,
+            "vLLM's Rust front end, which neither answers wrong requests with HTTP 400 nor shows "
+            "metrics of sepllm: unset VLLM_USE_RUST_FRONTEND",
+        ),
+        (
             current_platform.is_cpu() and vllm_config.use_v2_model_runner,
             "vLLM's Model Runner V2 on CPU yet: unset VLLM_USE_V2_MODEL_RUNNER",
         ),
@@ -227,6 +237,11 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             + ("" if current_platform.is_cpu() else ", or set it to fp8"),
         ),
         (
+            is_quantized_kv_cache(cache.cache_dtype) and not converts_fp8(),
+            f"a KV cache in {cache.cache_dtype} on a GPU below compute capability 8.9, whose "
+            "hardware does not convert it: remove --kv-cache-dtype",
+        ),
+        (
             current_platform.is_cpu()
             and kv_cache_dtype_str_to_dtype(cache.cache_dtype, model) != model.dtype,
             f"a KV cache in {cache.cache_dtype} for a model in {model.dtype}, which vLLM's CPU "
@@ -236,5 +251,35 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             current_platform.is_cpu() and cache.block_size % 32 != 0,
             f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
             "tokens: set --block-size 32, or leave it out",
+        ),
+    ]
+
+
+def _reasons_since_0_33(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    """What vLLM 0.33 lets models, platforms and other plugins bring, and 0.32 has no name for.
+
+    ``ModelConfig.supports_kv_cache_grouping``, ``Platform.get_kv_cache_config_builder_cls`` and
+    ``get_kv_cache_dtype_handler``: refused until one has run with sepllm.
+    """
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    # Platform.__getattr__ answers to every name, so its class is asked
+    builder_of = getattr(type(current_platform), "get_kv_cache_config_builder_cls", None)
+    builder = _DEFAULT_GROUPING if builder_of is None else builder_of(vllm_config)
+    handler_of = getattr(cache_config, "get_kv_cache_dtype_handler", None)
+    handler = None if handler_of is None else handler_of(cache_dtype)
+    return [
+        (
+            getattr(vllm_config.model_config, "supports_kv_cache_grouping", False),
+            "models that group the layers of their KV cache themselves: serve this model without "
+            "--attention-backend sepllm",
+        ),
+        (
+            builder != _DEFAULT_GROUPING,
+            f"the KV cache of {builder}, which this platform brings: serve without "
+            "--attention-backend sepllm",
+        ),
+        (
+            handler is not None,
+            f"a KV cache in {cache_dtype}, which another plugin brings: remove --kv-cache-dtype",
         ),
     ]

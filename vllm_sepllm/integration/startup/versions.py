@@ -4,9 +4,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-# what has been run; docs/upgrading-vllm.md: how to check another, what is known of 0.33
+# what has been run; docs/upgrading-vllm.md: how to check another
 MIN_VLLM = Version("0.32")
-END_VLLM = Version("0.33")
+END_VLLM = Version("0.34")
 
 
 def unsupported_vllm() -> str | None:

@@ -10,8 +10,6 @@ BACKEND_NAME = "SEPLLM"
 # 2 * head_size] in any order of strides, which our kernels read. ROCM_ATTN cuts keys into vectors,
 # ROCM_AITER_FA may shuffle.
 WRAPPED_BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN")
-# fp8 caches that the prefill kernel dequantises: one scale a tensor, the platform's own format
-FP8_CACHE_DTYPES = ("fp8", "fp8_e4m3")
 _BACKEND_PATH = "vllm_sepllm.integration.startup.unselected_backend.SepLLMBackend"
 
 

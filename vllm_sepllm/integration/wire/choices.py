@@ -8,6 +8,7 @@ scheduler ends with an error what got past that, and gives the policy of everyth
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
@@ -77,4 +78,22 @@ def check_fits(num_needed: int, num_blocks: int, num_tokens: int) -> None:
             f"blocks with the policy that it asks for and the engine has {num_blocks}; ask for a "
             "smaller sepllm_window, sepllm_initial_tokens or max_tokens, or give the engine more "
             "KV cache memory"
+        )
+
+
+def check_prompt_logprobs(vllm_config: VllmConfig, params: SamplingParams) -> None:
+    """Refuse log-probabilities of a prompt whose beginning may come out of the prefix cache.
+
+    vLLM 0.32 and 0.33 leave it out by themselves, unless they are told to read the cache; then what
+    they return for the tokens found there is memory that nobody wrote.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    is_cached = vllm_config.cache_config.enable_prefix_caching
+    wants = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+    if is_cached and wants and not params.skip_reading_prefix_cache:
+        raise ValueError(
+            "prompt_logprobs of tokens in the prefix cache do not exist, and this request sets "
+            "skip_reading_prefix_cache to False; leave it out"
         )

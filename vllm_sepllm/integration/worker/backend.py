@@ -34,6 +34,8 @@ def wrap_backend(
         "customize_spec": classmethod(customize_spec),
         # prefill attends before it writes, and writes only what is kept
         "forward_includes_kv_cache_update": True,
+        # since vLLM 0.33: a model may write keys and values into the cache itself, by position
+        "supports_kv_cache_update_bypass": False,
         "__module__": __name__,
     }
     return type(f"SepLLM{wrapped.__name__}", (wrapped,), members)

@@ -190,7 +190,11 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
 def bind_builders(
     vllm_config: VllmConfig, runner: Any, step: CurrentStep, request_ids: RequestIds
 ) -> list[BuilderMixin]:
-    """Bind the builders of a model runner's SepLLM layers, and return them."""
+    """Bind the builders of a model runner's SepLLM layers, and return them.
+
+    Raises:
+        ValueError: if kernel blocks of a layer do not lie one behind the other.
+    """
     # Model Runner V1 sorts a batch if one of its builders asks for it; a pipeline stage without a
     # SepLLM layer has to sort alike, or the rows of two stages do not match
     runner.reorder_batch_threshold = _REORDER_BATCH_THRESHOLD
@@ -201,8 +205,12 @@ def bind_builders(
             ours = [b for b in group.metadata_builders if isinstance(b, BuilderMixin)]
             if not ours:
                 continue
-            # the scheduler's blocks may be cut for the kernels, one behind the other only
-            assert group.kernel_block_stride == 0, "kernel blocks with other layers' between"
+            if group.kernel_block_stride != 0:
+                raise ValueError(
+                    f"sepllm found other layers' pages between the {group.kernel_block_size}-token "
+                    f"blocks of {group.backend.get_name()}, which its slots do not skip; set "
+                    f"--block-size {group.kernel_block_size}, or unset VLLM_KV_CACHE_LAYOUT"
+                )
             own = [layers[name] for name in group.layer_names]
             for builder in ours:
                 builder.bind(step, request_ids, group_id, group.kv_cache_spec.block_size, own)

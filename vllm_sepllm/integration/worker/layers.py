@@ -1,16 +1,16 @@
 """Which attention layers of a loaded model become SepLLM layers."""
 
 from collections.abc import Collection
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backend import AttentionLayer, AttentionType
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm.config import ResolvedConfig
-from vllm_sepllm.integration.wire.backend_name import FP8_CACHE_DTYPES
+from vllm_sepllm.integration.wire.fp8 import reads_fp8
 
 
 def sepllm_layers(
@@ -61,15 +61,21 @@ def _check_layer(name: str, layer: Attention) -> None:
     # a field of every implementation that we wrap
     if layer.impl.alibi_slopes is not None:  # type: ignore[attr-defined]
         _refuse(name, "uses ALiBi, whose bias needs distances that a compact cache does not keep")
+    # since vLLM 0.33: models that found it in their backend before it was wrapped (Muse Spark)
+    if getattr(layer, "kv_cache_update_bypass", False):
+        _refuse(name, "writes its KV cache itself, by token position")
     if layer.head_size_v != layer.head_size:
         _refuse(name, "has K and V of different head sizes, which sepllm does not support")
     # a checkpoint may ask for it layer by layer, unseen by VllmConfig
-    if layer.kv_cache_torch_dtype != layer.dtype and not _is_read(layer.kv_cache_dtype):
+    if layer.kv_cache_torch_dtype != layer.dtype and not reads_fp8(layer.kv_cache_dtype):
         _refuse(name, f"keeps its KV cache in {layer.kv_cache_dtype}, which sepllm does not read")
+    if is_quantized_kv_cache(layer.kv_cache_dtype) and not _has_scalar_scales(layer):
+        _refuse(name, "has one KV scale per head, where sepllm's kernel takes one per layer")
 
 
-def _is_read(kv_cache_dtype: str) -> bool:
-    return not current_platform.is_cpu() and kv_cache_dtype in FP8_CACHE_DTYPES
+def _has_scalar_scales(layer: Attention) -> bool:
+    scaled = cast(AttentionLayer, layer)  # vLLM's protocol, which types its buffers
+    return scaled._k_scale.numel() == 1 and scaled._v_scale.numel() == 1
 
 
 def _refuse(name: str, reason: str) -> NoReturn:

@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 
 import vllm
 from vllm.v1.attention.backend import (
+    AttentionBackend,
     AttentionCGSupport,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -23,7 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_sepllm.integration.contracts.source_tree import SourceTree
 from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
-from vllm_sepllm.integration.worker.backend import wrap_builder
+from vllm_sepllm.integration.worker.backend import wrap_backend, wrap_builder
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.policy.keys.columns import REQUEST
@@ -187,23 +188,26 @@ def test_prefill_rows_are_cut_off_the_library(builder: Any) -> None:
 def test_decodes_of_a_mixed_batch_are_no_graph_to_the_wrapped_builder(
     builder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """FlashInfer's would keep buffers for each number of them; its flag is there in its source."""
+    """FlashInfer's would keep buffers for each number of them, FlashAttention's kernel allocate a
+    graph's number of splits; both attributes are there in the source.
+    """
     seen = []
     build = LibraryBuilder.build
 
     def spy(self: Any, *arguments: Any) -> LibraryMetadata:
-        seen.append(self.enable_cuda_graph)
+        seen.append((self.enable_cuda_graph, self.max_num_splits))
         return build(self, *arguments)
 
     monkeypatch.setattr(LibraryBuilder, "build", spy)
-    builder.enable_cuda_graph = True
+    builder.enable_cuda_graph, builder.max_num_splits = True, 32
     step(builder, [20, 30], [1, 7], num_tokens=8, num_reqs=2)
     step(builder, [20, 30], [1, 1], num_tokens=2, num_reqs=2)
-    assert seen == [False, True]
-    assert builder.enable_cuda_graph
+    assert seen == [(False, 0), (True, 32)]
+    assert (builder.enable_cuda_graph, builder.max_num_splits) == (True, 32)
     tree = SourceTree(Path(vllm.__file__).parents[1])
-    flashinfer = "vllm.v1.attention.backends.flashinfer"
-    assert tree.has(flashinfer, "FlashInferMetadataBuilder.enable_cuda_graph")
+    backends = "vllm.v1.attention.backends"
+    assert tree.has(f"{backends}.flashinfer", "FlashInferMetadataBuilder.enable_cuda_graph")
+    assert tree.has(f"{backends}.flash_attn", "FlashAttentionMetadataBuilder.max_num_splits")
 
 
 def test_rows_have_windows_of_their_own(builder: Any) -> None:
@@ -226,6 +230,20 @@ def test_runs_without_requests_write_nothing(builder: Any, cache: torch.Tensor) 
     assert made.prefill is None
     builder.warm_up(4)
     assert torch.equal(cache, before)
+
+
+def test_no_model_writes_the_cache_by_position() -> None:
+    """FlashAttention and FlashInfer let it since vLLM 0.33."""
+
+    class Library(AttentionBackend):
+        supports_kv_cache_update_bypass = True
+
+        @staticmethod
+        def get_builder_cls() -> type[LibraryBuilder]:
+            return LibraryBuilder
+
+    ours = wrap_backend(Library, GPUBuilderMixin, POLICY)
+    assert not ours.supports_kv_cache_update_bypass
 
 
 def test_a_group_gets_no_metadata_of_another(builder: Any) -> None:

@@ -11,6 +11,7 @@ from vllm_sepllm.integration.worker.backend import wrap_backend
 from vllm_sepllm.integration.worker.builder import bind_builders
 from vllm_sepllm.integration.worker.cpu.builder import CPUBuilderMixin
 from vllm_sepllm.integration.worker.cpu.impl import SepLLMCPUImpl
+from vllm_sepllm.integration.worker.cpu.seeds import keep_seeds_of_chunks
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.layers import sepllm_layers
 
@@ -36,6 +37,7 @@ class SepLLMCPUWorker(CPUWorker):
         runner = self.model_runner
         step = CurrentStep()
         step.plan_runs_of(runner)
+        keep_seeds_of_chunks(runner)
         bind_builders(
             self.vllm_config,
             runner,

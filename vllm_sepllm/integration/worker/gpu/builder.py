@@ -20,6 +20,10 @@ from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.step.batch import BatchStep
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
+# attributes of vLLM's builders (v1/attention/backends) as they are where no graph is captured:
+# FlashInferMetadataBuilder's, FlashAttentionMetadataBuilder's
+_NO_GRAPHS = {"enable_cuda_graph": False, "max_num_splits": 0}
+
 
 class GPUBuilderMixin(BuilderMixin):
     """Mixin before the builder of the backend that vLLM chose.
@@ -31,7 +35,6 @@ class GPUBuilderMixin(BuilderMixin):
 
     # a group's copies are its own: no metadata of one serves another
     supports_update_block_table = False
-    enable_cuda_graph: bool  # FlashInferMetadataBuilder's; other builders have none
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,7 +80,10 @@ class GPUBuilderMixin(BuilderMixin):
     def get_cudagraph_support(
         cls, vllm_config: VllmConfig, kv_cache_spec: KVCacheSpec
     ) -> AttentionCGSupport:
-        """FULL graphs for decode alone, prefill in pieces: its tiles differ step by step."""
+        """FULL graphs for decode alone, prefill in pieces: its tiles differ step by step.
+
+        Not for batches of drafts either (the worker's ``_check_graphs``).
+        """
         wrapped = super().get_cudagraph_support(vllm_config, kv_cache_spec)
         ours = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
         return min(wrapped, ours, key=lambda support: support.value)
@@ -167,20 +173,20 @@ class GPUBuilderMixin(BuilderMixin):
 
     @contextmanager
     def _outside_graphs(self) -> Iterator[None]:
-        """Decodes cut off a mixed batch look like a graph's to FlashInferMetadataBuilder.
+        """Decodes cut off a mixed batch look like a graph's to the wrapped builder.
 
-        It would make a wrapper, with buffers of its own, for each number of them and keep it; told
-        that there are no graphs (v1/attention/backends/flashinfer.py) it takes its general one.
-        To be dropped when vLLM tells ``build`` whether a graph is replayed.
+        FlashInferMetadataBuilder would make a wrapper, with buffers of its own, for each number of
+        them and keep it; FlashAttentionMetadataBuilder would have its kernel allocate a graph's
+        number of splits, hundreds of MB. Told that there are no graphs, both do what they do for
+        batches without one. To be dropped when vLLM tells ``build`` whether a graph is replayed.
         """
-        if not hasattr(self, "enable_cuda_graph"):
-            yield
-            return
-        enabled, self.enable_cuda_graph = self.enable_cuda_graph, False
+        told = {name: value for name, value in _NO_GRAPHS.items() if hasattr(self, name)}
+        saved = {name: getattr(self, name) for name in told}
+        vars(self).update(told)
         try:
             yield
         finally:
-            self.enable_cuda_graph = enabled
+            vars(self).update(saved)
 
     def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> PrefillRows:
         """See the base class."""

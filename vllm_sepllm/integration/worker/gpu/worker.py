@@ -4,20 +4,25 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.block_table import get_block_table_width
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS
 from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.worker.backend import wrap_backend
 from vllm_sepllm.integration.worker.builder import BuilderMixin, bind_builders
 from vllm_sepllm.integration.worker.current_step import CurrentStep
+from vllm_sepllm.integration.worker.gpu import block_copies
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import SepLLMGPUImpl
+from vllm_sepllm.integration.worker.gpu.profile import hold_while_profiling, key_list_bytes
 from vllm_sepllm.integration.worker.layers import sepllm_layers
 
 
@@ -53,14 +58,39 @@ class GPUWorkerMixin(Worker):
                 )
             layer.attn_backend = wrap_backend(layer.attn_backend, GPUBuilderMixin, self._policy)
             layer.impl = SepLLMGPUImpl(layer.impl)
+        block_copies.install()
+        device_bytes = current_platform.get_device_total_memory()
+        num_bytes = key_list_bytes(self.vllm_config, self._policy, device_bytes)
+        hold_while_profiling(runner, num_bytes, runner.device)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
-        """Allocate as vLLM does, then show builders and layers their caches and the plan."""
+        """Allocate as vLLM does, then show builders and layers their caches and the plan.
+
+        Raises:
+            ValueError: if the blocks of all layers lie together, or kernel blocks apart.
+        """
+        check_layout(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
+        self._check_graphs()
         self._step = CurrentStep()
         self._step.plan_runs_of(self.model_runner)
         self._builders = bind_builders(
             self.vllm_config, self.model_runner, self._step, self._request_ids
+        )
+
+    def _check_graphs(self) -> None:
+        """With drafts no step may be a FULL graph, which GPUBuilderMixin's support sees to.
+
+        A request whose drafts wait in staging may have one token in a step, and looks like a decode
+        to vLLM; it is a prefill chunk of ours, which a graph would leave out.
+        """
+        if self.vllm_config.speculative_config is None:
+            return
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        assert not mode.has_full_cudagraphs(), "GPUBuilderMixin.get_cudagraph_support forbids it"
+        logger.info(
+            "sepllm: with speculative decoding no step is a FULL CUDA graph (cudagraph_mode %s).",
+            mode.name,
         )
 
     def _block_table_width(self, builder: BuilderMixin) -> int:
@@ -89,6 +119,21 @@ class GPUWorkerMixin(Worker):
         with self._step.warm_up(self._policy):
             times: CompilationTimes = super().compile_or_warm_up_model()
             return times
+
+
+def check_layout(kv_cache_config: KVCacheConfig) -> None:
+    """Refuse KV cache layouts in which a block is one piece for all layers (vLLM's B...).
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    name = kv_cache_config.kv_cache_layout
+    if name is not None and KVCacheLayout[name].is_block_outermost:
+        raise ValueError(
+            f"sepllm does not support the KV cache layout {name}, where a block holds every layer, "
+            "and with which its copies never ran: unset VLLM_KV_CACHE_LAYOUT, or serve this model "
+            "without --attention-backend sepllm"
+        )
 
 
 class SepLLMGPUWorker(GPUWorkerMixin):
