@@ -183,13 +183,13 @@ class SepLLMManager(SingleTypeKVCacheManager):
     def to_own(
         self, live: LiveRequest, num_tokens: int, hit: Sequence[KVCacheBlock] = ()
     ) -> list[int]:
-        """Block indices of a state that the request may not share, ascending.
+        """Block indices of a state that the request may not share (copy-on-write), ascending.
 
-        A block may be shared as long as nobody who runs writes into it again. Into these somebody
-        does: the ring's blocks, unless the request ends before its ring goes round; the tail's
-        last block, unless it is full; all blocks of the tail, if it may become a ring; and for a
-        request that would share its ring's blocks, those that another running request holds and
-        will overwrite. Full blocks of initial tokens nobody writes again.
+        A block may be shared until a running request writes into it again. These will be written:
+        the ring's blocks, unless the request ends before its ring goes round; the tail's last
+        block, unless it is full; all blocks of the tail, if it may become a ring; and for a
+        request that would share its ring's blocks, those that another running request will
+        overwrite. Full blocks of initial tokens are never written again.
 
         Args:
             live: whoever goes on from the state.
