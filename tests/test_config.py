@@ -58,6 +58,7 @@ NO_SEPARATORS = (
             {"preset": "streaming-llm", "separators": "paper"},
             "preset 'streaming-llm' keeps no separators, got separators='paper'; remove one",
         ),
+        ({"max_protected": 100}, "protect is not set: set both, .* or neither"),
         ([], "must be an object with any of"),
     ],
 )

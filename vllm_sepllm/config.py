@@ -6,7 +6,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
@@ -23,6 +23,7 @@ ADDITIONAL_CONFIG_KEY = "sepllm"
 MIN_WINDOW = 16
 # more tokens than any request has, and few enough that sums of them fit the kernels' 32 bits
 _MAX_TOKENS = 2**30 - 1
+_MAX_PROTECTED = 4096
 
 Count = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKENS)]
 
@@ -65,7 +66,7 @@ class SepLLMConfig(BaseModel):
 
     initial_tokens: Count = 4
     protect: Annotated[str, Field(strict=True, min_length=1)] | StrictInt | None = None
-    max_protected: Annotated[StrictInt, Field(ge=1, le=_MAX_TOKENS)] = 4096
+    max_protected: Annotated[StrictInt, Field(ge=1, le=_MAX_TOKENS)] = _MAX_PROTECTED
     window: Annotated[StrictInt, Field(ge=MIN_WINDOW, le=_MAX_TOKENS)] = 252
     separators: (
         SeparatorRule
@@ -100,6 +101,16 @@ class SepLLMConfig(BaseModel):
                 f"{given['separators']!r}; remove one of the two"
             )
         return {**given, "separators": ()}
+
+    @model_validator(mode="after")
+    def _bounds_a_protected_prefix(self) -> Self:
+        """``max_protected`` alone would protect nothing."""
+        if self.protect is None and self.max_protected != _MAX_PROTECTED:
+            raise ValueError(
+                "max_protected bounds the prefix that protect keeps, and protect is not set: set "
+                'both, such as {"protect": "<|im_end|>", "max_protected": 8192}, or neither'
+            )
+        return self
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> "SepLLMConfig":

@@ -26,7 +26,7 @@ values = st.one_of(
 keys = st.sampled_from(
     [
         *("sepllm", "sepllm_window", "sepllm_initial_tokens", "sepllm_", "SepLLM"),
-        *("sepllm_separators", "top_k", "window", ""),
+        *("sepllm_separators", "sepllm_" + "x" * 500, "top_k", "window", ""),
     ]
 )
 

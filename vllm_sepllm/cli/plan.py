@@ -147,7 +147,7 @@ def _resolved_dtype(dtype: str, shape: KVShape) -> str:
 def _resolve(
     config: SepLLMConfig, shape: KVShape, deployment: Deployment, protected: int
 ) -> ResolvedConfig:
-    """As an engine resolves it, for requests with a protected prefix of so many tokens."""
+    """As an engine resolves it, for requests with a protected prefix of ``protected`` tokens."""
     resolved = config.resolve(
         separators=TokenSeparators(()),
         num_layers=shape.num_layers,

@@ -1,9 +1,8 @@
 """The policy that a request chooses for itself, as plain values of its ``extra_args``.
 
 A request may choose its window, ``{"sepllm_window": 1024}``, and its initial tokens,
-``{"sepllm_initial_tokens": 600}``, or all of both: ``{"sepllm": false}`` is full attention, because
-a window as long as any request is vLLM's own layout throughout. Separators and max_separators stay
-the engine's.
+``{"sepllm_initial_tokens": 600}``, or full attention, ``{"sepllm": false}``: a window as long as
+any request, which is vLLM's own layout throughout. Separators and max_separators stay the engine's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +58,8 @@ def request_policy(
     Args:
         limits: of the engine.
         given: the request's ``extra_args``; other keys are not looked at.
-        prompt: its token ids; of a session those of the first turn.
+        prompt: its token ids; of a session those of the first turn, in which a protected prefix
+            must end.
         is_session: the request's prompt goes on in later requests (streaming input).
 
     Raises:
@@ -72,7 +72,7 @@ def request_policy(
     unknown = [key for key in keys if key not in (SWITCH_KEY, WINDOW_KEY, INITIAL_KEY)]
     if unknown:
         raise ValueError(
-            f"unknown key {unknown[0]!r} in the request's extra arguments; sepllm knows "
+            f"unknown key {_shown(unknown[0])} in the request's extra arguments; sepllm knows "
             f"{SWITCH_KEY!r} (true or false), {WINDOW_KEY!r} and {INITIAL_KEY!r} (numbers of "
             "tokens)"
         )

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from tests.support.schedulers import (
@@ -67,3 +68,22 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(
     assert starts(scheduler.schedule())["session"] == last_block
     assert hit_of(scheduler, [*kept, 7, 8]) == last_block
     assert hit_of(scheduler, [*kept, SAMPLED[1], 7, 8]) == len(kept) + 1
+
+
+def test_a_turn_that_ends_among_right_drafts_keeps_what_it_sampled(tmp_path: Path) -> None:
+    """The drafts behind its end are computed, too, and were never sampled: the next turn's tokens
+    take their positions, and are computed there."""
+    scheduler = make_scheduler(Setting(write_model(tmp_path), "drafts"))
+    scheduler.add_request(make_request("session", PROMPT[:20], 3, resumable=True))
+    answer(scheduler, scheduler.schedule(), SAMPLED[0])
+    drafts = [7, 8, 9]
+    scheduler.update_draft_token_ids(DraftTokenIds(["session"], [drafts]))
+    output = scheduler.schedule()
+    assert output.scheduled_spec_decode_tokens == {"session": drafts}
+    sampled = ModelRunnerOutput(["session"], {"session": 0}, [[*drafts, SAMPLED[1]]])
+    scheduler.update_from_output(output, sampled)
+    session, kept = scheduler.requests["session"], [*PROMPT[:20], SAMPLED[0], drafts[0]]
+    assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
+    scheduler.add_request(make_request("session", NEWS, 5, resumable=True))
+    assert list(session.all_token_ids) == [*kept, *NEWS]
+    assert starts(scheduler.schedule())["session"] == len(kept)

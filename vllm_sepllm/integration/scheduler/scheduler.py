@@ -197,6 +197,8 @@ class _SepLLMMixin(Scheduler):
         has_staged = live.holding.staged is not None
         if has_staged:
             self.kv_cache_manager.free(session)
+        # vLLM 0.32 counts right drafts behind the end of a turn as computed tokens of the session
+        session.num_computed_tokens = min(session.num_computed_tokens, session.num_tokens - 1)
         self._live.truncate(live, session.num_computed_tokens)
         super()._update_request_as_session(session, update)
         if has_staged:

@@ -12,7 +12,8 @@ def install(reason: str) -> None:
     """Answer whoever looks our name up with ``reason``; once per process.
 
     vLLM: AttentionBackendEnum's own metaclass raises "Unknown attention backend" otherwise, and
-    every spelling of the option passes it. Where that class is gone, vLLM's words have to do.
+    every spelling of the option passes it. Without AttentionBackendEnum or its metaclass
+    vLLM's own message stays.
     """
     try:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum

@@ -155,7 +155,7 @@ def _staying(chunk: Chunk) -> tuple[IntArray, IntArray]:
     tail = np.arange(chunk.num_spilled - num_tail, chunk.num_spilled)
     tail = layout.tail_index(policy, tail) if num_tail else tail
     keys = (_key_numbers(chunk, initial), tail, _key_numbers(chunk, chunk.separators))
-    # of the tail any position before the window will do
+    # separators in the tail: any position before the window will do
     positions = (initial, np.full(num_tail, policy.initial_tokens), chunk.separators)
     return np.concatenate(keys), np.concatenate(positions)
 

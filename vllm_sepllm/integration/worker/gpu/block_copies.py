@@ -38,6 +38,6 @@ def _in_slices(
 
 
 def _block_bytes(cache: torch.Tensor, num_blocks: int) -> int:
-    """Bytes that vLLM copies at once for a block: a layer's, or where blocks lie outermost all."""
+    """Bytes that vLLM copies at once for a block: one layer's, or all if layers share blocks."""
     between = cache.stride(0) * cache.element_size() * (cache.shape[0] // num_blocks)
     return max(between, cache.nbytes // num_blocks)

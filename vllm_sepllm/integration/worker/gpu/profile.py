@@ -10,7 +10,8 @@ from vllm_sepllm.policy.visibility import Policy
 
 # place and until of a key (ops.list_keys); position and until of a separator (plan_tiles): int32
 _BYTES_PER_KEY = 4 * 4
-# more would take so many chunks behind one long shared prefix in a step, and memory from the cache
+# share of device memory that is held at most, because the KV cache loses it: only steps with
+# hundreds of chunks behind one long shared prefix need more
 _MOST_OF_DEVICE = 0.01
 
 
