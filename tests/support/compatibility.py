@@ -38,6 +38,7 @@ class Row(NamedTuple):
 
 ROWS = pytest.StashKey[list[Row]]()
 _FINISHED = pytest.StashKey[dict[Row, str]]()
+_NOT_WRITTEN = pytest.StashKey[str]()
 
 
 def refused(feature: str, what: str, remedy: str) -> pytest.MarkDecorator:
@@ -117,10 +118,18 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if not config.getoption("--write-compatibility") or hasattr(config, "workerinput"):
         return
     finished = config.stash[_FINISHED]
-    wrong = sorted({row.test for row, outcome in finished.items() if outcome != "passed"})
-    if wrong:
-        raise pytest.UsageError(f"{PATH.name} not written, these did not pass: {wrong}")
-    missing = sorted({row.test for row in set(config.stash[ROWS]) - set(finished)})
-    if missing:
-        raise pytest.UsageError(f"{PATH.name} not written, these did not run: {missing}")
-    PATH.write_text(render(finished))
+    wrong = {row.test for row, outcome in finished.items() if outcome != "passed"}
+    missing = {row.test for row in set(config.stash[ROWS]) - set(finished)}
+    if not wrong and not missing:
+        PATH.write_text(render(finished))
+        return
+    # told behind the reports of the tests, which an exception here would swallow
+    config.stash[_NOT_WRITTEN] = f"did not pass: {sorted(wrong)}, did not run: {sorted(missing)}"
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if _NOT_WRITTEN in config.stash:
+        terminalreporter.write_line(f"ERROR: {PATH.name} not written: {config.stash[_NOT_WRITTEN]}")
