@@ -26,14 +26,16 @@ def main() -> None:
     """A report a job; the engine of the job before has ended by then."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    hook = "tests.support.ray_executor.name_ray_resource"
     for job in json.loads(sys.argv[1]):
         os.environ.update(job["environment"])
+        # an engine's placement group lives as long as its Ray job
+        ray.init(runtime_env={"worker_process_setup_hook": hook})
         engine_process.print_report(job)
         cleanup_dist_env_and_memory()
+        ray.shutdown()
 
 
 if __name__ == "__main__":
     name_ray_resource()
-    hook = "tests.support.ray_executor.name_ray_resource"
-    ray.init(runtime_env={"worker_process_setup_hook": hook})
     main()
