@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.engine import Engine, engine
-from tests.support.oracle import TOLERANCE, differences, log_probabilities, rule_of
+from tests.support.oracle import TOLERANCE, differences, rule_of, scores
 
 pytestmark = pytest.mark.slow
 
@@ -34,8 +33,7 @@ def test_prompt_logprobs_equal_the_oracle(
     """Proves that every prompt position, not only the last, is attended exactly."""
     prompt = excerpt(2000, 500)
     (answer,) = made.generate([prompt], 1, prompt_logprobs=0)
-    want = log_probabilities(smollm2_path, prompt, rule_of(made))[:-1]
-    want = want[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    want = scores(smollm2_path, prompt, rule_of(made))
     assert answer.prompt_logprobs == pytest.approx(want.tolist(), abs=TOLERANCE)
 
 
@@ -157,10 +155,8 @@ def test_beams_have_the_scores_of_the_oracle(
     (output,) = made.llm.beam_search([{"prompt_token_ids": prompt}], asked)
     assert len(output.sequences) == 3
     for beam in output.sequences:
-        tokens = torch.tensor(beam.tokens[len(prompt) :])
-        assert len(tokens) == 6
-        scores = log_probabilities(smollm2_path, beam.tokens[:-1], rule_of(made), len(prompt) - 1)
-        total = float(scores[torch.arange(len(tokens)), tokens].sum())
+        assert len(beam.tokens) == len(prompt) + 6
+        total = float(scores(smollm2_path, beam.tokens, rule_of(made), len(prompt) - 1).sum())
         assert beam.cum_logprob == pytest.approx(total, abs=TOLERANCE)
 
 

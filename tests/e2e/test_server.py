@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from openai import AsyncOpenAI, OpenAI
 
-from tests.support.oracle import TOLERANCE, Rule, log_probabilities
+from tests.support.oracle import TOLERANCE, Rule, scores
 from tests.support.rule import num_kept, spilled
 from vllm_sepllm.bench.soak.__main__ import metric, metric_of, metrics_page
 from vllm_sepllm.policy.separators.rules import token_separators
@@ -250,8 +249,7 @@ def test_an_echo_is_the_same_from_a_cached_prefix(
     prompt = tokenizer(documents[3])["input_ids"][:400]
     separators = token_separators("extended", tokenizer, len(tokenizer)).token_ids
     rule = Rule(POLICY.initial_tokens, POLICY.window, frozenset(separators), POLICY.max_separators)
-    want = log_probabilities(four_layers_path, prompt, rule)[:-1]
-    want = want[torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])]
+    want = scores(four_layers_path, prompt, rule)
     for _ in range(2):
         made = client.completions.create(
             model="smol", prompt=prompt, echo=True, logprobs=1, max_tokens=1, temperature=0.0

@@ -126,6 +126,12 @@ def log_probabilities(
     return logits.float().log_softmax(dim=-1)
 
 
+def scores(path: Path, token_ids: Sequence[int], rule: Rule | None, first: int = 0) -> torch.Tensor:
+    """Log-probability of each token behind the one at ``first``: [num_tokens - first - 1]."""
+    every = log_probabilities(path, token_ids[:-1], rule, first)
+    return every.gather(1, torch.tensor(token_ids[first + 1 :])[:, None]).squeeze(1)
+
+
 def greedy(path: Path, prompt: list[int], tokens: list[int], rule: Rule | None) -> list[int]:
     """What the model would have said at the position of each of ``tokens``."""
     every = log_probabilities(path, prompt + tokens[:-1], rule, len(prompt) - 1)
