@@ -185,7 +185,7 @@ class Batch:
         )
 
 
-class LiveRequests:
+class LiveRequests(dict[str, LiveRequest]):
     """Request id -> :class:`LiveRequest`, from arrival to end."""
 
     def __init__(self, separators: Separators, engine: Policy) -> None:
@@ -195,9 +195,9 @@ class LiveRequests:
             separators: of the engine.
             engine: the policy of requests that choose none.
         """
+        super().__init__()
         self._separators = separators
         self.engine = engine
-        self._by_id: dict[str, LiveRequest] = {}
         self._numbers = count()
         self.decodes = DecodeTable()
         # the last step's: most steps have the same requests in the same order
@@ -209,12 +209,9 @@ class LiveRequests:
         number, slot = next(self._numbers), self.decodes.add()
         live = LiveRequest(request, number, index, slot, refusal)
         request.block_hashes = RequestHashes(request.block_hashes, live)
-        self._by_id[request.request_id] = live
+        self[request.request_id] = live
         self._batch = None
         return live
-
-    def __getitem__(self, request_id: str) -> LiveRequest:
-        return self._by_id[request_id]
 
     def truncate(self, live: LiveRequest, num_tokens: int) -> None:
         """The request's tokens from position ``num_tokens`` on were replaced."""
@@ -224,14 +221,11 @@ class LiveRequests:
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
-        self.decodes.remove(self._by_id.pop(request_id).slot)
+        self.decodes.remove(self.pop(request_id).slot)
         self._batch = None
 
     def batch(self, ids: list[str]) -> Batch:
         """The requests of a step."""
         if self._batch is None or self._batch.ids != ids:
-            self._batch = Batch.of([self._by_id[request_id] for request_id in ids], self.engine)
+            self._batch = Batch.of([self[request_id] for request_id in ids], self.engine)
         return self._batch
-
-    def __len__(self) -> int:
-        return len(self._by_id)

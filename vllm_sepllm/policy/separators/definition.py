@@ -12,8 +12,17 @@ import numpy.typing as npt
 
 from vllm_sepllm.policy.visibility import BoolArray
 
-# bits of a token id in the table of TokenSeparators
-_SEPARATOR, _AFTER_CLOSER, _CLOSER = 1, 2, 4
+IdTable = npt.NDArray[np.bool_]  # [highest id + 2]: by token id; higher ids read the last entry
+
+
+def _table(token_ids: Sequence[int]) -> IdTable:
+    table = np.zeros(max(token_ids, default=-1) + 2, dtype=np.bool_)
+    table[list(token_ids)] = True
+    return table
+
+
+def _look_up(table: IdTable, token_id: int) -> bool:
+    return bool(table[min(token_id, len(table) - 1)])
 
 
 @dataclass(frozen=True)  # no slots: the table is made once, when it is first needed
@@ -31,36 +40,36 @@ class TokenSeparators:
     closers: tuple[int, ...] = ()
 
     @cached_property
-    def _table(self) -> npt.NDArray[np.uint8]:
-        # [highest id + 2]: bits of each token id; higher ids read the last entry
-        highest = max((*self.token_ids, *self.line_breaks, *self.closers), default=-1)
-        table = np.zeros(highest + 2, dtype=np.uint8)
-        table[list(self.token_ids)] |= _SEPARATOR
-        table[list(self.line_breaks)] |= _AFTER_CLOSER
-        table[list(self.closers)] |= _CLOSER
-        return table
+    def _is_separator(self) -> IdTable:
+        return _table(self.token_ids)
 
-    def _bits(self, token_id: int) -> int:
-        return int(self._table[min(token_id, len(self._table) - 1)])
+    @cached_property
+    def _is_line_break(self) -> IdTable:
+        return _table(self.line_breaks)
+
+    @cached_property
+    def _is_closer(self) -> IdTable:
+        return _table(self.closers)
 
     def includes(self, token_id: int, position: int, previous: int | None) -> bool:
         """Whether the token at ``position`` is a separator."""
-        bits = self._bits(token_id)
-        if bits & _AFTER_CLOSER and previous is not None and self._bits(previous) & _CLOSER:
+        if _look_up(self._is_separator, token_id):
             return True
-        return bool(bits & _SEPARATOR)
+        if not self.line_breaks or previous is None:
+            return False
+        return _look_up(self._is_line_break, token_id) and _look_up(self._is_closer, previous)
 
     def mask(
         self, token_ids: Sequence[int], first: int = 0, previous: int | None = None
     ) -> BoolArray:
         """:meth:`includes` for the tokens from position ``first`` on, [num_tokens]."""
-        bits = self._table.take(np.asarray(token_ids, dtype=np.int64), mode="clip")
-        mask: BoolArray = (bits & _SEPARATOR) != 0
-        if self.line_breaks and len(bits):
+        ids = np.asarray(token_ids, dtype=np.int64)
+        mask: BoolArray = self._is_separator.take(ids, mode="clip")
+        if self.line_breaks and len(ids):
             follows_closer = np.empty_like(mask)
-            follows_closer[0] = previous is not None and bool(self._bits(previous) & _CLOSER)
-            follows_closer[1:] = (bits[:-1] & _CLOSER) != 0
-            mask |= follows_closer & ((bits & _AFTER_CLOSER) != 0)
+            follows_closer[0] = previous is not None and _look_up(self._is_closer, previous)
+            follows_closer[1:] = self._is_closer.take(ids[:-1], mode="clip")
+            mask |= follows_closer & self._is_line_break.take(ids, mode="clip")
         return mask
 
 
