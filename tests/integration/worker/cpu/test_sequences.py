@@ -1,17 +1,19 @@
 """A chunk's attention by vLLM's CPU kernel over sequences, against the dense mask."""
 
+from itertools import product
+
 import pytest
 import torch
 from vllm.platforms import current_platform
 
 from tests.support.chunks import make_chunk, positions_of
-from vllm_sepllm.integration.worker.cpu.sequences import SequenceKernel, padded_size
+from vllm_sepllm.integration.worker.cpu.sequences import SequenceKernel, padded_kernel
 from vllm_sepllm.ops import reference
 from vllm_sepllm.policy.keys.sequences import tile_sequences
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 # bfloat16 keeps 8 bits of values of size 1, of weights and of the result
-TOLERANCE = {"vec": 2e-5, "amx": 3e-2}
+TOLERANCE = {"vec": 2e-5, "vec16": 2e-5, "amx": 3e-2}
 
 
 def run(kernel: SequenceKernel, num_tokens: int, start: int, head_size: int, seed: int) -> float:
@@ -41,8 +43,10 @@ def run(kernel: SequenceKernel, num_tokens: int, start: int, head_size: int, see
     return float((out.double() - wanted).abs().max())
 
 
-@pytest.mark.parametrize("isa", ["vec", "amx"])
-@pytest.mark.parametrize("head_size", [32, 64, 128])
+@pytest.mark.parametrize(
+    ("isa", "head_size"),
+    [*product(("vec", "amx"), (32, 64, 96, 128)), ("vec16", 80), ("vec16", 112)],
+)
 def test_the_dense_mask(isa: str, head_size: int) -> None:
     """Chunks of odd lengths one after the other, in buffers that keep what the last one left."""
     if isa == "amx" and not (torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()):
@@ -55,8 +59,10 @@ def test_the_dense_mask(isa: str, head_size: int) -> None:
         assert run(kernel, num_tokens, start, head_size, seed) < TOLERANCE[isa]
 
 
-def test_sizes_of_heads() -> None:
-    assert padded_size(64, "amx") == 96
-    assert padded_size(80, "vec") == 96
-    assert padded_size(256, "vec") is None
-    assert padded_size(80, "vec16") is None
+def test_kernels_of_heads() -> None:
+    assert padded_kernel(64, "amx") == (96, "amx")
+    assert padded_kernel(64, "vec") == (80, "vec16")
+    assert padded_kernel(80, "vec16") == (96, "vec")
+    assert padded_kernel(128, "vec") == (160, "vec")
+    assert padded_kernel(256, "vec") is None
+    assert padded_kernel(64, "neon") is None

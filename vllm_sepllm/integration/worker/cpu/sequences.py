@@ -15,19 +15,26 @@ from vllm import _custom_ops as vllm_ops
 from vllm_sepllm.integration.worker.cpu.kv_layout import split_cache
 from vllm_sepllm.policy.keys.sequences import TileSequences
 
-# head sizes that vLLM's kernels "amx" and "vec" are compiled for, up to twice the common ones
-_KERNEL_SIZES = (64, 96, 128, 160, 192, 224, 256)
-_ISAS = ("amx", "vec")
-_BLOCK = 32  # entries a block; both kernels take multiples of it
+# head sizes that vLLM's kernels are compiled for, up to twice the common ones
+_KERNEL_SIZES = (64, 80, 96, 112, 128, 160, 192, 224, 256)
+_BLOCK = 32  # entries a block; all kernels take multiples of it
 _PIECE = 1024  # keys padded at once, so that they fit a processor's cache
 # score of an empty entry: below every other, and a float16 when divided by the scale
 _EMPTY_SCORE = -4e3
 
 
-def padded_size(head_size: int, isa: str) -> int | None:
-    """Elements of a padded head; None if vLLM's kernel has no such size."""
-    sizes = [size for size in _KERNEL_SIZES if size > head_size]
-    return sizes[0] if sizes and isa in _ISAS else None
+def padded_kernel(head_size: int, isa: str) -> tuple[int, str] | None:
+    """Elements of a padded head, and vLLM's kernel for them; None if it has none.
+
+    Heads of a multiple of 32 have the kernel "vec" and those of 16 "vec16", which is as fast, so
+    the next size of either will do. "amx" takes multiples of 32 alone.
+    """
+    for size in _KERNEL_SIZES:
+        if size > head_size and isa in ("vec", "vec16"):
+            return size, "vec16" if size % 32 else "vec"
+        if size > head_size and isa == "amx" and size % 32 == 0:
+            return size, isa
+    return None
 
 
 class Scratch:
@@ -95,11 +102,11 @@ class SequenceKernel:
     def of(
         cls, num_heads: int, num_kv_heads: int, head_size: int, isa: str, dtype: torch.dtype
     ) -> "SequenceKernel | None":
-        """For heads of a size; None if vLLM's kernel has no larger one."""
-        size = padded_size(head_size, isa)
-        if size is None:
+        """For heads of a size that a kernel serves; None if none serves a larger one."""
+        padded = padded_kernel(head_size, isa)
+        if padded is None:
             return None
-        return cls(num_heads, num_kv_heads, size, _BLOCK, isa, dtype, Scratch(dtype))
+        return cls(num_heads, num_kv_heads, padded[0], _BLOCK, padded[1], dtype, Scratch(dtype))
 
     def plan(self, sequences: TileSequences) -> "ChunkSequences":
         """Tensors of a chunk's sequences, and what the kernel's threads will do."""
@@ -216,21 +223,17 @@ class ChunkSequences:
         """
         kernel, head_size = self.kernel, query.shape[2]
         cache = self.fill(key, value, cached, scale)
-        most = max(call.last - call.first for call in self.calls)
-        shape = (kernel.num_heads, kernel.size)
-        kernel.scratch.take("query", most, *shape)[..., head_size] = 1
+        size = (len(query), kernel.num_heads, kernel.size)
+        queries, out = (kernel.scratch.take(name, *size) for name in ("query", "out"))
+        queries[..., :head_size] = query
+        queries[..., head_size] = 1
         for call in self.calls:
             rows = slice(call.first, call.last)
-            queries, out = (
-                kernel.scratch.take(name, call.last - call.first, *shape)
-                for name in ("query", "out")
-            )
-            queries[..., :head_size] = query[rows]
             vllm_ops.cpu_attention_with_kv_cache(
-                query=queries,
+                query=queries[rows],
                 key_cache=cache[0],
                 value_cache=cache[1],
-                output=out,
+                output=out[rows],
                 query_start_loc=call.starts,
                 seq_lens=call.lengths,
                 scale=scale,
@@ -242,7 +245,7 @@ class ChunkSequences:
                 scheduler_metadata=call.metadata,
                 s_aux=sinks,
             )
-            output[rows] = out[..., :head_size]
+        output.copy_(out[..., :head_size])
 
     def fill(
         self, key: torch.Tensor, value: torch.Tensor, cached: torch.Tensor | None, scale: float
