@@ -34,7 +34,7 @@ ROUND_SECONDS = 15.0
 NUM_SEPARATORS = 64
 # a + n + s = 320 entries are 10 blocks of 32, full attention of the longest request is 64: a burst
 # needs more than there are, and between bursts there is room for the prefix cache
-NUM_BLOCKS = 160
+NUM_BLOCKS = 96
 POLICY = {"initial_tokens": 4, "window": 60, "max_separators": 256}
 # field of the report -> vLLM's counter
 COUNTERS = {
