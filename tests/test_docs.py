@@ -219,6 +219,20 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert (document.parent / target).exists(), target
 
 
+def headings(document: Path) -> set[str]:
+    """Names that links give to the headings of a document."""
+    found = re.findall(r"^#+ (.*)$", _FENCE.sub("", document.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_name_headings_that_exist(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text("utf-8"))
+    for target, heading in links:
+        named = document.parent / target if target else document
+        assert heading in headings(named), f"{target}#{heading}"
+
+
 def messages(source: Path) -> list[str]:
     """Texts in the code of a file, docstrings aside, with … for what varies."""
     nodes = list(ast.walk(ast.parse(source.read_text("utf-8"))))
