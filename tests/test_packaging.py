@@ -1,5 +1,6 @@
 """What an installed package holds: every module, every entry point, the bundled text."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,9 +11,14 @@ from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
 import pytest
+from packaging.version import Version
+
+from vllm_sepllm.integration.startup.versions import END_VLLM, MIN_VLLM
 
 ROOT = Path(__file__).resolve().parents[1]
 US = "vllm_sepllm"
+# what pip builds the package from
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", US, "csrc_triton")
 
 
 def modules_on_disk() -> set[str]:
@@ -28,10 +34,12 @@ def modules_on_disk() -> set[str]:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy, so that no stale build folder can add a module to it."""
     source = tmp_path_factory.mktemp("source")
-    for name in (US, "csrc_triton"):
-        copytree(ROOT / name, source / name, symlinks=True, ignore=ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        copy(ROOT / name, source)
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignored = ignore_patterns("__pycache__")
+            copytree(ROOT / name, source / name, symlinks=True, ignore=ignored)
+        else:
+            copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     command += ["--wheel-dir", str(source / "dist"), str(source)]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -110,3 +118,12 @@ def test_checkout_has_the_kernels_under_their_import_name() -> None:
     link = ROOT / US / "kernels"
     assert link.is_symlink()
     assert link.readlink() == Path("../csrc_triton")
+
+
+def test_the_image_is_built_from_the_same_files_and_a_vllm_in_range() -> None:
+    """The image itself needs a GPU's driver to run, and is not built here."""
+    text = (ROOT / "packaging/Dockerfile").read_text()
+    copied = [line.split()[1:-1] for line in text.splitlines() if line.startswith("COPY ")]
+    assert sorted(name for names in copied for name in names) == sorted(SOURCES)
+    (found,) = re.findall(r"^ARG VLLM=(.*)$", text, re.MULTILINE)
+    assert MIN_VLLM <= Version(found) < END_VLLM

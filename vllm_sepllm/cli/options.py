@@ -45,7 +45,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document in
 InitialTokens = Annotated[int, typer.Option(min=0, help="Tokens at the start, always kept.")]
 Window = Annotated[int, typer.Option(min=1, help="Last tokens kept, the query included.")]
 MaxSeparators = Annotated[
-    int | None, typer.Option(min=0, help="Separators kept beyond the window; default: see README.")
+    int | None,
+    typer.Option(min=0, help="Separators kept beyond the window; see docs/configuration.md."),
 ]
 KvMemory = Annotated[
     int, typer.Option(parser=as_bytes, metavar="SIZE", help="For KV, on each device: 20GiB.")
