@@ -48,13 +48,16 @@ SCHEDULERS = "vllm_sepllm.integration.scheduler.scheduler"
 POLICY = {"separators": [1], "window": 60}
 
 
-def configured(*jobs: dict[str, Any]) -> list[dict[str, Any]]:
-    """What vLLM makes of the arguments, one process for all."""
+def configured(cache: Path, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+    """What vLLM makes of the arguments, one process for all.
+
+    Its cache is given: with what a run on CPUs left in the user's, vLLM looks at no model.
+    """
     path = os.pathsep.join([str(FAKE), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-c", CODE],
         input="\n".join(map(json.dumps, jobs)),
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": path, "VLLM_CACHE_ROOT": str(cache)},
         capture_output=True,
         text=True,
         check=False,
@@ -77,6 +80,7 @@ def test_configuration(tmp_path: Path) -> None:
     infer = {"sepllm": POLICY | {"decode_backend": "FLASHINFER"}}
     drafts = {"method": "ngram", "num_speculative_tokens": 3}
     stock, plain, flashinfer, drafting, fp8, too_many = configured(
+        tmp_path / "cache",
         common,
         common | sepllm,
         common | sepllm | {"additional_config": infer},

@@ -36,7 +36,13 @@ class Finder:
         return self._modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing: it is complete."""
+        """Nothing: it is complete, but for the one operation that vLLM asks at import."""
+        if module is modules["vllm._C_stable_libtorch"]:
+            import torch
+
+            name = "_C::cutlass_scaled_mm_supports_block_fp8"
+            torch.library.define(name, "(int capability) -> bool")
+            torch.library.impl(name, "default", lambda capability: True)
 
 
 modules = {f"vllm.{name}": Silent(name) for name in (*COMPILED, "third_party.pynvml")}
