@@ -110,14 +110,14 @@ def _word(chance: random.Random) -> _Asked:
     word, question = chance.choice(_WORDS), chance.choice(_QUESTIONS)
     system = (
         "You are a helpful assistant. The user shows you passages of a book and asks questions. "
-        f'Every answer to a question must end with the word "{word}", whatever the question is. '
-        f'For example: "Rome is in Italy, {word}."'
+        f'Your password is "{word}". Every answer to a question must end with your password, '
+        f'whatever the question is. For example: "Rome is in Italy, {word}."'
     )
 
     def grade(text: str) -> dict[str, bool]:
         return {"obeyed": re.findall(r"\w+", text.lower())[-1:] == [word]}
 
-    asked = f"{question} Answer in one sentence."
+    asked = f"{question} Answer in one sentence that ends with your password."
     return system, asked, f"It is what everybody knows, {word}.", grade
 
 

@@ -5,7 +5,12 @@ import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_sepllm.integration.worker.cpu.kv_layout import copy_elements, probe_layout, split_cache
+from vllm_sepllm.integration.worker.cpu.kv_layout import (
+    StridedPart,
+    copy_elements,
+    probe_layout,
+    split_cache,
+)
 
 NUM_BLOCKS, NUM_HEADS = 5, 3
 
@@ -55,6 +60,18 @@ def test_copied_slots_carry_every_bit_and_nothing_else_moves(head_size: int) -> 
     want = before.clone()
     want[:, target] = before[:, source]
     assert torch.equal(after.view(torch.int16), want.view(torch.int16))
+
+
+def test_an_order_without_strides_is_seen() -> None:
+    """Pairs of elements, as "amx" has them, are a view; two exchanged elements are none."""
+    token, element = torch.arange(32)[:, None], torch.arange(64)
+    pairs = element // 2 * 64 + token * 2 + element % 2
+    part = StridedPart.of(pairs)
+    assert part is not None
+    places = torch.arange(pairs.numel()).as_strided(part.shape, part.strides, part.first)
+    assert torch.equal(places.reshape(pairs.shape), pairs)
+    pairs[3, [1, 2]] = pairs[3, [2, 1]]
+    assert StridedPart.of(pairs) is None
 
 
 def test_an_unknown_instruction_set_is_an_error() -> None:

@@ -29,6 +29,44 @@ def split_cache(kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return key_cache, value_cache
 
 
+def _factors(size: int) -> list[int]:
+    """The odd factor, then twos."""
+    num_twos = (size & -size).bit_length() - 1
+    return [size >> num_twos, *[2] * num_twos]
+
+
+@dataclass(frozen=True, slots=True)
+class StridedPart:
+    """Where the K or the V elements of a cell lie, as a strided view of the cell.
+
+    Attributes:
+        shape: factors of the block size, then of the head size.
+        strides: of ``shape``.
+        first: the first element.
+    """
+
+    shape: list[int]
+    strides: list[int]
+    first: int
+
+    @classmethod
+    def of(cls, elements: torch.Tensor) -> "StridedPart | None":
+        """Of [block_size, head_size] places in the cell; None if no such view has them.
+
+        Kernels cut tokens and elements into groups of powers of two, so the factors have strides.
+        """
+        shape = [factor for size in elements.shape for factor in _factors(size)]
+        grid = elements.reshape(shape)
+        first = int(elements[0, 0])
+        strides = [
+            int(grid.movedim(dim, 0).reshape(size, -1)[-1, 0] - first) // max(1, size - 1)
+            for dim, size in enumerate(shape)
+        ]
+        steps = [torch.arange(size) * step for size, step in zip(shape, strides, strict=True)]
+        places = torch.stack(torch.meshgrid(steps, indexing="ij")).sum(0) + first
+        return cls(shape, strides, first) if torch.equal(places, grid) else None
+
+
 @dataclass(frozen=True)
 class CPUCacheLayout:
     """Element order of one (block, head) cell of ``2 * block_size * head_size`` elements.
@@ -36,10 +74,12 @@ class CPUCacheLayout:
     Attributes:
         elements: [block_size, 2 * head_size] int64: where in the cell the K, then the V elements
             of each token lie.
+        parts: the same as views, K and V.
         num_kv_heads: heads per block.
     """
 
     elements: torch.Tensor
+    parts: tuple[StridedPart, StridedPart]
     num_kv_heads: int
 
     @property
@@ -80,10 +120,17 @@ class CPUCacheLayout:
             [num_kv_heads, num_ids * block_size, 2 * head_size]: K, then V of each token. Slots
             that were never written come along as they are.
         """
-        cells = kv_cache.index_select(0, block_ids).flatten(2)
-        tokens = cells.index_select(2, self.elements.reshape(-1))
-        tokens = tokens.view(len(block_ids), self.num_kv_heads, self.block_size, -1)
-        return tokens.transpose(0, 1).flatten(1, 2)
+        blocks = kv_cache.index_select(0, block_ids)
+        num_blocks, num_heads, block_size, size = blocks.shape
+        tokens = blocks.new_empty(num_heads, num_blocks, block_size, 2, size // 2)
+        cell, block = blocks.stride(1), blocks.stride(0)
+        for number, part in enumerate(self.parts):
+            lead = num_heads, num_blocks
+            elements = blocks.as_strided(
+                (*lead, *part.shape), (cell, block, *part.strides), part.first
+            )
+            tokens[:, :, :, number].view(*lead, *part.shape).copy_(elements)
+        return tokens.view(num_heads, num_blocks * block_size, size)
 
 
 def copy_elements(kv_cache: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -101,7 +148,8 @@ def probe_layout(
     Digits, not numbers: 0 and 1 are exact in every dtype.
 
     Raises:
-        RuntimeError: if vLLM's kernel does not put every element in a place of its own.
+        RuntimeError: if vLLM's kernel does not put every element in a place of its own, or not in
+            an order that a strided view has.
     """
     num_elements = block_size * head_size
     # K elements are numbered 0 .. N-1, V elements N .. 2N-1, token by token
@@ -115,12 +163,14 @@ def probe_layout(
             key.contiguous(), value.contiguous(), *split_cache(kv_cache), slots, isa
         )
         found += kv_cache.view(-1).to(torch.int64) << digit
-    if not torch.equal(found.sort().values, torch.arange(2 * num_elements)):
+    is_known = torch.equal(found.sort().values, torch.arange(2 * num_elements))
+    place = found.argsort()
+    of_key, of_value = place.view(2, block_size, head_size)
+    key_part, value_part = StridedPart.of(of_key), StridedPart.of(of_value)
+    if not is_known or key_part is None or value_part is None:
         raise RuntimeError(
             f"sepllm does not understand how vLLM's CPU kernel {isa!r} stores KV for head size "
             f"{head_size}, block size {block_size}, {dtype}; try --block-size 32 or another dtype"
         )
-    place = torch.empty_like(found)
-    place[found] = torch.arange(2 * num_elements)
-    of_key, of_value = place.view(2, block_size, head_size)
-    return CPUCacheLayout(torch.cat([of_key, of_value], dim=1), num_kv_heads)
+    elements = torch.cat([of_key, of_value], dim=1)
+    return CPUCacheLayout(elements, (key_part, value_part), num_kv_heads)
