@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.support.tiny_models import write_weights
 pytestmark = pytest.mark.slow
 
 MAX_TOKENS = 8
+INITIAL_TOKENS = 40
 
 # kind of tiny model -> its layers that must become sepllm, and what it stands for
 KINDS = {
@@ -63,7 +65,8 @@ def transformers_restored() -> Iterator[None]:
 )
 def test_architecture_equals_the_dense_mask(kind: str, tmp_path: Path) -> None:
     """Proves greedy tokens and log-probabilities against Hugging Face in float32, for chunks and
-    decode, and that sliding-window layers keep vLLM's own attention."""
+    decode, one request with initial tokens of its own, and that sliding-window layers keep vLLM's
+    own attention."""
     from vllm.config import get_layers_from_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
@@ -72,7 +75,8 @@ def test_architecture_equals_the_dense_mask(kind: str, tmp_path: Path) -> None:
     path = write_weights(kind, tmp_path)
     with transformers_restored(), engine(path, **ENGINE, skip_tokenizer_init=True) as made:
         rule = rule_of(made)
-        answers = made.generate(prompts(), MAX_TOKENS)
+        choices = [*[None] * len(prompts()), {"sepllm_initial_tokens": INITIAL_TOKENS}]
+        *answers, own = made.generate([*prompts(), prompts()[0]], MAX_TOKENS, choices=choices)
         layers = get_layers_from_vllm_config(made.engine.vllm_config, Attention)
         ours = [n for n, layer in layers.items() if isinstance(layer.impl, SepLLMCPUImpl)]
     assert len(ours) == KINDS[kind][0]
@@ -84,3 +88,8 @@ def test_architecture_equals_the_dense_mask(kind: str, tmp_path: Path) -> None:
     assert largest < TOLERANCE
     assert num_full > 0
     assert largest_full > 100 * TOLERANCE
+    mine = replace(rule, initial_tokens=INITIAL_TOKENS)
+    num_other, largest = differences(path, prompts()[:1], [own], mine)
+    assert num_other == 0
+    assert largest < TOLERANCE
+    assert own.logprobs != answers[0].logprobs

@@ -145,17 +145,21 @@ def test_v2_with_asynchronous_scheduling_and_preemption(
 
 @pytest.mark.compatibility("Model Runner V1 with the GPU kernels, in Triton's interpreter", "exact")
 def test_v1_runs_the_same_builder_and_layers(engines: Engines, tiny_llama_path: Path) -> None:
-    """Proves the GPU path under Model Runner V1, with a layer that keeps full attention."""
+    """Proves the GPU path under Model Runner V1, with a layer that keeps full attention and a
+    request with initial tokens of its own."""
     rounds = [random_prompts(200, 17, 131)]
-    policy = {"full_layers": [0]}
-    report = engines.run(rounds, MAX_TOKENS, llm=arguments(tiny_llama_path, policy), runner="v1")
+    policy, choices = {"full_layers": [0]}, [[None, None, {"sepllm_initial_tokens": 70}]]
+    llm = arguments(tiny_llama_path, policy)
+    report = engines.run(rounds, MAX_TOKENS, llm=llm, runner="v1", choices=choices)
     assert report.classes["runner"] == "vllm.v1.worker.cpu_model_runner"
-    check(tiny_llama_path, rounds, report, rule(max_separators=256, full_layers=[0]))
+    wanted = rule(max_separators=256, full_layers=[0])
+    check(tiny_llama_path, rounds, report, wanted, [[3, 3, 70]])
 
 
 @pytest.mark.compatibility("Speculative decoding, ngram, in Triton's interpreter", "exact")
 def test_ngram_drafts_change_nothing(engines: Engines, tiny_llama_path: Path) -> None:
-    """Proves staging and commits: drafts that are right, wrong, and at the window's start."""
+    """Proves staging and commits: drafts that are right, wrong, and at the window's start; with
+    initial tokens per request."""
     # what repeats is drafted, and the answers of so small a model repeat soon
     rounds = [[prompt + prompt[-40:] for prompt in random_prompts(150, 17, 24)]]
     llm = arguments(
@@ -168,9 +172,10 @@ def test_ngram_drafts_change_nothing(engines: Engines, tiny_llama_path: Path) ->
             "prompt_lookup_max": 3,
         },
     )
-    report = engines.run(rounds, MAX_TOKENS, llm=llm)
+    choices = [[{"sepllm_initial_tokens": 60}, None, None]]
+    report = engines.run(rounds, MAX_TOKENS, llm=llm, choices=choices)
     assert report.num_accepted > 0
-    check(tiny_llama_path, rounds, report, rule(max_separators=9))
+    check(tiny_llama_path, rounds, report, rule(max_separators=9), [[60, 3, 3]])
 
 
 @pytest.mark.compatibility("Speculative decoding, draft model, in Triton's interpreter", "exact")

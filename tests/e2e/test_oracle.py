@@ -1,7 +1,7 @@
 """Greedy tokens and log-probabilities of the engine equal those of the oracle, token by token."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ MAX_TOKENS = 64
 class Case:
     """A policy, how the engine is set up, and the prompts that share a batch.
 
-    ``feature`` is what the case shows beside the policy, for docs/compatibility.md.
+    ``initial_tokens`` are what each request chooses; empty: all have the policy's. ``feature`` is
+    what the case shows beside the policy, for docs/compatibility.md.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Case:
     all_layers: bool = False
     # together more than any chunk, and several times any window
     prompt_lengths: tuple[int, ...] = (400, 57, 900, 1300)
+    initial_tokens: tuple[int, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
     feature: str | None = None
 
@@ -58,6 +60,13 @@ CASES = [
         "few separators, first and last layer full",
         {"window": 256, "initial_tokens": 0, "max_separators": 16, "full_layers": [0, -1]},
         128,
+    ),
+    Case(
+        "initial tokens per request, first and last layer full",
+        {"window": 64, "full_layers": [0, -1]},
+        128,
+        prompt_lengths=(400, 57, 700),
+        initial_tokens=(150, 300, 0),
     ),
     Case(
         "streaming-llm",
@@ -125,9 +134,14 @@ def test_engine_equals_the_dense_mask(
         **case.engine,
     ) as made:
         rule = rule_of(made)
-        answers = made.generate(prompts, MAX_TOKENS)
+        choices = [{"sepllm_initial_tokens": a} for a in case.initial_tokens] or None
+        answers = made.generate(prompts, MAX_TOKENS, choices=choices)
     assert all(len(a.token_ids) == MAX_TOKENS for a in answers)
-    num_other, largest = differences(path, prompts, answers, rule)
+    num_other, largest = 0, 0.0
+    initial_tokens = case.initial_tokens or [rule.initial_tokens] * len(prompts)
+    for prompt, answer, a in zip(prompts, answers, initial_tokens, strict=True):
+        found = differences(path, [prompt], [answer], replace(rule, initial_tokens=a))
+        num_other, largest = num_other + found[0], max(largest, found[1])
     num_tokens = len(prompts) * MAX_TOKENS
     number("differences", f"{num_other} of {num_tokens} tokens, log-probabilities {largest:.1e}")
     assert num_other == 0
