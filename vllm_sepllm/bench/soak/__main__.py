@@ -34,7 +34,7 @@ ROUND_SECONDS = 15.0
 NUM_SEPARATORS = 64
 # a + n + s = 320 entries are 10 blocks of 32, full attention of the longest request is 64: a burst
 # needs more than there are, and between bursts there is room for the prefix cache
-NUM_BLOCKS = 96
+NUM_BLOCKS = 80
 POLICY = {"initial_tokens": 4, "window": 60, "max_separators": 256}
 # field of the report -> vLLM's counter
 COUNTERS = {
@@ -206,7 +206,7 @@ def serve_command(model: Path, separators: list[int]) -> list[str]:
     command = ["vllm", "serve", str(model), "--served-model-name", MODEL_NAME]
     command += ["--attention-backend", "sepllm", "--additional-config", json.dumps(config)]
     command += ["--dtype", "float32", "--enforce-eager", "--max-model-len", str(MAX_MODEL_LEN)]
-    command += ["--max-num-seqs", "8", "--max-num-batched-tokens", "256"]
+    command += ["--max-num-seqs", "16", "--max-num-batched-tokens", "256"]
     command += ["--scheduling-policy", "priority"]
     command += ["--kv-cache-memory-bytes", str(1 << 28)]
     return [*command, "--num-gpu-blocks-override", str(NUM_BLOCKS)]

@@ -18,6 +18,9 @@ MAX_MODEL_LEN = 2048
 MAX_NEW_TOKENS = 48
 NUM_PEERS = 6
 BURST = 12
+# half of a burst are short prompts, whose answers grow while the others fill the pool
+GROWING_TOKENS = 160
+GROWING_POLICY = {"sepllm_window": 500}
 NUM_TURNS = 5
 NUM_PRIORITIES = 3
 SEPARATOR_SHARE = 0.15
@@ -181,8 +184,12 @@ class Traffic:
 
     async def _burst(self) -> None:
         longest = MAX_MODEL_LEN - MAX_NEW_TOKENS
-        lengths = [self._random.randint(longest // 2, longest) for _ in range(BURST)]
+        lengths = [self._random.randint(longest // 2, longest) for _ in range(BURST // 2)]
         requests = [self._request(self._tokens(n)) for n in lengths]
+        for _ in range(BURST - BURST // 2):
+            growing = self._request(self._tokens(self._random.randint(60, 200)))
+            growing = replace(growing, max_tokens=GROWING_TOKENS, policy=GROWING_POLICY)
+            requests.insert(self._random.randrange(len(requests) + 1), growing)
         await asyncio.gather(*(self._guard("burst", self._answer(r)) for r in requests))
 
     async def _invalid(self) -> None:
