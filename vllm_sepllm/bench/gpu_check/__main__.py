@@ -105,7 +105,8 @@ def main(
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"--model: {error}") from None
     setting = {"model": str(path), "dtype": dtype} | machine()
-    console, results = Console(stderr=True, highlight=False), folder / "results.jsonl"
+    console = Console(stderr=True, highlight=False, markup=False)
+    results = folder / "results.jsonl"
 
     def run(stage: Stage) -> Outcome:
         seconds = stage.limit if limit is None else limit
