@@ -69,7 +69,8 @@ class Side:
     def counters(self) -> dict[str, int]:
         """vLLM's counters of all that was asked so far, by the names of /metrics."""
         found: dict[str, int] = {}
-        for metric in self.llm.get_metrics():
+        metrics: list[Any] = self.llm.get_metrics()  # of several types; counters have a value
+        for metric in metrics:
             if metric.name in COUNTERS:
                 found[metric.name] = found.get(metric.name, 0) + int(metric.value)
         return found

@@ -94,9 +94,9 @@ def arguments_of(stage: Stage, side: str, dtype: str, machine: Machine) -> dict[
     # vLLM has one attention backend on CPUs
     backend = None if machine.kind == "cpu" else stage.backend
     if side == "stock":
-        own = {} if backend is None else {"attention_backend": backend}
+        own: dict[str, Any] = {} if backend is None else {"attention_backend": backend}
     else:
-        settings = asdict(POLICY) | {"separators": list(SEPARATORS)}
+        settings: dict[str, Any] = asdict(POLICY) | {"separators": list(SEPARATORS)}
         if backend is not None:
             settings["decode_backend"] = backend
         own = {"additional_config": {"sepllm": settings}}
