@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
@@ -55,7 +56,48 @@ def run_in_process(command: Sequence[str], log: Path) -> None:
             [sys.executable, *command], env=engine_environment(), stderr=stderr, check=False
         )
     if done.returncode:
-        raise RuntimeError(f"{command} ended with {done.returncode}\n{_tail(log)}")
+        raise RuntimeError(f"{command} ended with {done.returncode}\n{tail(log)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A command that is over.
+
+    Attributes:
+        seconds: that it ran.
+        code: its exit status; None: its time was over and it was killed.
+    """
+
+    seconds: float
+    code: int | None
+
+
+def run_limited(command: Sequence[str], log: Path, limit: float) -> Ended:
+    """Run a command that may hang; after ``limit`` seconds it and what it started are killed.
+
+    Its output goes to ``log``. The same happens if we are interrupted.
+    """
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=engine_environment(spin=True),
+            start_new_session=True,
+        )
+        code = None
+        try:
+            code = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            if code is None:
+                # its own session: the group holds what it started, engines and their workers
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    return Ended(time.monotonic() - start, code)
 
 
 @contextmanager
@@ -95,7 +137,7 @@ def _wait_for_health(server: subprocess.Popen[bytes], port: int, log: Path, time
     start = next_line = time.monotonic()
     while (now := time.monotonic()) < start + timeout:
         if server.poll() is not None:
-            raise RuntimeError(f"the server ended with {server.returncode}\n{_tail(log)}")
+            raise RuntimeError(f"the server ended with {server.returncode}\n{tail(log)}")
         try:
             with opener.open(f"http://{HOST}:{port}/health", timeout=5):
                 print(f"  healthy after {now - start:.0f} s", flush=True)
@@ -105,7 +147,7 @@ def _wait_for_health(server: subprocess.Popen[bytes], port: int, log: Path, time
                 next_line += 10
                 print(f"  starting, {now - start:.0f} s", flush=True)
             time.sleep(0.5)
-    raise RuntimeError(f"the server did not answer /health in {timeout:.0f} s\n{_tail(log)}")
+    raise RuntimeError(f"the server did not answer /health in {timeout:.0f} s\n{tail(log)}")
 
 
 def _stop(server: subprocess.Popen[bytes], log: Path) -> None:
@@ -117,7 +159,7 @@ def _stop(server: subprocess.Popen[bytes], log: Path) -> None:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
         raise RuntimeError(
-            f"the server did not stop in {STOP_SECONDS} s and was killed\n{_tail(log)}"
+            f"the server did not stop in {STOP_SECONDS} s and was killed\n{tail(log)}"
         ) from None
 
 
@@ -128,6 +170,7 @@ def _free_port() -> int:
     return port
 
 
-def _tail(log: Path, num_lines: int = 30) -> str:
+def tail(log: Path, num_lines: int = 30) -> str:
+    """The last lines of a log, under its name."""
     lines = log.read_text(errors="replace").splitlines()[-num_lines:]
     return "\n".join([f"the end of {log}:", *lines])

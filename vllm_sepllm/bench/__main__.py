@@ -18,6 +18,7 @@ from rich.console import Console
 from vllm_sepllm.bench.outside import bench_serve
 from vllm_sepllm.bench.plot import plot
 from vllm_sepllm.bench.results import Results, render
+from vllm_sepllm.bench.shapes.command import shapes
 from vllm_sepllm.bench.sides import SIDES, running
 from vllm_sepllm.bench.suites import GATE_TOKENS, SUITES, Work, gate
 
@@ -25,6 +26,7 @@ KV_TOKENS_MARGIN = 1.1  # a block a request is never full
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command("plot")(plot)
+app.command("shapes")(shapes)
 
 
 def text_ids(model: str, text: Path) -> list[int]:

@@ -78,3 +78,13 @@ GPUS = {
     "b200": Gpu("B200 SXM 180GB", 2250e12, 7.7e12, 180e9),
     "mi300x": Gpu("MI300X 192GB", 1307e12, 5.3e12, 192e9),
 }
+
+
+# what drivers call the boards above, in full: others of the same family have other figures
+DEVICES = {
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "AMD Instinct MI300X": "mi300x",
+}

@@ -63,8 +63,9 @@ class Transformer:
         return 4 * self.num_layers * self.num_heads * self.head_size
 
 
+LLAMA_3_8B = Transformer("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256)
 MODELS = (
-    Transformer("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256),
+    LLAMA_3_8B,
     Transformer("Qwen3-32B", 64, 5120, 64, 8, 128, 25600, 151936),
 )
 

@@ -14,6 +14,13 @@ from typing import Any
 from vllm_sepllm.policy.layout import compact_length, num_left_window
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 
+# those that say which path of the engine ran
+COUNTERS = (
+    "vllm:num_preemptions",
+    "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
+)
+
 
 class Side:
     """``vllm.LLM`` behind a few commands."""
@@ -24,14 +31,27 @@ class Side:
         self.llm = LLM(**arguments)
 
     def generate(
-        self, prompts: list[list[int]], max_tokens: int | list[int], ignore_eos: bool = True
+        self,
+        prompts: list[list[int]],
+        max_tokens: int | list[int],
+        ignore_eos: bool = True,
+        logprobs: bool = False,
     ) -> dict[str, Any]:
-        """Greedy answers to all prompts at once, with seconds of the whole and of each request."""
+        """Greedy answers to all prompts at once, with seconds of the whole and of each request.
+
+        Also tokens from the prefix cache; with ``logprobs`` the log-probabilities of the answers.
+        """
         from vllm import SamplingParams
 
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
         sampling = [
-            SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=ignore_eos, detokenize=False)
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=n,
+                ignore_eos=ignore_eos,
+                detokenize=False,
+                logprobs=0 if logprobs else None,
+            )
             for n in limits
         ]
         inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
@@ -42,7 +62,25 @@ class Side:
             "seconds": seconds,
             "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
             "requests": [_times(o.metrics) for o in outputs],
+            "num_cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
+            "logprobs": [_logprobs(o.outputs[0]) for o in outputs] if logprobs else None,
         }
+
+    def counters(self) -> dict[str, int]:
+        """vLLM's counters of all that was asked so far, by the names of /metrics."""
+        found: dict[str, int] = {}
+        metrics: list[Any] = self.llm.get_metrics()  # of several types; counters have a value
+        for metric in metrics:
+            if metric.name in COUNTERS:
+                found[metric.name] = found.get(metric.name, 0) + int(metric.value)
+        return found
+
+    def parts(self) -> dict[str, str]:
+        """What the engine is made of; see :func:`vllm_sepllm.integration.rigs.parts.parts_of`."""
+        # not at the top: vLLM takes seconds to import
+        from vllm_sepllm.integration.rigs.parts import parts_of
+
+        return parts_of(self.llm)
 
     def compact_length(self, prompt: list[int]) -> int:
         """Entries that the cache of ``prompt`` holds; its length if this side is stock vLLM."""
@@ -57,6 +95,12 @@ class Side:
         left = num_left_window(config.policy, len(prompt))
         index.extend(prompt, left)
         return compact_length(config.policy, len(prompt), index.count_below(left))
+
+
+def _logprobs(completion: Any) -> list[float]:
+    """Of each token of an answer."""
+    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+    return [at[token].logprob for token, at in pairs]
 
 
 def _times(metrics: Any) -> dict[str, float]:

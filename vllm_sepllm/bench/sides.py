@@ -71,16 +71,27 @@ def arguments_of(side: str, model: str, common: dict[str, Any]) -> dict[str, Any
 
 @contextmanager
 def running(
-    names: list[str], model: str, common: dict[str, Any], logs: Path
+    names: list[str],
+    model: str,
+    common: dict[str, Any],
+    logs: Path,
+    own: dict[str, dict[str, Any]] | None = None,
 ) -> Iterator[dict[str, SideProcess]]:
-    """Start the engines one after the other; on leaving they end, and are waited for."""
+    """Start the engines one after the other; on leaving they end, and are waited for.
+
+    Args:
+        names: of the sides.
+        model: folder, or name in the cache.
+        common: arguments of all sides.
+        logs: folder.
+        own: side -> arguments of this side alone.
+    """
     with ExitStack() as stack:
         sides = {}
         for name in names:
             Console(stderr=True).print(f"starting {name}")
-            sides[name] = stack.enter_context(
-                _process(name, arguments_of(name, model, common), logs)
-            )
+            given = arguments_of(name, model, common) | (own or {}).get(name, {})
+            sides[name] = stack.enter_context(_process(name, given, logs))
         yield sides
 
 
