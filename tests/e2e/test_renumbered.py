@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -170,20 +171,24 @@ def test_a_state_that_ends_at_a_boundary_is_turned_by_whoever_goes_on(
         assert again.num_cached_tokens >= edge + i - 128
 
 
-def test_preemption_inside_of_epochs_does_not_show(tiny_llama_path: Path) -> None:
-    """Proves it in a pool for three of six requests, in mid-prefill and in mid-decode."""
-    prompts = [tiny_text(1500 * i, 300 + 90 * i) for i in range(6)]
-    watch = Watch()
-    with engine(
-        tiny_llama_path,
-        **tiny_sepllm(**RENUMBERED),
-        **ENGINE,
-        max_num_batched_tokens=128,
-        num_gpu_blocks_override=14,
-    ) as small:
-        answers = small.generate(prompts, 300, watch=watch)
-        num_other, largest = differences(tiny_llama_path, prompts, answers, rule_of(small))
-    assert watch.num_preemptions > 1
+def test_preemption_inside_of_epochs_does_not_show(made: Engine, tiny_llama_path: Path) -> None:
+    """Proves it in mid-prefill and in mid-decode; each goes on from the state that it left."""
+    prompts = [tiny_text(1500 * i, 300 + 170 * i) for i in range(4)]
+    scheduler, watch = made.scheduler, Watch()
+    schedule, num_steps = scheduler.schedule, 0
+
+    def preempting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps % 29 == 3:
+            for request in reversed(scheduler.running):
+                scheduler._begin_anew(request)
+        return schedule(*args, **kwargs)
+
+    with patch.object(scheduler, "schedule", preempting):
+        answers = made.generate(prompts, 200, watch=watch)
+    num_other, largest = differences(tiny_llama_path, prompts, answers, rule_of(made))
+    assert watch.num_preemptions > 10
     assert num_other == 0
     assert largest < TOLERANCE
     most = -(-(4 + WINDOW + NUM_SEPARATORS) // 32)
