@@ -195,15 +195,6 @@ def test_preemption_inside_of_epochs_does_not_show(made: Engine, tiny_llama_path
     assert max(held for _, _, (held,) in watch.holdings) == most, "a + n + s, however long"
 
 
-def test_below_max_position_nothing_differs_by_a_bit(made: Engine, tiny_llama_path: Path) -> None:
-    """Proves it beside an engine with the positions of the text."""
-    prompts = [tiny_text(900 * i, length) for i, length in enumerate((57, 200, LENGTH - 20))]
-    answers = made.generate(prompts, 20)
-    text = {"window": WINDOW, "max_separators": NUM_SEPARATORS, "checkpoint_interval": 128}
-    with engine(tiny_llama_path, **tiny_sepllm(**text), max_num_batched_tokens=128) as stock:
-        assert answers == stock.generate(prompts, 20)
-
-
 def test_requests_with_windows_of_their_own(made: Engine, tiny_llama_path: Path) -> None:
     """Proves that each has its own epochs, and that one without room for any is refused."""
     prompt, rule = tiny_text(100, 1200), rule_of(made)
@@ -242,3 +233,12 @@ def test_several_answers_to_a_prompt(made: Engine, tiny_llama_path: Path) -> Non
         answer = Answer(list(one.token_ids), logprobs)
         _, largest = differences(tiny_llama_path, [prompt], [answer], rule_of(made))
         assert largest < TOLERANCE
+
+
+def test_below_max_position_nothing_differs_by_a_bit(made: Engine, tiny_llama_path: Path) -> None:
+    """Proves it beside an engine with the positions of the text, which ends the other one."""
+    prompts = [tiny_text(900 * i, length) for i, length in enumerate((57, 200, LENGTH - 20))]
+    answers = made.generate(prompts, 20)
+    text = {"window": WINDOW, "max_separators": NUM_SEPARATORS, "checkpoint_interval": 128}
+    with engine(tiny_llama_path, **tiny_sepllm(**text), max_num_batched_tokens=128) as stock:
+        assert answers == stock.generate(prompts, 20)

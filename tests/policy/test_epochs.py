@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.labelled_cache import LabelledCache
 from tests.support.rule import read_positions
 from tests.support.simulated_cache import SEPARATORS
-from vllm_sepllm.policy.epochs import MIN_EPOCH, Epoch, Epochs, has_room, renumber
+from vllm_sepllm.policy.epochs import MIN_EPOCH, Epoch, Epochs, epochs_of, has_room, renumber
 from vllm_sepllm.policy.separators.definition import IntervalSeparators, Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.batch import plan_batch
@@ -94,6 +94,7 @@ def test_epochs_do_not_depend_on_the_order_in_which_they_are_asked_for(
     for position in (p for p in positions if p < len(token_ids)):
         found = epochs.at(position, token_ids)
         assert found.start <= position < found.end
+        assert found in epochs_of(policy, np.array(token_ids, dtype=bool))
         assert found == Epochs(SeparatorIndex(policy, SEPARATORS)).at(position, token_ids)
 
 

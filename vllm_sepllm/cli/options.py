@@ -47,6 +47,14 @@ Window = Annotated[int, typer.Option(min=1, help="Last tokens kept, the query in
 MaxSeparators = Annotated[
     int | None, typer.Option(min=0, help="Separators kept beyond the window; default: see README.")
 ]
+MaxPosition = Annotated[
+    int | None,
+    typer.Option(
+        parser=as_tokens,
+        metavar="TOKENS",
+        help="Renumber positions here; default: positions are those of the text.",
+    ),
+]
 KvMemory = Annotated[
     int, typer.Option(parser=as_bytes, metavar="SIZE", help="For KV, on each device: 20GiB.")
 ]

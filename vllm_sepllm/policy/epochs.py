@@ -26,7 +26,7 @@ import numpy as np
 
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
 # fewest tokens of an epoch: turning the kept keys costs about as much as computing so many
 MIN_EPOCH = 64
@@ -110,6 +110,16 @@ def renumber(policy: Policy, last: Epoch, new: Epoch, separators: IntArray) -> R
         delta = np.concatenate([delta, a + rank - oldest - before])
     moves = delta != 0
     return Renumbering(entries[moves], delta[moves])
+
+
+def epochs_of(policy: Policy, is_separator: BoolArray) -> list[Epoch]:
+    """All epochs of a text: [num_tokens] flags -> epochs. For pictures, not for serving."""
+    counted = is_separator & (np.arange(len(is_separator)) >= policy.initial_tokens)
+    found = [first_epoch(policy)]
+    while (last := found[-1]).end < len(is_separator):
+        left = layout.num_left_window(policy, last.end)
+        found.append(next_epoch(policy, last, int(counted[:left].sum())))
+    return found
 
 
 class Epochs:
