@@ -12,7 +12,7 @@ CONTRACTS = by_hand(
                 "a request that begins anew leaves it, so that workers see it come back"
             ),
             "running: list[Request]": "a request that begins anew leaves it",
-            "need_mamba_block_aligned_split: bool": (
+            "need_mamba_block_aligned_split": (
                 "set: chunks end where positions are renumbered; vLLM then asks the method below"
             ),
         },

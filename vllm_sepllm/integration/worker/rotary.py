@@ -102,7 +102,7 @@ def _keys(
 
 def _hidden_states(runner: Any, make: Any) -> Any:
     """What a pipeline stage before this one might send; None for the first."""
-    from vllm.distributed import get_pp_group
+    from vllm.distributed.parallel_state import get_pp_group
 
     if get_pp_group().is_first_rank:
         return None
