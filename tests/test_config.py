@@ -59,6 +59,13 @@ NO_SEPARATORS = (
             "preset 'streaming-llm' keeps no separators, got separators='paper'; remove one",
         ),
         ({"max_protected": 100}, "protect is not set: set both, .* or neither"),
+        (
+            {"positions": "text", "max_position": 900},
+            'positions is "text": set both, .* or neither',
+        ),
+        ({"positions": "renumbered", "full_layers": [0]}, "remove full_layers, or set positions"),
+        ({"positions": "alibi"}, "positions: Input should be 'text' or 'renumbered', got 'alibi'"),
+        ({"positions": "renumbered", "max_position": 0}, "max_position: Input should be greater"),
         ([], "must be an object with any of"),
     ],
 )
@@ -159,3 +166,59 @@ def test_a_checkpoint_interval_is_whole_blocks() -> None:
         read({"checkpoint_interval": 100}).resolve(
             separators=TokenSeparators(()), num_layers=2, max_model_len=64, block_size=32
         )
+
+
+RENUMBERED = {"separators": TokenSeparators((7,)), "num_layers": 2, "block_size": 32}
+
+
+def test_renumbered_positions_bound_what_a_request_keeps() -> None:
+    """Proves it for lengths given and trained, and that a length of millions changes nothing."""
+    for fields, trained, length in (({"max_position": 800}, 8192, 800), ({}, 8192, 8192)):
+        config = read({"positions": "renumbered"} | fields)
+        resolved = config.resolve(**RENUMBERED, max_model_len=4_000_000, trained_length=trained)
+        assert resolved.policy == Policy(4, 252, length // 4, max_position=length)
+        assert ResolvedConfig.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
+    short = read({"positions": "renumbered"}).resolve(
+        **RENUMBERED, max_model_len=1000, trained_length=8192
+    )
+    assert short.max_separators == 250
+
+
+@pytest.mark.parametrize(
+    ("given", "trained", "message"),
+    [
+        ({}, None, "does not say on how many positions it was trained"),
+        # 4 + 252 + 100 + 64
+        (
+            {"max_separators": 101, "max_position": 420},
+            8192,
+            "positions below 420 have no room: 4 i",
+        ),
+        (
+            {"protect": "<end>", "max_position": 4000},
+            8192,
+            "set max_separators, window, max_protect",
+        ),
+        (
+            {"preset": "fixed-interval", "interval": 1},
+            8192,
+            "8192 separators and 64 new tokens are",
+        ),
+    ],
+)
+def test_kept_tokens_that_leave_no_room_for_new_ones_are_refused(
+    given: dict[str, Any], trained: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read({"positions": "renumbered"} | given).resolve(
+            **RENUMBERED,
+            max_model_len=1 << 20,
+            trained_length=trained,
+            end_id=5 if "protect" in given else None,
+        )
+
+
+def test_the_smallest_room_is_enough() -> None:
+    config = read({"positions": "renumbered", "max_separators": 100, "max_position": 420})
+    resolved = config.resolve(**RENUMBERED, max_model_len=1 << 20, trained_length=8192)
+    assert resolved.max_position == 420

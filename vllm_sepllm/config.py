@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
+from vllm_sepllm.policy import epochs
 from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix
 from vllm_sepllm.policy.separators.definition import (
     IntervalSeparators,
@@ -60,6 +61,10 @@ class SepLLMConfig(BaseModel):
             prompts part, at the end of each prompt and of each request.
         decode_backend: vLLM's attention backend that decodes on a GPU, by its name. None: the one
             that vLLM would choose without us; on ROCm TRITON_ATTN.
+        positions: "text", those in the request, or "renumbered": whenever the next position would
+            be ``max_position``, the kept tokens are numbered anew from 0, so that a request may be
+            longer than the texts that the model was trained on.
+        max_position: with "renumbered", positions end before it. None: the model's trained length.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,6 +85,8 @@ class SepLLMConfig(BaseModel):
     full_layers: tuple[StrictInt, ...] = ()
     checkpoint_interval: Annotated[StrictInt, Field(ge=1)] | None = None
     decode_backend: Annotated[str, Field(strict=True, min_length=1)] | None = None
+    positions: Literal["text", "renumbered"] = "text"
+    max_position: Annotated[StrictInt, Field(ge=1, le=_MAX_TOKENS)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -109,6 +116,21 @@ class SepLLMConfig(BaseModel):
             raise ValueError(
                 "max_protected bounds the prefix that protect keeps, and protect is not set: set "
                 'both, such as {"protect": "<|im_end|>", "max_protected": 8192}, or neither'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _renumbers_as_a_whole(self) -> Self:
+        """``max_position`` belongs to renumbered positions, which no full layer can have."""
+        if self.positions == "text" and self.max_position is not None:
+            raise ValueError(
+                'max_position is where renumbered positions begin anew, and positions is "text": '
+                'set both, such as {"positions": "renumbered", "max_position": 8192}, or neither'
+            )
+        if self.positions == "renumbered" and self.full_layers:
+            raise ValueError(
+                "full_layers keep every token, more than there are positions below max_position: "
+                'remove full_layers, or set positions to "text"'
             )
         return self
 
@@ -143,6 +165,7 @@ class SepLLMConfig(BaseModel):
         num_layers: int,
         max_model_len: int,
         block_size: int,
+        trained_length: int | None = None,
     ) -> "ResolvedConfig":
         """The same policy with nothing left to derive.
 
@@ -152,24 +175,49 @@ class SepLLMConfig(BaseModel):
             num_layers: attention layers of the model.
             max_model_len: tokens of the longest request.
             block_size: tokens of a KV block.
+            trained_length: positions that the model was trained on, at which renumbered positions
+                begin anew unless ``max_position`` is set; None: not known.
 
         Raises:
-            ValueError: if ``full_layers`` names a layer that the model does not have, or all, or
-                if ``checkpoint_interval`` is no multiple of the block size.
+            ValueError: if ``full_layers`` names a layer that the model does not have, or all, if
+                ``checkpoint_interval`` is no multiple of the block size, or if kept tokens leave
+                no room below ``max_position``.
         """
         interval = self.interval
         initial: Initial = FixedInitial(self.initial_tokens)
         if end_id is not None:
             most = min(self.max_protected, max_model_len)
             initial = ProtectedPrefix(end_id, most, least=self.initial_tokens)
-        return ResolvedConfig(
+        max_position = self._resolved_position(trained_length)
+        longest = max_model_len if max_position is None else min(max_model_len, max_position)
+        bound = self._resolved_bound(longest)
+        resolved = ResolvedConfig(
             initial=initial,
             window=self.window,
-            max_separators=self._resolved_bound(max_model_len),
+            max_separators=bound,
             separators=separators if interval is None else IntervalSeparators(interval),
             full_layers=self._resolved_layers(num_layers),
             checkpoint_interval=self._resolved_checkpoints(block_size),
+            max_position=max_position,
         )
+        if max_position is not None and not epochs.has_room(resolved.largest_policy):
+            raise ValueError(
+                f"renumbered positions below {max_position} have no room: {initial.most} "
+                f"initial tokens, a window of {self.window}, {bound} separators and "
+                f"{epochs.MIN_EPOCH} new tokens are more; set max_separators, window"
+                f"{', max_protected' if end_id is not None else ''} or initial_tokens lower"
+            )
+        return resolved
+
+    def _resolved_position(self, trained_length: int | None) -> int | None:
+        if self.positions == "text":
+            return None
+        if self.max_position is None and trained_length is None:
+            raise ValueError(
+                "the model's config.json does not say on how many positions it was trained, so "
+                'set where renumbered positions begin anew, such as {"max_position": 8192}'
+            )
+        return self.max_position or trained_length
 
     def _resolved_bound(self, max_model_len: int) -> int:
         if self.max_separators is not None:
@@ -214,6 +262,7 @@ class ResolvedConfig:
         separators: which tokens are separators.
         full_layers: layers that keep full attention, counted from 0, ascending.
         checkpoint_interval: tokens between the regular checkpoints of a request.
+        max_position: where positions are renumbered; None: they are those in the text.
     """
 
     initial: Initial
@@ -222,11 +271,14 @@ class ResolvedConfig:
     separators: Separators
     full_layers: tuple[int, ...]
     checkpoint_interval: int
+    max_position: int | None = None
 
     @property
     def policy(self) -> Policy:
         """The engine's policy, of a request that chooses none and protects no prefix."""
-        return Policy(self.initial.least, self.window, self.max_separators)
+        return Policy(
+            self.initial.least, self.window, self.max_separators, max_position=self.max_position
+        )
 
     @property
     def largest_policy(self) -> Policy:
@@ -248,6 +300,9 @@ class ResolvedConfig:
                 "protect": self.initial.end_id,
                 "max_protected": self.initial.max_tokens,
             }
+        positions: dict[str, Any] = {}
+        if self.max_position is not None:
+            positions = {"positions": "renumbered", "max_position": self.max_position}
         return {
             "initial_tokens": self.initial.least,
             **protected,
@@ -256,6 +311,7 @@ class ResolvedConfig:
             "max_separators": self.max_separators,
             "full_layers": list(self.full_layers),
             "checkpoint_interval": self.checkpoint_interval,
+            **positions,
         }
 
     @classmethod
@@ -281,6 +337,7 @@ class ResolvedConfig:
             separators=separators,
             full_layers=tuple(written["full_layers"]),
             checkpoint_interval=written["checkpoint_interval"],
+            max_position=written.get("max_position"),
         )
 
 

@@ -55,6 +55,14 @@ def test_a_note_stands_below_the_plot_as_text() -> None:
     assert "note" not in build_page("t", "s", ["x"], flags, Policy(1, 3))
 
 
+def test_a_line_marks_where_positions_begin_anew() -> None:
+    flags = np.zeros(100, dtype=bool)
+    # epochs begin after 40 tokens, and then every 36
+    page = build_page("t", "s", ["x"] * 100, flags, Policy(1, 3, 0, 40))
+    assert page.count('<path class="epoch"') == 2
+    assert 'class="epoch"' not in build_page("t", "s", ["x"] * 100, flags, Policy(1, 3, 0))
+
+
 def test_text_cannot_leave_its_token() -> None:
     flags = np.zeros(len(NASTY), dtype=bool)
     reader = read(build_page("<t>", "</title>", NASTY, flags, Policy(1, 3)))

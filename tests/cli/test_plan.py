@@ -41,6 +41,22 @@ def test_full_layers_dtype_and_tensor_parallel(run: Run, tiny_model: Path) -> No
     assert answer["config"]["full_layers"] == [0, 3]  # type: ignore[index]
 
 
+def test_renumbered_positions_keep_the_memory_of_any_length(run: Run, tiny_model: Path) -> None:
+    """4 + 252 + 64 entries are 20 blocks; in host memory 5 bytes a token of the longest request."""
+    options = ("--max-separators", "64", "--max-position", "1k")
+    for context in ("2k", "1M"):
+        answer = plan(run, tiny_model, *options, "--context", context)
+        assert answer["sepllm"] == {"entries": 320, "request_bytes": 163_840, "concurrent": 64}
+        assert answer["config"]["max_position"] == 1024  # type: ignore[index]
+        names = [row["setting"] for row in answer["effects"]]  # type: ignore[attr-defined]
+        assert "window 1020" not in names, "no room"
+        assert not any(name.startswith("full layers") for name in names)
+    base = ("plan", tiny_model, "--kv-memory", "10MiB", "--context", "1M")
+    text = " ".join(run(*base, *options).split())
+    assert "constant from there on" in text
+    assert "each worker reserves 5.0 MiB for each of --max-num-seqs requests" in text
+
+
 def test_a_request_shorter_than_the_window_costs_the_same(run: Run, tiny_model: Path) -> None:
     answer = plan(run, tiny_model, "--context", "256")
     assert answer["sepllm"] == answer["full"]

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.request import ProxyHandler, build_opener
 
 import psutil
@@ -16,7 +18,8 @@ from openai import APIError, OpenAI
 
 from tests.support.engine import started
 from tests.support.engine_process import MAY_ASK, report_of
-from tests.support.tiny_engine import ENGINE, NUM_TOKENS, check, prompts
+from tests.support.oracle import epochs_of
+from tests.support.tiny_engine import ENGINE, NUM_TOKENS, POLICY, RULE, check, prompts
 from vllm_sepllm.processes import serving
 
 pytestmark = pytest.mark.slow
@@ -138,6 +141,33 @@ def test_pipeline_parallel(tiny_llama_path: Path) -> None:
     assert [impl for impl, _, _ in report.layers.values()] == ["SepLLMCPUImpl"] * 2
     for prompt, tokens in zip(prompts(), report.tokens, strict=True):
         check(tiny_llama_path, prompt, tokens)
+
+
+@pytest.mark.compatibility(
+    "Renumbered positions, tensor and pipeline parallel", "the tokens of one process"
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}},
+    ],
+    ids=["tensor", "pipeline"],
+)
+def test_renumbered_positions(tiny_llama_path: Path, arguments: dict[str, Any]) -> None:
+    """Proves that workers with half the heads or half the layers turn their own keys."""
+    policy = POLICY | {"max_separators": 16, "positions": "renumbered", "max_position": 100}
+    with started(
+        TWO_CORES | MAY_ASK | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        **(ENGINE | {"additional_config": {"sepllm": policy}, "max_model_len": 10_000}),
+        model=str(tiny_llama_path),
+        **arguments,
+    ) as llm:
+        report = report_of(llm, prompts(), NUM_TOKENS)
+    rule = replace(RULE, max_separators=16, max_position=100)
+    for prompt, tokens in zip(prompts(), report.tokens, strict=True):
+        check(tiny_llama_path, prompt, tokens, rule)
+    assert len(epochs_of(prompts()[0], rule)) > 1
 
 
 @pytest.mark.compatibility("Data parallel", "the tokens of one process")

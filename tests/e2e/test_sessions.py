@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.engine import one_collection
-from tests.support.oracle import Rule, greedy
+from tests.support.oracle import Rule, epochs_of, greedy
 from tests.support.tiny_engine import tiny_sepllm
 from tests.support.tiny_models import SEPARATORS, tiny_text
 
@@ -93,3 +95,37 @@ def test_turns_at_edges_equal_plain_requests(engine: Any, tiny_llama_path: Path)
                 whole += tokens
                 assert answer == greedy(tiny_llama_path, whole, answer, RULE)
                 whole += answer[:-1]
+
+
+@pytest.mark.compatibility("Sessions beyond the trained length", "exact")
+def test_a_session_crosses_epochs(tiny_llama_path: Path) -> None:
+    """Proves it for turns that end beside a boundary, in mid-epoch, and cross one in an answer."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    rule = replace(RULE, max_separators=32, max_position=300)
+    text = tiny_text(0, 1200)
+    starts = [epoch.first for epoch in epochs_of(text, rule)]
+    edges = [starts[1] - 1, starts[2], starts[3] + 1, starts[3] + 100]
+    news = [text[first:last] for first, last in pairwise([0, *edges])]
+    arguments = AsyncEngineArgs(
+        model=str(tiny_llama_path),
+        **tiny_sepllm(window=WINDOW, max_separators=32, positions="renumbered", max_position=300),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=100_000,
+        max_num_batched_tokens=128,
+        disable_log_stats=True,
+    )
+    with one_collection():
+        engine = AsyncLLM.from_engine_args(arguments)
+        try:
+            answers = asyncio.run(turns(engine, "endless", news, 60))
+        finally:
+            engine.shutdown()
+    whole: list[int] = []
+    for tokens, answer in zip(news, answers, strict=True):
+        whole += tokens
+        assert answer == greedy(tiny_llama_path, whole, answer, rule)
+        whole += answer[:-1]
+    assert len(epochs_of(whole, rule)) > 4

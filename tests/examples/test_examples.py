@@ -1,6 +1,7 @@
 """Every example runs as its first line says, with the model, against real engines."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -76,6 +77,24 @@ def test_agent_with_tools(base_url: str) -> None:
     page = urlopen(base_url.removesuffix("/v1") + "/metrics").read().decode()
     (unprotected,) = re.findall(r"^vllm:sepllm_unprotected_requests_total\{.*\} (.+)$", page, re.M)
     assert float(unprotected) == 0.0
+
+
+@pytest.mark.slow
+def test_a_text_beyond_the_trained_length(
+    smollm2_path: Path, document: Path, tmp_path: Path
+) -> None:
+    """A short book and few positions: an answer behind every piece, in epochs of its own."""
+    policy = {"positions": "renumbered", "max_position": 640, "max_separators": 64}
+    command = [str(EXAMPLES / "serve.sh"), str(smollm2_path), "--enforce-eager"]
+    command += ["--additional-config", json.dumps({"sepllm": policy})]
+    command += ["--max-model-len", "1000000", "--max-num-seqs", "2"]
+    command += ["--kv-cache-memory-bytes", str(128 * 2**20)]
+    with serving(command, tmp_path / "log", START_SECONDS) as url:
+        asked = (str(EXAMPLES / "stream.py"), str(document), "What is a glow-worm?", "600")
+        output = run_example(*asked, SEPLLM_URL=url)
+    lines = re.findall(r"^([\d,]+) tokens, [\d,]+/s: '.+'$", output, re.M)
+    assert lines[:2] == ["600", "1,200"]
+    assert int(lines[-1].replace(",", "")) > 1500
 
 
 def test_server_script_wants_a_model() -> None:

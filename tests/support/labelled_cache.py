@@ -26,11 +26,24 @@ class LabelledCache:
         """Fill an entry of a request. Whoever knows what must not be written overrides it."""
         self.memory[slot] = label
 
+    def rotated(self, label: Any, delta: int) -> Any:
+        """The label of the same token at another position, for whoever renumbers."""
+        raise NotImplementedError(f"{label} moves by {delta}")
+
     def play(
         self, step: BatchStep, labels: Sequence[Any], slot: Slots, tile_size: int = 7
     ) -> list[list[Any]]:
         """Play a step; ``labels`` are its tokens'. Returns what the query of each token reads."""
         saved: set[Hashable] = set()
+        rotations = step.rotations
+        for row, entry, delta in zip(
+            rotations.rows.tolist(),
+            rotations.entries.tolist(),
+            rotations.delta.tolist(),
+            strict=True,
+        ):
+            place = slot(row, entry)
+            self.write(place, self.rotated(self.memory[place], delta))
         self._move(step.commit_spills, slot)
         self._move(step.commits, slot)
         self._save(step.saves_before, slot, saved)

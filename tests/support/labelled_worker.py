@@ -6,7 +6,7 @@ stale checkpoint or a wrong copy shows as a wrong label.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -15,13 +15,36 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import Request
 
 from tests.support.labelled_cache import LabelledCache
+from tests.support.rule import read_positions
 from vllm_sepllm.policy.step.batch import plan_batch
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan
-from vllm_sepllm.policy.visibility import Policy, visible_mask
+from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 4
 # whose KV it is: what keeps it apart from equal tokens, then the tokens up to and including it
-Label = tuple[int, ...]
+Tokens = tuple[int, ...]
+# and the position that its key has
+Label = tuple[Tokens, int]
+
+
+@dataclass
+class Wanted:
+    """What the queries of a request read, as far as it was asked for."""
+
+    policy: Policy
+    is_separator: list[int] = field(default_factory=list)
+    reads: list[dict[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._rule = read_positions(self.policy, self.is_separator, 1 << 30)
+
+    def at(self, query: Tokens) -> list[Label]:
+        """By the token of the query: keys in the order of the text, each at its position."""
+        last = len(query) - 2
+        self.is_separator += [int(token == 1) for token in query[len(self.is_separator) + 1 :]]
+        while len(self.reads) <= last:
+            self.reads.append(next(self._rule))
+        return [(query[: key + 2], position) for key, position in self.reads[last].items()]
 
 
 @dataclass
@@ -53,7 +76,8 @@ class LabelledWorker(LabelledCache):
         self.kv = kv
         self.ours = ours
         self.apart = apart
-        self.others: dict[tuple[int, int], Label] = {}  # of other layers, by block and offset
+        self.others: dict[tuple[int, int], Tokens] = {}  # of other layers, by block and offset
+        self.wanted: dict[str, Wanted] = {}
         self.sealed: set[int] = set()
 
     def copy_block(self, source: int, target: int) -> None:
@@ -65,7 +89,7 @@ class LabelledWorker(LabelledCache):
     def forward(self, scheduled: Sequence[Scheduled], plan: StepPlan) -> None:
         """A step of all its requests, in the order that vLLM's model runners give them."""
         batch = sorted(scheduled, key=lambda part: part.size > 1 or part.start == 0)
-        labels = [self.labels(part) for part in batch]
+        labels = [self.labels(part, plan) for part in batch]
         tables = [self.kv.get_block_ids(part.name) for part in batch]
         order = np.array([plan.rows[part.name] for part in batch], dtype=np.int64)
         first = np.cumsum([0, *map(len, labels)])
@@ -73,7 +97,7 @@ class LabelledWorker(LabelledCache):
             own = [table[group_id] for table in tables]
             if group_id not in self.ours:
                 for blocks, part in zip(own, labels, strict=True):
-                    self.other_layers(group_id, blocks, part)
+                    self.other_layers(group_id, blocks, [tokens for tokens, _ in part])
                 continue
             step = plan_batch(plan.of(order, group_id), first, int(first[-1]), BLOCK)
 
@@ -83,14 +107,19 @@ class LabelledWorker(LabelledCache):
             reads = iter(self.play(step, list(chain.from_iterable(labels)), slot))
             for part, queries in zip(batch, labels, strict=True):
                 for query in queries:
-                    self.check_reads(self.policies[part.name], query, next(reads))
+                    self.check_reads(part.name, query[0], next(reads))
 
-    def labels(self, part: Scheduled) -> list[Label]:
+    def labels(self, part: Scheduled, plan: StepPlan) -> list[Label]:
         """Of the tokens that the request computes."""
         tokens, end = list(part.request.all_token_ids), part.start + part.size
-        return [(self.apart[part.name], *tokens[: i + 1]) for i in range(part.start, end)]
+        shift = 0 if plan.positions is None else int(plan.positions.shift[plan.rows[part.name]])
+        own = self.apart[part.name]
+        return [((own, *tokens[: i + 1]), i - shift) for i in range(part.start, end)]
 
-    def other_layers(self, group_id: int, own: list[int], labels: list[Label]) -> None:
+    def rotated(self, label: Label, delta: int) -> Label:
+        return label[0], label[1] + delta
+
+    def other_layers(self, group_id: int, own: list[int], labels: list[Tokens]) -> None:
         """vLLM's own layers write every token and read theirs by position."""
         spec = self.kv.kv_cache_config.kv_cache_groups[group_id].kv_cache_spec
         window = spec.sliding_window if isinstance(spec, SlidingWindowSpec) else 1000
@@ -105,10 +134,10 @@ class LabelledWorker(LabelledCache):
             for i in range(max(0, last - window), last):
                 assert self.others[slot(i)] == label[: i + 2]
 
-    def check_reads(self, policy: Policy, query: Label, read: list[Label]) -> None:
-        mask = visible_mask(policy, np.array(query[1:]) == 1)[-1]
-        want = [query[: j + 2] for j in np.flatnonzero(mask)]
-        assert sorted(read, key=len) == want
+    def check_reads(self, name: str, query: Tokens, read: list[Label]) -> None:
+        if name not in self.wanted:
+            self.wanted[name] = Wanted(self.policies[name])
+        assert sorted(read, key=lambda label: len(label[0])) == self.wanted[name].at(query)
 
     def write(self, slot: Hashable, label: Label) -> None:
         assert isinstance(slot, int)

@@ -3,15 +3,20 @@
 It shares no code with the engine side: the mask is the formula of the paper, spelled out again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.engine import Answer, Engine
+from tests.support.rule import read_positions
 
 # float32 on both sides; what remains is the order of sums. Design: 3e-5 over 30 layers.
 TOLERANCE = 1e-3
@@ -21,6 +26,7 @@ TOLERANCE = 1e-3
 class Rule:
     """The rule as the oracle applies it; ``full_layers`` counts from 0.
 
+    Positions are renumbered at ``max_position``, in Llamas alone; None: they are those of the text.
     With ``interval`` the tokens at its multiples are the separators, whatever their ids. A token of
     ``line_breaks`` is one behind a token of ``closers``.
     """
@@ -33,6 +39,7 @@ class Rule:
     interval: int | None = None
     line_breaks: frozenset[int] = frozenset()
     closers: frozenset[int] = frozenset()
+    max_position: int | None = None
 
 
 def rule_of(made: Engine) -> Rule:
@@ -50,6 +57,7 @@ def rule_of(made: Engine) -> Rule:
         max_separators=config["max_separators"],
         full_layers=frozenset(config["full_layers"]),
         interval=config.get("interval"),
+        max_position=config.get("max_position"),
     )
 
 
@@ -103,6 +111,11 @@ def log_probabilities(
     """
     model = load_model(path)
     ids = torch.tensor([list(token_ids)])
+    if rule is not None and rule.max_position is not None:
+        epochs = epochs_of(token_ids, rule)
+        with _attention_in_epochs(model, epochs):
+            logits = model(ids, use_cache=False, logits_to_keep=len(token_ids) - first).logits[0]
+        return logits.float().log_softmax(dim=-1)
     full = causal_mask(len(token_ids))
     sparse = full if rule is None else sepllm_mask(token_ids, rule)
     kinds = getattr(model.config, "layer_types", None)
@@ -124,6 +137,74 @@ def log_probabilities(
         for handle in handles:
             handle.remove()
     return logits.float().log_softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class EpochOfQueries:
+    """Queries whose keys have the same positions.
+
+    Attributes:
+        first: position in the text of the first one.
+        last: behind the last one.
+        positions: [last] of each token, for these queries; 0: none of them reads it.
+        bias: [last - first, last], minus infinity where a query does not read a key.
+    """
+
+    first: int
+    last: int
+    positions: torch.Tensor
+    bias: torch.Tensor
+
+
+def epochs_of(token_ids: Sequence[int], rule: Rule) -> list[EpochOfQueries]:
+    """The queries of a text, epoch by epoch, by the rule spelled out in tests/support/rule.py."""
+    is_separator = _separators(torch.tensor(list(token_ids)), rule).tolist()
+    reads = list(read_positions(rule, is_separator, len(token_ids)))
+    own = [read[query] for query, read in enumerate(reads)]
+    starts = [query for query in range(len(own)) if query == 0 or own[query] != own[query - 1] + 1]
+    epochs = []
+    for first, last in pairwise([*starts, len(own)]):
+        positions = torch.zeros(last, dtype=torch.int64)
+        bias = torch.full((last - first, last), float("-inf"))
+        for row, read in enumerate(reads[first:last]):
+            keys = torch.tensor(list(read))
+            positions[keys] = torch.tensor(list(read.values()))
+            bias[row, keys] = 0
+        epochs.append(EpochOfQueries(first, last, positions, bias))
+    return epochs
+
+
+@contextmanager
+def _attention_in_epochs(model: torch.nn.Module, epochs: list[EpochOfQueries]) -> Iterator[None]:
+    """Llama's attention with keys rotated for each epoch of queries, from the projections on."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, **_: Any) -> tuple[torch.Tensor, None]:
+        queries, keys, values = (
+            project(hidden_states)[0].unflatten(1, (-1, self.head_dim)).transpose(0, 1)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        found = []
+        for epoch in epochs:
+            cos, sin = model.model.rotary_emb(hidden_states, epoch.positions[None])
+            key, value = (
+                part.repeat_interleave(self.num_key_value_groups, 0)
+                for part in (_rotated(keys[:, : epoch.last], cos, sin), values[:, : epoch.last])
+            )
+            own = slice(epoch.first, epoch.last)
+            query = _rotated(queries[:, own], cos[:, own], sin[:, own])
+            weights = (query @ key.transpose(1, 2) * self.scaling + epoch.bias).softmax(-1)
+            found.append((weights @ value).transpose(0, 1).flatten(1))
+        return self.o_proj(torch.cat(found)[None]), None
+
+    with ExitStack() as stack:
+        for attention in _attention_modules(model):
+            stack.enter_context(patch.object(attention, "forward", partial(forward, attention)))
+        yield
+
+
+def _rotated(part: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    one, other = part.chunk(2, dim=-1)
+    return part * cos + torch.cat([-other, one], dim=-1) * sin
 
 
 def scores(path: Path, token_ids: Sequence[int], rule: Rule | None, first: int = 0) -> torch.Tensor:

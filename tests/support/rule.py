@@ -4,7 +4,7 @@ With 0-based positions, query i reads key j <= i if j < a, or i - j < n, or j is
 separators of those between. A policy is anything that has a, n and s by their names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 
@@ -28,6 +28,32 @@ def visible(policy: Numbers, is_separator: Sequence[bool | int], query: int) -> 
     between = spilled(policy, is_separator, query + 1)
     kept = between if s is None else between[max(0, len(between) - s) :]
     return sorted(near + kept)
+
+
+class Renumbered(Numbers, Protocol):
+    """a, n, s and L."""
+
+    @property
+    def max_position(self) -> int | None: ...
+
+
+def read_positions(
+    policy: Renumbered, is_separator: Sequence[bool | int], num_tokens: int
+) -> Iterator[dict[int, int]]:
+    """Query by query, position in the text -> position in the cache of each token that it reads.
+
+    Whenever the next position would be L, what is kept is numbered anew in the order of the text.
+    """
+    positions: dict[int, int] = {}
+    following = 0
+    for query in range(num_tokens):
+        if following == policy.max_position:
+            kept = visible(policy, is_separator, query - 1)
+            positions = {key: position for position, key in enumerate(kept)}
+            following = len(kept)
+        positions[query] = following
+        following += 1
+        yield {key: positions[key] for key in visible(policy, is_separator, query)}
 
 
 def spilled(policy: Numbers, is_separator: Sequence[bool | int], num_tokens: int) -> list[int]:

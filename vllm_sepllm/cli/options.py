@@ -48,6 +48,14 @@ MaxSeparators = Annotated[
     int | None,
     typer.Option(min=0, help="Separators kept beyond the window; see docs/configuration.md."),
 ]
+MaxPosition = Annotated[
+    int | None,
+    typer.Option(
+        parser=as_tokens,
+        metavar="TOKENS",
+        help="Renumber positions here; default: positions are those of the text.",
+    ),
+]
 KvMemory = Annotated[
     int, typer.Option(parser=as_bytes, metavar="SIZE", help="For KV, on each device: 20GiB.")
 ]

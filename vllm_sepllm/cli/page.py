@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import numpy as np
 
+from vllm_sepllm.policy.epochs import epochs_of
 from vllm_sepllm.policy.kept import State, kept_lengths, token_states
 from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
@@ -58,7 +59,7 @@ def build_page(
         "style": asset("page.css"),
         "script": asset("page.js"),
         "last": str(last),
-        "plot": _plot(lengths),
+        "plot": _plot(lengths, _epoch_starts(policy, is_separator)),
         "note": f'<p class="note">{html.escape(note)}</p>' if note else "",
         "summary": f"The cache ends with {lengths[-1]:,} entries, full attention {last + 1:,}.",
         "tokens": "".join(map(_span, pieces, states.tolist(), is_separator.tolist())),
@@ -97,7 +98,14 @@ def _data(is_separator: BoolArray, policy: Policy) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _plot(lengths: IntArray) -> str:
+def _epoch_starts(policy: Policy, is_separator: BoolArray) -> list[int]:
+    """Where positions begin anew."""
+    if policy.max_position is None:
+        return []
+    return [epoch.start for epoch in epochs_of(policy, is_separator)[1:]]
+
+
+def _plot(lengths: IntArray, epoch_starts: Sequence[int]) -> str:
     """Cache length over position, in both directions on one scale: [num_tokens] -> SVG."""
     num_tokens = len(lengths)
     right, bottom = LEFT + WIDTH, TOP + HEIGHT
@@ -107,6 +115,9 @@ def _plot(lengths: IntArray) -> str:
         shapes.append(f'<path class="grid" d="M{LEFT} {y}H{right}M{x} {TOP}V{bottom}"/>')
         shapes.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:,}</text>')
         shapes.append(f'<text x="{x}" y="{bottom + 14}" text-anchor="middle">{tick:,}</text>')
+    for start in epoch_starts:
+        x = _x(start, num_tokens)
+        shapes.append(f'<path class="epoch" d="M{x} {TOP}V{bottom}"/>')
     end = _y(int(lengths[-1]), num_tokens)
     # names stand at the ends of the curves, apart even where the curves meet
     name_y = max(end + 4, TOP + 22)

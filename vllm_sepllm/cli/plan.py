@@ -27,6 +27,8 @@ LABEL = "arithmetic, not a measurement"
 WINDOWS = (124, 252, 508, 1020)
 PROTECTED = (0, 1024, 4096)
 DENSITIES = (0.05, 0.13, 0.25)
+# vLLM's InputBatch: an id of 4 bytes and a flag for each token that a request may have
+HOST_BYTES = 5
 FULL_LAYERS = ((), (0, -1), (0, 1, -2, -1))
 
 
@@ -76,6 +78,7 @@ def plan(
     ] = 0,
     window: options.Window = options.DEFAULTS.window,
     max_separators: options.MaxSeparators = None,
+    max_position: options.MaxPosition = None,
     full_layers: options.FullLayers = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share KV heads.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
@@ -93,6 +96,8 @@ def plan(
         initial_tokens=initial_tokens,
         window=window,
         max_separators=max_separators,
+        positions="text" if max_position is None else "renumbered",
+        max_position=max_position,
         full_layers=options.layer_indices(full_layers),
     )
     try:
@@ -171,11 +176,16 @@ def effects(
 
     for window in sorted({*WINDOWS, config.window}):
         changed = config.model_copy(update={"window": window})
-        yield row(f"window {window}", changed, density, window == config.window)
+        try:
+            yield row(f"window {window}", changed, density, window == config.window)
+        except ValueError:
+            continue  # no room below max_position
     for kept in sorted({*PROTECTED, protected}):
         yield row(f"protected {kept:,} tokens", config, density, kept == protected, kept)
     for value in sorted({*DENSITIES, density}):
         yield row(f"separators {value:.0%} of tokens", config, value, value == density)
+    if config.positions == "renumbered":
+        return  # no layer keeps full attention
     for layers in sorted({*FULL_LAYERS, config.full_layers}, key=len):
         changed = config.model_copy(update={"full_layers": layers})
         name = ", ".join(map(str, layers)) or "none"
@@ -245,6 +255,12 @@ def _assumptions(made: Plan) -> str:
         "Weights, activations and what vLLM pads when layers of several kinds share a pool are "
         "not in it.",
     ]
-    if 0 < shape.max_positions < deployment.context:
+    if "max_position" in config:
+        row = format_bytes(deployment.context * HOST_BYTES)
+        lines.append(
+            "The KV cache of a request is constant from there on, however long it gets. In host "
+            f"memory each worker reserves {row} for each of --max-num-seqs requests of that length."
+        )
+    elif 0 < shape.max_positions < deployment.context:
         lines.append(f"The model's config ends at {shape.max_positions:,} positions.")
     return "\n".join(lines)

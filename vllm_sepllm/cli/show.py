@@ -9,6 +9,7 @@ from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
+from vllm_sepllm.policy.epochs import MIN_EPOCH, epochs_of, has_room
 from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix, protected_end
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.rules import RULES, token_separators
@@ -34,6 +35,7 @@ def show(
     ] = options.DEFAULTS.max_protected,
     window: options.Window = options.DEFAULTS.window,
     max_separators: options.MaxSeparators = None,
+    max_position: options.MaxPosition = None,
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -64,20 +66,34 @@ def show(
     initial: Initial = FixedInitial(initial_tokens)
     if protect is not None:
         initial = ProtectedPrefix(_end_id(protect, tokenizer), max_protected, initial_tokens)
-    policy = Policy(initial.of(ids), window, max_separators)
+    policy = Policy(initial.of(ids), window, max_separators, max_position)
+    if max_position is not None and not has_room(policy):
+        raise typer.BadParameter(
+            f"--max-position {max_position} leaves no room for {policy.initial_tokens} initial "
+            f"tokens, a window of {window}, --max-separators, which must be set, and "
+            f"{MIN_EPOCH} new tokens"
+        )
     is_protected = protect is not None and initial.is_in(ids)
     kind = "protected" if is_protected else "initial"
     bound = "" if max_separators is None else f" (at most {max_separators:,})"
     part = "" if len(ids) == len(tokens.ids) else f"the first of {len(tokens.ids):,}, "
     subtitle = (
         f"{len(ids):,} tokens of {Path(model).name}, {part}{policy.initial_tokens:,} {kind}, "
-        f"window {window}, {separators} separators{bound}"
+        f"window {window}, {separators} separators{bound}{_epochs(policy, is_separator)}"
     )
     note = _attention(model, ids, is_separator, policy) if attention else ""
     made = build_page(file.name, subtitle, pieces, is_separator, policy, note, kind)
     page.write_text(made, "utf-8")
     for line in filter(None, (f"{page}: {subtitle}", note)):
         make_console().print(line, markup=False, soft_wrap=True)
+
+
+def _epochs(policy: Policy, is_separator: BoolArray) -> str:
+    """How often positions begin anew."""
+    if policy.max_position is None:
+        return ""
+    number = len(epochs_of(policy, is_separator))
+    return f", {number:,} epochs of positions below {policy.max_position:,}"
 
 
 def _attention(model: str, ids: list[int], is_separator: BoolArray, policy: Policy) -> str:

@@ -27,11 +27,14 @@ class Policy:
         initial_tokens: a, tokens at the start of the request that every query reads.
         window: n, most recent tokens that a query reads, itself included.
         max_separators: s, separators older than the window that stay visible; None: all.
+        max_position: L, where the positions of kept tokens are renumbered (policy/epochs.py); what
+            a query reads does not depend on it. None: positions are those in the text.
     """
 
     initial_tokens: int
     window: int
     max_separators: int | None = None
+    max_position: int | None = None
 
     def __post_init__(self) -> None:
         if self.initial_tokens < 0:

@@ -20,6 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVQuantMode
 
+from vllm_sepllm.integration.startup.refusals import check_renumbered
 from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.policy.initial import ProtectedPrefix
 
@@ -42,7 +43,9 @@ def refusal(model: str, **arguments: Any) -> str:
     """What the user reads when he starts ``model`` with sepllm and ``arguments``."""
     given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
     args = EngineArgs(model=model, **(ARGUMENTS | given | arguments))
-    with pytest.raises(ValueError, match=r"sepllm|separators|full_|protect|set one") as caught:
+    with pytest.raises(
+        ValueError, match=r"sepllm|separators|full_|protect|set one|renumbered"
+    ) as caught:
         args.create_engine_config()
     return str(caught.value)
 
@@ -244,6 +247,53 @@ VALUES: list[tuple[Any, str, str]] = [
 @pytest.mark.parametrize(("additional", "what", "remedy"), VALUES, ids=[str(v[1:]) for v in VALUES])
 def test_values(models: Models, additional: Any, what: str, remedy: str) -> None:
     check_sentence(refusal(models("llama"), additional_config=additional), what, remedy)
+
+
+RENUMBERED: list[tuple[dict[str, Any], str, str]] = [
+    ({"full_layers": [0]}, "full_layers keep every token", 'set positions to "text"'),
+    ({"max_position": 4097}, "a model that was trained on 4096", "set max_position to 4096"),
+    ({"max_position": 300}, "renumbered positions below 300 have no room", "set max_separators"),
+]
+
+
+@pytest.mark.parametrize(
+    ("fields", "what", "remedy"),
+    [
+        pytest.param(*row, marks=refused(f'`positions: "renumbered"` with {row[0]}', *row[1:]))
+        for row in RENUMBERED
+    ],
+    ids=[str(row[0]) for row in RENUMBERED],
+)
+def test_renumbered_positions(
+    models: Models, fields: dict[str, Any], what: str, remedy: str
+) -> None:
+    given = policy(positions="renumbered", **fields)
+    check_sentence(refusal(models("llama"), additional_config=given), what, remedy)
+
+
+@refused('`positions: "renumbered"` on GPUs', "on GPUs yet", 'set positions to "text"')
+def test_renumbered_positions_on_gpus(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = EngineArgs(
+        models("llama"),
+        attention_backend="sepllm",
+        additional_config=ADDITIONAL_CONFIG,
+        **ARGUMENTS,
+    )
+    config = args.create_engine_config()
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
+    with pytest.raises(ValueError, match="renumbered") as caught:
+        check_renumbered(config, None)
+    check_sentence(str(caught.value), "renumbered positions on GPUs yet", 'set positions to "text"')
+
+
+@refused('`positions: "renumbered"` with M-RoPE', "M-RoPE", 'set positions to "text"')
+def test_renumbered_positions_of_several_a_token(
+    models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelConfig, "uses_mrope", property(lambda _: True))
+    given = policy(positions="renumbered")
+    text = refusal(models("llama"), additional_config=given)
+    check_sentence(text, "several positions a token (M-RoPE)", 'set positions to "text"')
 
 
 def test_separator_of_several_tokens(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

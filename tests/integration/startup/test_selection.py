@@ -13,6 +13,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from tests.support.tiny_configs import llama_config
 from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
 
 pytest.importorskip("vllm")
@@ -25,7 +26,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from tests.support.moved import SINCE_0_33, make_arg_parser
+from vllm_sepllm.integration.startup.lengths import trained_length
 from vllm_sepllm.integration.wire.backend_name import register_backend_name
+from vllm_sepllm.integration.wire.config import read_config
 
 SCHEDULER = "vllm_sepllm.integration.scheduler.scheduler.SepLLMScheduler"
 WORKER = "vllm_sepllm.integration.worker.cpu.worker.SepLLMCPUWorker"
@@ -200,6 +203,34 @@ def test_positions_beyond_the_trained_length_are_warned_of(
     assert len(warnings) == (max_model_len > 4096)
     expected = "beyond the max_position_embeddings=4096 of the model's config.json"
     assert all(expected in warning for warning in warnings)
+
+
+def test_renumbered_positions_lift_the_bound_of_the_trained_length(
+    llama: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Proves it without vLLM's override variable, for the one engine that asks for it."""
+    monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", raising=False)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    given = {"sepllm": ADDITIONAL_CONFIG["sepllm"] | {"positions": "renumbered"}}
+    config = selected(llama, max_model_len=4_000_000, additional_config=given)
+    made = config.create_engine_config()
+    assert made.model_config.max_model_len == 4_000_000
+    policy = read_config(made).policy
+    assert (policy.max_position, policy.max_separators) == (4096, 1024)
+    assert not any("not positions" in message for message in caplog.messages)
+    assert any("positions begin anew at 4096" in message for message in caplog.messages)
+    with pytest.raises(ValueError, match="max_model_len"):
+        selected(llama, max_model_len=4_000_000).create_engine_config()
+
+
+def test_the_trained_length_is_the_one_before_yarn(tmp_path: Path) -> None:
+    fields = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    for rope, length in ((fields, 1024), (None, 4096)):
+        folder = tmp_path / str(length)
+        rope_parameters = None if rope is None else rope | {"rope_theta": 1e4}
+        llama_config(rope_parameters=rope_parameters).save_pretrained(folder)
+        model = selected(str(folder)).create_engine_config().model_config
+        assert trained_length(model) == length
 
 
 def test_hybrid_kv_cache_manager_stays_on(llama: str) -> None:

@@ -12,6 +12,9 @@ CONTRACTS = by_hand(
                 "a request that begins anew leaves it, so that workers see it come back"
             ),
             "running: list[Request]": "a request that begins anew leaves it",
+            "need_mamba_block_aligned_split": (
+                "set: chunks end where positions are renumbered; vLLM then asks the method below"
+            ),
         },
         "vllm.v1.core.kv_cache_coordinator:HybridKVCacheCoordinator": {
             "attention_groups: list[SpecGroup]": "ours ask a manager in place of its class",

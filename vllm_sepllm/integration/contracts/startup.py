@@ -19,6 +19,12 @@ CONTRACTS = by_hand(
         "vllm.config.vllm:VllmConfig": {
             "additional_config: dict | SupportsHash": "carries our configuration to every process",
         },
+        "vllm.config.model:ModelConfig": {
+            "get_and_verify_max_len(max_model_len)": (
+                "wrapped: requests may exceed the trained length if positions are renumbered"
+            ),
+            "model_arch_config, hf_text_config": "read: the trained length",
+        },
         "vllm.platforms.cpu:CpuPlatform": {
             "get_attn_backend_cls(selected_backend, attn_selector_config, num_heads)": (
                 "wrapped: it ignores the backend's name; the first argument is ours"

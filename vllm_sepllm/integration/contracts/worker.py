@@ -88,11 +88,19 @@ CONTRACTS = by_hand(
             "kv_cache, kv_cache_dtype, kv_cache_torch_dtype": _UNTYPED,
             "attn_backend, impl": "replaced in layers that become ours",
         },
+        "vllm.model_executor.layers.rotary_embedding.base:RotaryEmbeddingBase": {
+            "_compute_cos_sin_cache()": "called: the model's angles in float32",
+            "is_neox_style": _UNTYPED,
+        },
         "vllm.platforms.interface:Platform": {"fp8_dtype": "called: how fp8 caches are read"},
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner": {
             "execute_model(scheduler_output, intermediate_tensors)": (
                 "wrapped: hands on the plan; the worker and the Ray executor call it"
             ),
+            "_model_forward(input_ids, positions)": (
+                "wrapped on CPUs: shifts positions that are renumbered"
+            ),
+            "query_start_loc": "read: the tokens of each row",
             "sample_tokens(grammar_output)": "wrapped on CPUs: keeps seeds of chunks",
             "discard_request_mask": "read: rows whose prompt goes on",
             "profile_run()": "wrapped: memory of a step that it does not use is held beside it",

@@ -11,6 +11,7 @@ from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCache
 from vllm.v1.request import Request
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.epochs import Epochs
 from vllm_sepllm.policy.separators.definition import Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.decode_table import DecodeTable
@@ -90,6 +91,7 @@ class LiveRequest:
         number: unique among all requests that ever arrived.
         index: its separators, and its policy.
         slot: its row in the table of decode steps.
+        epochs: of its positions, if they are renumbered; None: they are those in the text.
         refusal: why it ends with an error instead of being scheduled; None: it is served.
         holding: what it holds now.
     """
@@ -98,6 +100,7 @@ class LiveRequest:
     number: int
     index: SeparatorIndex
     slot: int
+    epochs: Epochs | None = None
     refusal: str | None = None
     holding: Holding = field(default_factory=Holding)
 
@@ -112,6 +115,20 @@ class LiveRequest:
         request = self.request
         longest = request.num_prompt_tokens + request.max_tokens
         return longest <= self.policy.num_dense and not request.resumable
+
+    @property
+    def may_renumber(self) -> bool:
+        """Whether it may reach the end of an epoch, where all its keys are turned."""
+        request, end = self.request, self.policy.max_position
+        if end is None:
+            return False
+        return request.num_prompt_tokens + request.max_tokens > end or bool(request.resumable)
+
+    def begins_epoch(self, position: int) -> bool:
+        """Whether an epoch other than the first begins with the token at ``position``."""
+        if self.epochs is None or position == 0:
+            return False
+        return self.epochs.at(position, self.request._all_token_ids).start == position
 
     def count_below(self, position: int) -> int:
         """Separators at positions in [initial_tokens, position)."""
@@ -207,7 +224,8 @@ class LiveRequests(dict[str, LiveRequest]):
         """Take in a request that has arrived."""
         index = SeparatorIndex(policy, self._separators)
         number, slot = next(self._numbers), self.decodes.add()
-        live = LiveRequest(request, number, index, slot, refusal)
+        epochs = None if policy.max_position is None else Epochs(index)
+        live = LiveRequest(request, number, index, slot, epochs, refusal)
         request.block_hashes = RequestHashes(request.block_hashes, live)
         self[request.request_id] = live
         self._batch = None
@@ -216,6 +234,8 @@ class LiveRequests(dict[str, LiveRequest]):
     def truncate(self, live: LiveRequest, num_tokens: int) -> None:
         """The request's tokens from position ``num_tokens`` on were replaced."""
         live.index.truncate(num_tokens)
+        if live.epochs is not None:
+            live.epochs.truncate(num_tokens)
         self.decodes.forget(live.slot)
         self._batch = None
 

@@ -59,6 +59,8 @@ class _SepLLMMixin(Scheduler):
             self._prefix_cache.interval_of,
             most_proposed,
         )
+        # vLLM asks _mamba_block_aligned_split where a chunk must end; models with Mamba are refused
+        self.need_mamba_block_aligned_split = config.max_position is not None
         self._usage = self._coordinator.watch(self.max_model_len) if self.log_stats else None
 
     def make_stats(
@@ -162,6 +164,24 @@ class _SepLLMMixin(Scheduler):
         if is_draining:  # the pause waits for it, and lets only waiting requests with KV go on
             self.waiting.remove_requests([request])
             self.kv_holding_waiting.prepend_request(request)
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Tokens of a request's step, which ends with the epoch in which it starts.
+
+        vLLM has no other place that says where a chunk must end. To be dropped when it asks a
+        manager of the KV cache.
+        """
+        epochs = self._live[request.request_id].epochs
+        assert epochs is not None, "asked where positions are renumbered"
+        start = request.num_computed_tokens + num_new_local_computed_tokens
+        end = epochs.at(start, request._all_token_ids).end
+        return min(num_new_tokens, end - start)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         """Attach the plan while ``num_computed_tokens`` still is the start of the step."""

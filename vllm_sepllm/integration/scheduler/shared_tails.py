@@ -30,9 +30,14 @@ class SharedTails:
         self._num_steps = 0
 
     def may_wrap(self, live: LiveRequest) -> bool:
-        """Whether the tail of the request may become a ring soon, or at any time in a session."""
+        """Whether the tail of the request may become a ring soon, or at any time in a session.
+
+        Nor is the tail shared of a request that may renumber its positions: all keys are turned.
+        """
         if self._limit is None:
             return False
+        if live.may_renumber:
+            return True
         # a request that did not share from the start is not looked at
         shares_nothing = live.holding.next_look == _NEVER
         return shares_nothing or live.request.resumable or self._room(live) < 0

@@ -1,13 +1,15 @@
 """Planner of a scheduler's steps: decode rows all at once, others one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from operator import attrgetter
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.integration.scheduler.live_requests import Batch, LiveRequest, LiveRequests
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
+from vllm_sepllm.policy.epochs import Epochs
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, Positions, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.step.staging import propose
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
@@ -46,6 +48,20 @@ class StepPlanner:
         """The plan of a step, while ``num_computed_tokens`` still is the start of the step."""
         if self._max_proposed:
             return self._plan_proposing(output)
+        plan = self._plan_certain(output)
+        if self._live.engine.max_position is None:
+            return plan
+        return replace(plan, positions=Positions.plan(self._epochs(plan)))
+
+    def _epochs(self, plan: StepPlan) -> Iterator[tuple[Epochs, int, Sequence[int]]]:
+        """Row by row: what Positions.plan takes."""
+        for name, start in zip(plan.rows, plan.start.tolist(), strict=True):
+            live = self._live[name]
+            assert live.epochs is not None, "the engine's max_position is every request's"
+            yield live.epochs, start, live.request._all_token_ids
+
+    def _plan_certain(self, output: SchedulerOutput) -> StepPlan:
+        """The plan of a step without drafts."""
         num_new = output.num_scheduled_tokens
         batch = self._live.batch(list(num_new))
         others: list[int] = []

@@ -12,6 +12,7 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
+from vllm_sepllm.integration.startup import lengths
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
 from vllm_sepllm.integration.wire.fp8 import FP8_CACHE_DTYPES, converts_fp8
 from vllm_sepllm.integration.wire.spec import max_proposed
@@ -110,6 +111,39 @@ def check_drafts(vllm_config: VllmConfig, window: int) -> None:
             f"window of {window}: set num_speculative_tokens to {window // 2 - 1} or less, or a "
             "larger window"
         )
+
+
+def check_renumbered(vllm_config: VllmConfig, max_position: int | None) -> None:
+    """Refuse what renumbered positions cannot serve exactly; layers are looked at by the worker.
+
+    Args:
+        vllm_config: of the engine.
+        max_position: as the user set it.
+
+    Raises:
+        ValueError: one sentence for the first reason found.
+    """
+    model = vllm_config.model_config
+    trained = lengths.trained_length(model)
+    keep = 'set positions to "text"'
+    for is_unsupported, reason in (
+        (
+            not current_platform.is_cpu(),
+            f"renumbered positions on GPUs yet, whose kernels do not turn keys: {keep}",
+        ),
+        (
+            model.uses_mrope,
+            "renumbered positions for models with several positions a token (M-RoPE), of which "
+            f"text has one alone: {keep}",
+        ),
+        (
+            max_position is not None and trained is not None and max_position > trained,
+            f"renumbered positions up to {max_position} for a model that was trained on {trained}: "
+            f"set max_position to {trained} or less, or leave it out",
+        ),
+    ):
+        if is_unsupported:
+            raise ValueError(f"sepllm does not support {reason}")
 
 
 def _model_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:

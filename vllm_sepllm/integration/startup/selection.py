@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, ResolvedConfig, SepLLMConfig
 from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.patch import wrap_once
-from vllm_sepllm.integration.startup import refusals
+from vllm_sepllm.integration.startup import lengths, refusals
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register_backend_name
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
@@ -51,14 +51,21 @@ def _create_engine_config(
         return vllm_config
     refusals.check_engine_args(engine_args)
     given = SepLLMConfig.from_additional_config(engine_args.additional_config)
-    with _selection_hidden(engine_args, _decode_backend(given)):
+    is_renumbered = given.positions == "renumbered"
+    with (
+        _selection_hidden(engine_args, _decode_backend(given)),
+        lengths.unbounded(is_on=is_renumbered),
+    ):
         vllm_config = original(engine_args, *args, **kwargs)
     refusals.check_vllm_config(vllm_config)
+    if is_renumbered:
+        refusals.check_renumbered(vllm_config, given.max_position)
     given = _with_trained_policy(given, vllm_config.model_config)
     config = _resolve(given, vllm_config)
     refusals.check_drafts(vllm_config, config.window)
     _complete(vllm_config, config)
-    _warn_of_positions(vllm_config.model_config)
+    if not is_renumbered:
+        _warn_of_positions(vllm_config.model_config)
     _log(given, config, vllm_config.cache_config.block_size)
     _install_in_front_end()
     return vllm_config
@@ -162,6 +169,7 @@ def _resolve(given: SepLLMConfig, vllm_config: VllmConfig) -> ResolvedConfig:
         num_layers=model_config.get_total_num_hidden_layers(),
         max_model_len=model_config.max_model_len,
         block_size=vllm_config.cache_config.block_size,
+        trained_length=lengths.trained_length(model_config),
     )
 
 
@@ -209,7 +217,7 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
         rule, num_ids = given.preset or named, len(separators.token_ids)
     logger.info(
         "sepllm keeps the first %d tokens%s, the last %d and up to %d separators in between "
-        "(%s, %d token ids)%s; block size %d.",
+        "(%s, %d token ids)%s%s; block size %d.",
         config.initial.least,
         _protected(given, config),
         config.window,
@@ -217,6 +225,7 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
         rule,
         num_ids,
         f"; layers {list(config.full_layers)} keep full attention" if config.full_layers else "",
+        "" if config.max_position is None else f"; positions begin anew at {config.max_position}",
         block_size,
     )
 

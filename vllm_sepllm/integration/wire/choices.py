@@ -15,6 +15,7 @@ from vllm.v1.request import Request
 from vllm_sepllm.config import MIN_WINDOW, ResolvedConfig
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.integration.wire.trained_config import is_trained
+from vllm_sepllm.policy import epochs
 from vllm_sepllm.policy.choice import RequestLimits, is_unprotected, request_policy
 from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.visibility import Policy
@@ -39,7 +40,29 @@ def policy_of(limits: RequestLimits, request: EngineCoreRequest | Request) -> Po
     Raises:
         ValueError: if the request asks for what the engine does not serve.
     """
-    return request_policy(limits, *_given(request), is_session=request.resumable)
+    given, prompt = _given(request)
+    policy = request_policy(limits, given, prompt, is_session=request.resumable)
+    if policy != limits.engine:
+        assert request.sampling_params is not None, "sepllm serves no pooling models"
+        longest = len(prompt) + (request.sampling_params.max_tokens or 0)
+        _check_positions(policy, min(longest, limits.max_model_len))
+    return policy
+
+
+def _check_positions(policy: Policy, num_tokens: int) -> None:
+    """Refuse a policy that keeps more tokens than there are positions for.
+
+    A request that never renumbers its positions has room whatever it keeps. Sessions, which may go
+    on for ever, have the engine's policy.
+    """
+    most = policy.max_position
+    if most is not None and num_tokens > most and not epochs.has_room(policy):
+        raise ValueError(
+            f"a request of {num_tokens} tokens, max_tokens included, has positions below {most}, "
+            f"where its window of {policy.window} and {policy.initial_tokens} initial tokens leave "
+            f"no room; ask for a smaller sepllm_window or sepllm_initial_tokens, or for {most} "
+            "tokens at most"
+        )
 
 
 def forgets_its_beginning(limits: RequestLimits, request: Request) -> bool:

@@ -65,8 +65,12 @@ class SepLLMSpec(AttentionSpec):
         return cdiv(longest, self.block_size) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Width of the block table: staging of a short request can pass its own length."""
-        longest = max_len + staging.num_entries(max_proposed(vllm_config))
+        """Width of the block table: staging of a short request can pass its own length.
+
+        With renumbered positions no request keeps more entries than there are positions.
+        """
+        most = max_len if self.policy.max_position is None else self.policy.max_position
+        longest = min(max_len, most) + staging.num_entries(max_proposed(vllm_config))
         return super().max_num_blocks_per_req(vllm_config, longest)
 
     @property

@@ -23,7 +23,7 @@ from vllm_sepllm.integration.worker.metadata import (
     SepLLMMetadata,
     SlotMoves,
 )
-from vllm_sepllm.policy.step.batch import BatchStep, Saves, plan_batch
+from vllm_sepllm.policy.step.batch import BatchStep, Rotations, Saves, plan_batch
 from vllm_sepllm.policy.step.decode import Moves
 from vllm_sepllm.policy.visibility import IntArray
 
@@ -88,6 +88,8 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
         first = common.query_start_loc_cpu.numpy()[: len(rows.start) + 1].astype(np.int64)
         step = plan_batch(rows, first, common.num_actual_tokens, self._manager_block_size)
         # in this order: each of them may overwrite what the ones before have read
+        if len(step.rotations.rows):
+            self.turn(step.rotations, common)
         self.copy(self._moves(step.commit_spills, common))
         self.copy(self._moves(step.commits, common))
         self.copy(self._saves(step.saves_before, common))
@@ -181,6 +183,14 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
     @abstractmethod
     def copy(self, moves: SlotMoves | None) -> None:
         """Copy entries in the caches of all layers; None: there is nothing to copy."""
+
+    def turn(self, rotations: Rotations, common: CommonAttentionMetadata) -> None:
+        """Give kept keys their new positions in the caches of all layers.
+
+        Raises:
+            NotImplementedError: on a platform where start-up refuses renumbered positions.
+        """
+        raise NotImplementedError(f"{type(self).__name__} turns no keys")
 
     @abstractmethod
     def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> Any:

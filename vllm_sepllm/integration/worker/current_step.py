@@ -93,6 +93,12 @@ class CurrentStep:
         assert self._plan is not None, "there is no plan outside a step"
         return self._plan.of(self._order_of(list(request_ids), self._plan.rows), group_id)
 
+    def shift_of(self, request_ids: Sequence[str]) -> IntArray:
+        """[num_requests] what is subtracted from the positions of each request's tokens."""
+        assert self._plan is not None, "there is no plan outside a step"
+        assert self._plan.positions is not None, "the scheduler renumbers if the workers do"
+        return self._plan.positions.shift[self._order_of(list(request_ids), self._plan.rows)]
+
     def _order_of(self, ids: list[str], rows: dict[str, int]) -> IntArray:
         """The plan's row of each request, [num_requests]."""
         if ids != self._ids or (rows is not self._rows and rows != self._rows):

@@ -7,6 +7,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionImplBase, AttentionLayer
 
 from vllm_sepllm.integration.worker.metadata import Prefill, SepLLMMetadata, SlotMoves
+from vllm_sepllm.ops.rotation import KeyRotation
 
 
 class SepLLMImpl(AttentionImpl[SepLLMMetadata[Prefill]], Generic[Prefill]):
@@ -21,6 +22,8 @@ class SepLLMImpl(AttentionImpl[SepLLMMetadata[Prefill]], Generic[Prefill]):
         self.scale = wrapped.scale
         self.kv_cache_dtype = wrapped.kv_cache_dtype
         self.alibi_slopes = wrapped.alibi_slopes
+        # set by workers that renumber positions
+        self.rotation: KeyRotation | None = None
 
     def get_impl_variants(self) -> tuple[AttentionImplBase[Any], ...]:
         """The wrapped implementation: builders look for their own kind to learn what layers do."""

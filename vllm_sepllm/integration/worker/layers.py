@@ -32,6 +32,11 @@ def sepllm_layers(
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     layers = {name: layer for name, layer in layers.items() if name not in drafting}
     chosen = {name: layer for name, layer in layers.items() if _is_chosen(name, layer, config)}
+    if config.max_position is not None and (others := layers.keys() - chosen.keys()):
+        raise ValueError(
+            f"layer {min(others)} has a window of its own, whose keys keep their positions in the "
+            'text, so that sepllm cannot renumber them; set positions to "text"'
+        )
     for name, layer in chosen.items():
         _check_layer(name, layer)
     for name, layer in layers.items():

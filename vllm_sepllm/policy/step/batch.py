@@ -51,6 +51,22 @@ class TokenSaves:
     slots: IntArray
 
 
+@dataclass(frozen=True, slots=True)
+class Rotations:
+    """Kept keys whose position changes as an epoch begins (policy/epochs.py).
+
+    Attributes:
+        rows: [num_rotations], row of the batch.
+        entries: [num_rotations], compact index.
+        delta: [num_rotations], new position less old one.
+    """
+
+    rows: IntArray
+    entries: IntArray
+    delta: IntArray
+
+
+_NO_ROTATIONS = Rotations(_NONE, _NONE, _NONE)
 _NO_MOVES, _NO_SAVES = Moves(_NONE, _NONE, _NONE), Saves(_NONE, _NONE, _NONE)
 _NO_TOKENS = TokenSaves(_NONE, _NONE)
 
@@ -60,6 +76,7 @@ class BatchStep:
     """What a step does to the caches of its rows, in this order.
 
     Attributes:
+        rotations: keys that get another position.
         commit_spills: separators that leave the ring as proposed tokens are committed.
         commits: proposed tokens that turned out right, staging -> ring.
         saves_before: entries that a checkpoint keeps, as they are before the step.
@@ -76,6 +93,7 @@ class BatchStep:
         saves_after: entries that a checkpoint keeps, as they are after the step.
     """
 
+    rotations: Rotations = _NO_ROTATIONS
     commit_spills: Moves = _NO_MOVES
     commits: Moves = _NO_MOVES
     saves_before: Saves = _NO_SAVES
@@ -139,6 +157,7 @@ def plan_batch(rows: BatchRows, first: IntArray, num_tokens: int, block_size: in
     commit_spills, commits = _commits(rows)
     saves_before, token_saves, saves_after = _checkpoints(rows, first, block_size)
     return BatchStep(
+        rotations=_rotations(rows),
         commit_spills=commit_spills,
         commits=commits,
         saves_before=saves_before,
@@ -163,6 +182,7 @@ def _plan_decode(rows: BatchRows, first: IntArray, owner: IntArray, target: IntA
     entry = layout.ring_index(rows.policy, rows.start)
     owner[:num_rows], target[:num_rows] = np.arange(num_rows), entry
     return BatchStep(
+        rotations=_rotations(rows),
         spills=decode.spill_copies(rows.policy, entry, *step),
         first=first,
         num_library=num_rows,
@@ -171,6 +191,13 @@ def _plan_decode(rows: BatchRows, first: IntArray, owner: IntArray, target: IntA
         rows=owner,
         target=target,
     )
+
+
+def _rotations(rows: BatchRows) -> Rotations:
+    if rows.positions is None or not rows.positions.renumber:
+        return _NO_ROTATIONS
+    items = rows.positions.renumber.items()
+    return Rotations(*_joined([_of_row(row, new.entries, new.delta) for row, new in items]))
 
 
 def _num_library(rows: BatchRows, num_new: IntArray) -> int:

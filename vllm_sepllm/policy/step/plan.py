@@ -1,12 +1,13 @@
 """Plan of a step: what workers must know of each scheduled request, made by the scheduler."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
 from vllm_sepllm.policy import layout
+from vllm_sepllm.policy.epochs import Epochs, Renumbering
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.staging import Commit, Staged
 from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray, Policy
@@ -35,6 +36,38 @@ class GroupCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Positions:
+    """Where the positions of rows differ from those in the text (policy/epochs.py).
+
+    Attributes:
+        shift: [num_rows], what is subtracted from the positions of the row's tokens.
+        renumber: row -> what its entries go through first, for rows that begin an epoch.
+    """
+
+    shift: IntArray
+    renumber: dict[int, Renumbering]
+
+    @classmethod
+    def plan(cls, rows: Iterable[tuple[Epochs, int, Sequence[int]]]) -> "Positions":
+        """Of a step: each row's epochs, the position in the text of its first token, and its ids.
+
+        No row goes beyond the end of the epoch in which it starts.
+        """
+        shift: list[int] = []
+        renumber: dict[int, Renumbering] = {}
+        for row, (epochs, start, token_ids) in enumerate(rows):
+            epoch = epochs.at(start, token_ids)
+            shift.append(epoch.shift)
+            if epoch.start == start > 0:
+                renumber[row] = epochs.renumbering(epoch)
+        return cls(np.array(shift, dtype=np.int64), renumber)
+
+    def of(self, order: IntArray) -> "Positions":
+        """Those of the rows in ``order``."""
+        return Positions(self.shift[order], _reordered(self.renumber, order))
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One row per scheduled request, in any order.
 
@@ -49,6 +82,7 @@ class StepPlan:
         checkpoints: row -> checkpoints that the step leaves; rows without any are absent.
         commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
         staged: row -> where the step leaves its proposals, for rows with drafts beyond a + n.
+        positions: of an engine that renumbers them; None: those of the text.
     """
 
     rows: dict[str, int]
@@ -60,6 +94,7 @@ class StepPlan:
     checkpoints: dict[int, tuple[PlannedCheckpoint, ...]] = field(default_factory=dict)
     commits: dict[int, Commit] = field(default_factory=dict)
     staged: dict[int, Staged] = field(default_factory=dict)
+    positions: Positions | None = None
 
     def of(self, order: IntArray, group_id: int) -> "BatchRows":
         """The rows in ``order``, for a KV cache group."""
@@ -76,6 +111,7 @@ class StepPlan:
             checkpoints=checkpoints,
             commits=_reordered(self.commits, order),
             staged=_reordered(self.staged, order),
+            positions=None if self.positions is None else self.positions.of(order),
         )
 
 
@@ -106,6 +142,7 @@ class BatchRows:
     checkpoints: dict[int, tuple[GroupCheckpoint, ...]]
     commits: dict[int, Commit]
     staged: dict[int, Staged]
+    positions: Positions | None = None
 
 
 @dataclass(slots=True)

@@ -35,7 +35,7 @@ from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.policy.choice import RequestLimits
 from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix
 from vllm_sepllm.policy.separators.definition import TokenSeparators
-from vllm_sepllm.policy.step.plan import StepPlanBuilder
+from vllm_sepllm.policy.step.plan import Positions, StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 SIZES: dict[str, Any] = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
@@ -74,11 +74,23 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         interval=st.sampled_from([4, 16, 64]),
         num_groups=st.integers(1, 2),
         others=st.sampled_from(sorted(OTHERS)),
+        room=st.none() | st.integers(1, 30),
     )
     def start(
-        self, policy: Policy, num_blocks: int, interval: int, num_groups: int, others: str
+        self,
+        policy: Policy,
+        num_blocks: int,
+        interval: int,
+        num_groups: int,
+        others: str,
+        room: int | None = None,
     ) -> None:
+        """``room``: fewest tokens of an epoch; None: positions are those of the text."""
         init_none_hash(sha256)
+        if room is not None:  # which layers of other kinds cannot follow
+            others, most = "alone", min(policy.max_separators or 0, 7)
+            length = policy.num_dense + most + room
+            policy = replace(policy, max_separators=most, max_position=length)
         self.policy = policy
         self.hasher = get_request_block_hasher(BLOCK, sha256)
         self.requests: dict[str, Request] = {}
@@ -136,6 +148,9 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             initial = PROTECTED.of(prompt)
         if initial is not None:
             policy = replace(policy, initial_tokens=int(initial))
+        kept = policy.num_dense + (policy.max_separators or 0)
+        if policy.max_position is not None and kept >= policy.max_position:
+            policy = self.policy
         self.policies[name] = policy
         self.apart[name] = max(1, apart) + 10 * policy.window + 10_000 * policy.initial_tokens
         self.requests[name] = Request(
@@ -187,6 +202,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
                 blocks, hit = self.kv.empty_kv_cache_blocks, 0
         size = min(size, request.num_tokens - request.num_computed_tokens - hit)
         start = request.num_computed_tokens + hit
+        if (epochs := self.live[request.request_id].epochs) is not None:
+            size = min(size, epochs.at(start, list(request.all_token_ids)).end - start)
         needed = self.kv.coordinator.get_num_blocks_to_allocate(
             request.request_id, start + size, self.kv.empty_kv_cache_blocks.blocks, 0, 0, 0, 0
         )
@@ -223,6 +240,14 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
         self.cache.release_checkpoints()
         plan = builder.build()
+        if self.policy.max_position is not None:
+            live = [self.live[part.name] for part in scheduled]
+            positions = Positions.plan(
+                (one.epochs, part.start, list(part.request.all_token_ids))
+                for one, part in zip(live, scheduled, strict=True)
+                if one.epochs is not None
+            )
+            plan = replace(plan, positions=positions)
         assert len({c.dst_block_id for c in copies}) == len(copies)
         sources = {c.src_block_id for c in copies}
         assert sources.isdisjoint(c.dst_block_id for c in copies), "a copy of a copy"

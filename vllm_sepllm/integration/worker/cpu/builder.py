@@ -17,7 +17,7 @@ from vllm_sepllm.integration.worker.cpu.sequences import SequenceKernel
 from vllm_sepllm.integration.worker.metadata import SlotMoves
 from vllm_sepllm.policy.keys.masked_tiles import query_tiles
 from vllm_sepllm.policy.keys.sequences import sequence_tile, tile_sequences
-from vllm_sepllm.policy.step.batch import BatchStep
+from vllm_sepllm.policy.step.batch import BatchStep, Rotations
 from vllm_sepllm.policy.step.prefill import Chunk
 from vllm_sepllm.policy.visibility import IntArray
 
@@ -85,6 +85,19 @@ class CPUBuilderMixin(BuilderMixin, CPUAttentionMetadataBuilder):
         if moves is not None:
             for layer in self._layers:
                 copy_elements(layer.kv_cache, moves.source, moves.target)
+
+    def turn(self, rotations: Rotations, common: CommonAttentionMetadata) -> None:
+        """See the base class."""
+        slots = self.entry_slots(rotations.rows, rotations.entries, common)
+        delta = torch.from_numpy(rotations.delta)
+        # [num_entries, num_kv_heads, head_size], K is the first half of an entry
+        elements = self._layout.slot_elements(slots).view(len(slots), self.num_kv_heads, -1)
+        elements = elements[..., : self.head_dim]
+        index = elements.reshape(-1)
+        for layer in self._layers:
+            flat = layer.kv_cache.view(-1)
+            keys = flat.index_select(0, index).view(elements.shape)
+            flat.index_copy_(0, index, layer.impl.rotation.turned(keys, delta).view(-1))
 
     def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> PrefillRows:
         """See the base class."""

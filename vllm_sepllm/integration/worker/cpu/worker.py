@@ -7,10 +7,12 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.integration.worker import rotary
 from vllm_sepllm.integration.worker.backend import wrap_backend
 from vllm_sepllm.integration.worker.builder import bind_builders
 from vllm_sepllm.integration.worker.cpu.builder import CPUBuilderMixin
 from vllm_sepllm.integration.worker.cpu.impl import SepLLMCPUImpl
+from vllm_sepllm.integration.worker.cpu.positions import shift_positions
 from vllm_sepllm.integration.worker.cpu.seeds import keep_seeds_of_chunks
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.layers import sepllm_layers
@@ -27,9 +29,16 @@ class SepLLMCPUWorker(CPUWorker):
         super().load_model(load_dummy_weights=load_dummy_weights)
         config = read_config(self.vllm_config)
         policy = config.largest_policy
-        for layer in sepllm_layers(self.vllm_config, config):
+        layers = sepllm_layers(self.vllm_config, config)
+        for layer in layers:
             layer.attn_backend = wrap_backend(layer.attn_backend, CPUBuilderMixin, policy)
             layer.impl = SepLLMCPUImpl(cast(CPUAttentionBackendImpl, layer.impl))
+        if config.max_position is not None:
+            runner = self.model_runner
+            found = rotary.rotations(runner.model, layers, config.max_position)
+            for layer, rotation in zip(layers, found, strict=True):
+                cast(SepLLMCPUImpl, layer.impl).rotation = rotation
+            rotary.check_rotations(runner, self.vllm_config, layers, config.max_position)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate as vLLM does, then show the builders where the plan is."""
@@ -38,6 +47,8 @@ class SepLLMCPUWorker(CPUWorker):
         step = CurrentStep()
         step.plan_runs_of(runner)
         keep_seeds_of_chunks(runner)
+        if read_config(self.vllm_config).max_position is not None:
+            shift_positions(runner, step)
         bind_builders(
             self.vllm_config,
             runner,

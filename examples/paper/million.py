@@ -1,0 +1,91 @@
+"""One request of a million tokens: memory and speed while it runs.
+
+Run: ``python examples/paper/million.py MODEL OUTPUT.jsonl [--tokens 1000000] FILE [FILE ...]``.
+The request is the files, over and over. Every 30 seconds OUTPUT, written anew, gets a line: tokens
+computed, tokens kept, share of the KV blocks in use, resident memory.
+"""
+
+import argparse
+import json
+import os
+import threading
+import time
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+SECONDS = 30.0
+METRICS = {
+    "vllm:sepllm_logical_tokens": "tokens",
+    "vllm:sepllm_kept_tokens": "kept",
+    "vllm:kv_cache_usage_perc": "kv_usage",
+}
+
+
+def resident_bytes() -> int:
+    """Memory of this process, in which engine and worker run as well."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def watch(llm: Any, output: Path, start: float, ended: threading.Event) -> None:
+    """A line every so often, until the request has ended."""
+    while not ended.wait(SECONDS):
+        found = {m.name: m.value for m in llm.get_metrics() if m.name in METRICS}
+        line = {short: found.get(name) for name, short in METRICS.items()}
+        line |= {"seconds": round(time.monotonic() - start, 1), "resident": resident_bytes()}
+        with output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def main() -> None:
+    """Run the request, and compare its last tenth with its first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    given = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    text = [i for file in given.files for i in tokenizer(file.read_text("utf-8"))["input_ids"]]
+    tokens = list(islice(cycle(text), given.tokens))
+    llm = LLM(
+        model=given.model,
+        max_model_len=given.tokens + 1,
+        max_num_seqs=1,
+        max_num_batched_tokens=512,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        disable_log_stats=False,
+        kv_cache_memory_bytes=1 << 28,
+        attention_backend="sepllm",
+        additional_config={"sepllm": {"positions": "renumbered", "max_separators": 256}},
+    )
+    given.output.write_text("")
+    ended = threading.Event()
+    start = time.monotonic()
+    watcher = threading.Thread(target=watch, args=(llm, given.output, start, ended))
+    watcher.start()
+    try:
+        llm.generate([{"prompt_token_ids": tokens}], SamplingParams(max_tokens=1))
+    finally:
+        ended.set()
+        watcher.join()
+    lines = [json.loads(line) for line in given.output.read_text().splitlines()]
+    lines = [line for line in lines if line["tokens"]]
+    for part in (lines[: len(lines) // 10 + 2], lines[-(len(lines) // 10 + 2) :]):
+        tokens_done = part[-1]["tokens"] - part[0]["tokens"]
+        speed = tokens_done / max(1e-9, part[-1]["seconds"] - part[0]["seconds"])
+        print(
+            f"{part[0]['tokens']:,.0f} to {part[-1]['tokens']:,.0f} tokens: {speed:,.0f} tokens/s, "
+            f"{part[-1]['kept']:,.0f} kept, {part[-1]['resident'] / 2**20:,.0f} MiB"
+        )
+
+
+if __name__ == "__main__":
+    main()
