@@ -139,7 +139,7 @@ def test_table_shows_errors_path_and_reason() -> None:
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call the command on a machine without a GPU, whose stages a function ends."""
     monkeypatch.setattr(command, "write_model", lambda folder: folder)
-    monkeypatch.setattr(command, "vocabulary_size", lambda folder: 1024)
+    monkeypatch.setattr(command, "check_model", lambda folder: None)
     monkeypatch.setattr(command, "this_machine", lambda: CPU)
     app = Typer()
     app.command()(command.main)

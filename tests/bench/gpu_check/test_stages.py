@@ -49,12 +49,12 @@ def test_every_reason_says_what_is_missing() -> None:
 
 def test_prompts_are_the_same_each_time_and_what_the_stage_says() -> None:
     asked = Asked((50, 7), is_again=True)
-    first, second = rounds_of(asked, 1024)
-    assert [first, second] == rounds_of(asked, 1024)
+    first, second = rounds_of(asked)
+    assert [first, second] == rounds_of(asked)
     assert [len(prompt) for prompt in first] == [50, 7]
     assert [prompt[:7] for prompt in second] == [prompt[:7] for prompt in first]
     assert all(len(long) - len(short) > 60 for long, short in zip(second, first, strict=True))
-    (repetitive,) = rounds_of(Asked((50,), is_repetitive=True), 1024)
+    (repetitive,) = rounds_of(Asked((50,), is_repetitive=True))
     assert repetitive[0][-40:] == repetitive[0][10:50]
 
 

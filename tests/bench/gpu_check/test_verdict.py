@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.support import oracle as independent
-from tests.support.tiny_models import tiny_text
+from tests.support.tiny_models import tiny_text, write
 from vllm_sepllm.bench.gpu_check.oracle import Oracle, Scores
 from vllm_sepllm.bench.gpu_check.verdict import ATOL, Errors, errors_of, faults_of
 from vllm_sepllm.policy.visibility import Policy
@@ -79,3 +79,11 @@ def test_both_oracles_think_alike(tiny_llama_path: Path) -> None:
         torch.testing.assert_close(found.best, every.max(-1).values, atol=1e-4, rtol=0)
     sparse, full = (ours.scores(prompt, answer, is_full=is_full).own for is_full in (False, True))
     assert float((sparse - full).abs().max()) > 0.1
+
+
+def test_a_model_with_sliding_windows_is_refused(tmp_path: Path) -> None:
+    from vllm_sepllm.bench.gpu_check.model import check_model
+
+    with pytest.raises(ValueError, match="layers with a sliding window"):
+        check_model(write("gemma3", tmp_path))
+    check_model(write("llama", tmp_path))

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from vllm_sepllm.bench.gpu_check.model import vocabulary_size, write_model
+from vllm_sepllm.bench.gpu_check.model import check_model, write_model
 from vllm_sepllm.bench.gpu_check.report import (
     FAILED,
     LEFT_OUT,
@@ -101,11 +101,11 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     path = write_model(folder / "model") if model is None else model.resolve()
     try:
-        vocabulary_size(path)
+        check_model(path)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"--model: {error}") from None
     setting = {"model": str(path), "dtype": dtype} | machine()
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     results = folder / "results.jsonl"
 
     def run(stage: Stage) -> Outcome:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sepllm.bench.gpu_check.model import SEPARATORS, prompts, vocabulary_size
+from vllm_sepllm.bench.gpu_check.model import SEPARATORS, prompts
 from vllm_sepllm.bench.gpu_check.oracle import Oracle
 from vllm_sepllm.bench.gpu_check.stages import (
     CACHED,
@@ -66,14 +66,14 @@ class Answers:
     parts: dict[str, str]
 
 
-def rounds_of(asked: Asked, vocab_size: int) -> list[list[list[int]]]:
+def rounds_of(asked: Asked) -> list[list[list[int]]]:
     """Prompts of each round."""
-    first = prompts(vocab_size, asked.lengths, seed=0)
+    first = prompts(asked.lengths, seed=0)
     if asked.is_repetitive:
         first = [prompt + prompt[-REPEATED:] for prompt in first]
     if not asked.is_again:
         return [first]
-    more = prompts(vocab_size, (CONTINUED,) * len(first), seed=1)
+    more = prompts((CONTINUED,) * len(first), seed=1)
     return [first, [prompt + extra for prompt, extra in zip(first, more, strict=True)]]
 
 
@@ -103,11 +103,11 @@ def arguments_of(stage: Stage, side: str, dtype: str, machine: Machine) -> dict[
     return given | own | stage.arguments
 
 
-def ask(side: SideProcess, asked: Asked, vocab_size: int) -> Answers:
+def ask(side: SideProcess, asked: Asked) -> Answers:
     """Every round, one after the other."""
     answered = [
         side.do("generate", prompts=sent, max_tokens=asked.max_tokens, logprobs=True)
-        for sent in rounds_of(asked, vocab_size)
+        for sent in rounds_of(asked)
     ]
     counters = dict(side.do("counters"))
     # a hit in the first round is one among its own prompts, which share nothing
@@ -139,16 +139,15 @@ def engines(stage: Stage, job: Job, machine: Machine) -> dict[str, Any]:
     """Both engines, one after the other, then the oracle: what was measured, and faults."""
     assert stage.asked is not None, "stages without requests have no engine"
     model, folder = Path(job.model), Path(job.result).parent
-    vocab_size = vocabulary_size(model)
     answers = {}
     for side in ("stock", "sepllm"):
         logs = folder / f"{stage.name}-{side}"
         logs.mkdir(exist_ok=True)
         given = arguments_of(stage, side, job.dtype, machine)
         with running([side], job.model, given, logs) as started:
-            answers[side] = ask(started[side], stage.asked, vocab_size)
+            answers[side] = ask(started[side], stage.asked)
     oracle = Oracle(model, POLICY, SEPARATORS)
-    sent = [prompt for each in rounds_of(stage.asked, vocab_size) for prompt in each]
+    sent = [prompt for each in rounds_of(stage.asked) for prompt in each]
 
     def errors(side: str, *, is_full: bool) -> Any:
         found = zip(sent, answers[side].token_ids, answers[side].logprobs, strict=True)

@@ -131,7 +131,7 @@ def shapes(
     """
     names = checked("--shape", shape or list(DEFAULT_SHAPES), SHAPES)
     suites = checked("--suite", suite, TIMED)
-    console = Console(stderr=True, highlight=False, markup=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     folder, budget = out.resolve(), Budget(seconds)
     where = machine()
     board = DEVICES.get(where["device"]) if gpu is None else checked("--gpu", [gpu], GPUS)[0]

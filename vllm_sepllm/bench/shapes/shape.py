@@ -62,7 +62,7 @@ SHAPES = {
         {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "rope_theta": 1000000.0},
     ),
     # no model's: to try the command on a CPU
-    "tiny": Shape(Transformer("tiny", 2, 64, 4, 2, 32, 96, 512), _LLAMA),
+    "tiny": Shape(Transformer("tiny", 2, 64, 4, 2, 32, 96, 16384), _LLAMA),
 }
 
 
