@@ -75,7 +75,7 @@ def test_the_system_prompt_alone_tells_what_is_wanted(instruction: Instruction) 
 
 def test_an_answer_that_ends_with_the_word_is_obedient() -> None:
     (item, *_) = tasks("word").items
-    word = text_of(item.prompt).split('with the word "')[1].partition('"')[0]
+    word = text_of(item.prompt).split('Your password is "')[1].partition('"')[0]
     assert item.grade is not None
     for text, is_obeyed in (
         (f"It is Paris. {word.upper()}.", True),
