@@ -33,7 +33,6 @@ def test_a_server_survives_random_traffic(four_layers_path: Path) -> None:
     assert report["answered"] >= 2 * report["replayed"] > 0
     assert report["most_at_once"] >= 12
     assert report["num_cached_tokens"] > 0
-    assert report["num_preemptions"] > 0
     assert (report["lost"], report["free_blocks"]) == (0, report["num_blocks"])
     assert report["near_ties"] <= report["replayed"] / 10
     (log,) = re.findall(r"the server's log is (\S+)", done.stdout)
