@@ -259,7 +259,9 @@ RENUMBERED: list[tuple[dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(
     ("fields", "what", "remedy"),
     [
-        pytest.param(*row, marks=refused(f'`positions: "renumbered"` with {row[0]}', *row[1:]))
+        pytest.param(
+            *row, marks=refused(f'`positions: "renumbered"` with `{json.dumps(row[0])}`', *row[1:])
+        )
         for row in RENUMBERED
     ],
     ids=[str(row[0]) for row in RENUMBERED],

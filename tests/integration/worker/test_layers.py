@@ -2,13 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from tests.support.compatibility import refused
 from tests.support.engine import IN_PROCESS, sepllm, started
+from tests.support.refusals import check_sentence
 from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, write
 
 pytest.importorskip("vllm")
@@ -49,15 +50,24 @@ def layer(kind: type[Attention] = Attention, **fields: Any) -> Attention:
     return made
 
 
-def chosen(layers: dict[str, Attention], full_layers: tuple[int, ...] = (), pp: int = 1) -> list:
+def chosen(
+    layers: dict[str, Attention],
+    full_layers: tuple[int, ...] = (),
+    pp: int = 1,
+    positions: Literal["text", "renumbered"] = "text",
+) -> list:
     """Names of the layers that become SepLLM layers."""
     vllm_config: Any = SimpleNamespace(
         compilation_config=CompilationConfig(), parallel_config=ParallelConfig()
     )
     vllm_config.parallel_config.pipeline_parallel_size = pp
     vllm_config.compilation_config.static_forward_context = layers
-    config = SepLLMConfig(full_layers=full_layers).resolve(
-        separators=TokenSeparators(()), num_layers=99, max_model_len=512, block_size=16
+    config = SepLLMConfig(full_layers=full_layers, positions=positions).resolve(
+        separators=TokenSeparators(()),
+        num_layers=99,
+        max_model_len=512,
+        block_size=16,
+        trained_length=4096,
     )
     found = sepllm_layers(vllm_config, config)
     return [name for name, made in layers.items() if any(made is f for f in found)]
@@ -79,6 +89,19 @@ def test_layers_of_other_kinds_keep_vllms_attention() -> None:
         name(6): layer(),
     }
     assert chosen(layers) == [name(0), name(6)]
+
+
+@refused(
+    '`positions: "renumbered"` beside sliding-window layers',
+    "has a window of its own, whose keys keep their positions in the text",
+    'set positions to "text"',
+)
+def test_layers_of_other_kinds_cannot_be_renumbered() -> None:
+    layers = {name(0): layer(), name(1): layer(sliding_window=64)}
+    with pytest.raises(ValueError, match="window of its own") as caught:
+        chosen(layers, positions="renumbered")
+    check_sentence(str(caught.value), f"layer {name(1)} has a window", 'set positions to "text"')
+    assert chosen({name(0): layer()}, positions="renumbered") == [name(0)]
 
 
 def test_full_layers_keep_vllms_attention() -> None:
