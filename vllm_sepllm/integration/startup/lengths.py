@@ -41,7 +41,7 @@ def _get_and_verify_max_len(
     VLLM_ALLOW_LONG_MAX_MODEL_LEN does the same, but vLLM reads it once per process, and warns of
     positions that no request gets. To be dropped when a scheduler can say what it bounds.
     """
-    trained = trained_length(self)
-    if not _MAY_EXCEED.get() or trained is None or max_model_len is None:
+    trained = trained_length(self) if _MAY_EXCEED.get() else None
+    if trained is None or max_model_len is None:
         return original(self, max_model_len)
     return max(max_model_len, original(self, min(max_model_len, trained)))
