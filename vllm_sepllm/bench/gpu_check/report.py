@@ -76,7 +76,7 @@ def render(outcomes: list[Outcome]) -> Table:
         table.add_column(column)
     for column in ("s", "stock", "sepllm", "sepllm against full attention"):
         table.add_column(column, justify="right")
-    table.add_column("what ran, or why not")
+    table.add_column("what ran, or why not", overflow="fold")
     for outcome in outcomes:
         errors = (_error(outcome, side) for side in ("stock", "sepllm", "control"))
         seconds = f"{outcome.seconds:.0f}" if outcome.seconds else "-"
