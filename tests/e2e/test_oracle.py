@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.compatibility import exact
 from tests.support.engine import engine
 from tests.support.measured import Number
 from tests.support.oracle import TOLERANCE, differences, rule_of
@@ -34,11 +35,6 @@ class Case:
     initial_tokens: tuple[int, ...] = ()
     engine: dict[str, Any] = field(default_factory=dict)
     feature: str | None = None
-
-    def parameter(self) -> Any:
-        """The case as one of a test's."""
-        row = pytest.mark.compatibility(self.feature, "exact")
-        return pytest.param(self, id=self.name, marks=row if self.feature else ())
 
 
 CASES = [
@@ -114,7 +110,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [case.parameter() for case in CASES])
+@pytest.mark.parametrize("case", [exact(case, case.name, case.feature) for case in CASES])
 def test_engine_equals_the_dense_mask(
     case: Case,
     smollm2_path: Path,

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
+from tests.support.compatibility import exact
 from tests.support.engine import Answer, Engine, Watch, engine
 from tests.support.measured import Number
 from tests.support.oracle import TOLERANCE, differences, epochs_of, rule_of
@@ -37,11 +38,6 @@ class Case:
     lengths: tuple[int, ...] = (700, 57, LENGTH - 10, 2000)
     engine: dict[str, Any] = field(default_factory=dict)
     feature: str | None = None
-
-    def parameter(self) -> Any:
-        """The case as one of a test's."""
-        row = pytest.mark.compatibility(self.feature, "exact")
-        return pytest.param(self, id=self.name, marks=row if self.feature else ())
 
 
 CASES = [
@@ -77,7 +73,7 @@ def check(made: Engine, path: Path, prompts: list[list[int]], num_tokens: int = 
     return answers
 
 
-@pytest.mark.parametrize("case", [case.parameter() for case in CASES + PRESETS])
+@pytest.mark.parametrize("case", [exact(case, case.name, case.feature) for case in CASES + PRESETS])
 def test_engine_equals_keys_rotated_for_each_epoch(
     case: Case, tiny_llama_path: Path, number: Number
 ) -> None:

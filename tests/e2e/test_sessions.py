@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,24 +23,33 @@ RULE = Rule(initial_tokens=4, window=WINDOW, separator_ids=frozenset(SEPARATORS)
 NUM_SAMPLED = (1, 5)
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_llama_path: Path) -> Iterator[Any]:
+@contextmanager
+def async_engine(model: Path, max_model_len: int, **policy: Any) -> Iterator[Any]:
+    """An engine of the tiny model that takes sessions."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     arguments = AsyncEngineArgs(
-        model=str(tiny_llama_path),
-        **tiny_sepllm(window=WINDOW),
+        model=str(model),
+        **tiny_sepllm(window=WINDOW, **policy),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=max_model_len,
         max_num_batched_tokens=128,
         disable_log_stats=True,
     )
     with one_collection():
         made = AsyncLLM.from_engine_args(arguments)
+        try:
+            yield made
+        finally:
+            made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llama_path: Path) -> Iterator[Any]:
+    with async_engine(tiny_llama_path, 1024) as made:
         yield made
-        made.shutdown()
 
 
 async def turns(engine: Any, name: str, news: list[list[int]], num_sampled: int) -> list[list[int]]:
@@ -100,29 +110,15 @@ def test_turns_at_edges_equal_plain_requests(engine: Any, tiny_llama_path: Path)
 @pytest.mark.compatibility("Sessions beyond the trained length", "exact")
 def test_a_session_crosses_epochs(tiny_llama_path: Path) -> None:
     """Proves it for turns that end beside a boundary, in mid-epoch, and cross one in an answer."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     rule = replace(RULE, max_separators=32, max_position=300)
     text = tiny_text(0, 1200)
     starts = [epoch.first for epoch in epochs_of(text, rule)]
     edges = [starts[1] - 1, starts[2], starts[3] + 1, starts[3] + 100]
     news = [text[first:last] for first, last in pairwise([0, *edges])]
-    arguments = AsyncEngineArgs(
-        model=str(tiny_llama_path),
-        **tiny_sepllm(window=WINDOW, max_separators=32, positions="renumbered", max_position=300),
-        dtype="float32",
-        enforce_eager=True,
-        max_model_len=100_000,
-        max_num_batched_tokens=128,
-        disable_log_stats=True,
-    )
-    with one_collection():
-        engine = AsyncLLM.from_engine_args(arguments)
-        try:
-            answers = asyncio.run(turns(engine, "endless", news, 60))
-        finally:
-            engine.shutdown()
+    policy = {"max_separators": 32, "positions": "renumbered", "max_position": 300}
+    with async_engine(tiny_llama_path, 100_000, **policy) as engine:
+        answers = asyncio.run(turns(engine, "endless", news, 60))
     whole: list[int] = []
     for tokens, answer in zip(news, answers, strict=True):
         whole += tokens

@@ -46,6 +46,12 @@ def refused(feature: str, what: str, remedy: str) -> pytest.MarkDecorator:
     return pytest.mark.compatibility(feature, f"{REFUSED}“{what} … {remedy}”")
 
 
+def exact(case: Any, name: str, feature: str | None) -> Any:
+    """A case as one of a test's parameters; ``feature`` is the row that it proves, if any."""
+    row = pytest.mark.compatibility(feature, "exact")
+    return pytest.param(case, id=name, marks=row if feature else ())
+
+
 def render(rows: Iterable[Row]) -> str:
     """The file's text."""
     ordered = sorted(set(rows))

@@ -232,9 +232,10 @@ class SepLLMManager(SingleTypeKVCacheManager):
             return
         blocks = self.req_to_blocks[live.request.request_id]
         state = self.group_state(live)
-        overwritten = checkpoint.overwritten_blocks(policy, self.block_size, start, num_tokens)
         if live.begins_epoch(start):  # its keys are turned in all blocks behind the initial tokens
-            overwritten = [*range(policy.initial_tokens // self.block_size, len(blocks))]
+            overwritten = list(range(policy.initial_tokens // self.block_size, len(blocks)))
+        else:
+            overwritten = checkpoint.overwritten_blocks(policy, self.block_size, start, num_tokens)
         for i in overwritten:
             if i < len(blocks) and (key := blocks[i].block_hash) is not None:
                 state.overwritten.append((blocks[i], key))

@@ -25,7 +25,7 @@ def _look_up(table: IdTable, token_id: int) -> bool:
     return bool(table[min(token_id, len(table) - 1)])
 
 
-@dataclass(frozen=True)  # no slots: the table is made once, when it is first needed
+@dataclass(frozen=True)  # no slots: tables are made once, when they are first needed
 class TokenSeparators:
     """Tokens with one of these ids are separators, some of them by the token before.
 

@@ -123,13 +123,11 @@ class CPUCacheLayout:
         blocks = kv_cache.index_select(0, block_ids)
         num_blocks, num_heads, block_size, size = blocks.shape
         tokens = blocks.new_empty(num_heads, num_blocks, block_size, 2, size // 2)
-        cell, block = blocks.stride(1), blocks.stride(0)
+        block, cell = blocks.stride()[:2]
         for number, part in enumerate(self.parts):
-            lead = num_heads, num_blocks
-            elements = blocks.as_strided(
-                (*lead, *part.shape), (cell, block, *part.strides), part.first
-            )
-            tokens[:, :, :, number].view(*lead, *part.shape).copy_(elements)
+            shape = (num_heads, num_blocks, *part.shape)
+            elements = blocks.as_strided(shape, (cell, block, *part.strides), part.first)
+            tokens[:, :, :, number].view(shape).copy_(elements)
         return tokens.view(num_heads, num_blocks * block_size, size)
 
 
