@@ -22,8 +22,10 @@ COMMON = STOCK | {"skip_tokenizer_init": True, "enforce_eager": True}
 PROCESS_FIELDS = {"instance_id"}
 
 
-@pytest.mark.parametrize("processes", ["0", "1"])
-@pytest.mark.parametrize("how", SELECTED)
+@pytest.mark.parametrize(
+    ("how", "processes"),
+    [("attention_backend", "0"), ("attention_backend", "1"), ("attention_config", "0")],
+)
 def test_selected_engine_is_ours_and_exact(
     tiny_llama_path: Path, how: str, processes: str, caplog: pytest.LogCaptureFixture
 ) -> None:

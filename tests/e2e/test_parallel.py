@@ -25,7 +25,7 @@ from vllm_sepllm.processes import serving
 pytestmark = pytest.mark.slow
 
 # two workers, one core each
-TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 # what a worker's death may take until everything has ended
 SECONDS_TO_END = 60
 SECONDS_TO_KILL = 2

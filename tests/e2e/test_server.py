@@ -36,8 +36,10 @@ def base_url(four_layers_path: Path, log: Path) -> Iterator[str]:
     command += ["--dtype", "float32", "--enforce-eager", "--max-num-batched-tokens", "512"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--max-num-seqs", "32"]
     command += ["--api-server-count", "2"]
-    with serving(command, log, timeout=240) as base_url:
-        yield base_url
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with serving(command, log, timeout=240) as base_url:
+            yield base_url
     text = log.read_text()
     assert "sepllm keeps the first 4 tokens, the last 124 and up to 512 separators" in text
 
