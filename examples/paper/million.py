@@ -2,7 +2,8 @@
 
 Run: ``python examples/paper/million.py MODEL OUTPUT.jsonl [--tokens 1000000] FILE [FILE ...]``.
 The request is the files, over and over. Every 10 seconds OUTPUT, written anew, gets a line: tokens
-computed, tokens kept, share of the KV blocks in use, resident memory.
+computed, tokens kept, share of the KV blocks in use, resident memory. ``--plot PICTURE`` draws them
+(matplotlib).
 """
 
 import argparse
@@ -38,6 +39,29 @@ def watch(llm: Any, output: Path, start: float, ended: threading.Event) -> None:
             file.write(json.dumps(line) + "\n")
 
 
+def draw(lines: list[dict[str, Any]], picture: Path) -> None:
+    """Speed and memory by tokens computed, both from zero; a speed is that of ten lines."""
+    from matplotlib import pyplot
+
+    figure, (above, below) = pyplot.subplots(2, sharex=True, figsize=(7, 4), layout="constrained")
+    pairs = list(zip(lines, lines[10:], strict=False))
+    speeds = [
+        (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+        for first, last in pairs
+    ]
+    above.plot([(first["tokens"] + last["tokens"]) / 2 for first, last in pairs], speeds)
+    above.set_ylabel("tokens a second")
+    tokens = [line["tokens"] for line in lines]
+    below.plot(tokens, [line["resident"] / 2**20 for line in lines], label="resident, MiB")
+    below.plot(tokens, [line["kept"] for line in lines], label="kept tokens")
+    below.set_xlabel("tokens computed")
+    below.xaxis.set_major_formatter("{x:,.0f}")
+    below.legend()
+    for axes in (above, below):
+        axes.set_ylim(bottom=0)
+    figure.savefig(picture, dpi=120)
+
+
 def main() -> None:
     """Run the request, and compare its last tenth with its first."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -45,6 +69,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--plot", type=Path, help="a .png or .svg file")
     given = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
@@ -87,6 +112,8 @@ def main() -> None:
             f"{part[0]['tokens']:,.0f} to {part[-1]['tokens']:,.0f} tokens: {speed:,.0f} tokens/s, "
             f"{part[-1]['kept']:,.0f} kept, {part[-1]['resident'] / 2**20:,.0f} MiB"
         )
+    if given.plot is not None:
+        draw(lines, given.plot)
 
 
 if __name__ == "__main__":

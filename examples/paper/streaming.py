@@ -4,6 +4,8 @@ Run: ``python examples/paper/streaming.py MODEL FILE OUTPUT.jsonl [--tokens 2000
 Methods that OUTPUT has are not measured again, so a stopped run goes on. The paper's sizes are
 those of its streaming table: 4 initial tokens, a window of 256, 64 separators, 800 positions; plain
 windows have the same mean number of keys. Each method is an engine in a process of its own.
+``--without METHOD`` leaves one out: full attention of 100,000 tokens takes hours on a CPU. ``--plot
+PICTURE`` draws what was measured with these options (matplotlib).
 """
 
 import argparse
@@ -75,6 +77,8 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--length", type=int, help="positions; default: the trained length")
+    parser.add_argument("--without", action="append", default=[], metavar="METHOD")
+    parser.add_argument("--plot", type=Path, help="a .png or .svg file")
     parser.add_argument("--method", help="measure this one here, in this process")
     given = parser.parse_args()
     known = methods(given.length)
@@ -87,13 +91,46 @@ def main() -> None:
         with given.output.open("a") as file:
             file.write(json.dumps(line_of(given, given.method) | {"losses": losses}) + "\n")
         return
-    for name in known:
-        if line_of(given, name) not in [done["line"] for done in done_in(given.output)]:
-            subprocess.run([sys.executable, *sys.argv, "--method", name], check=True)
-    for done in done_in(given.output):
-        losses = done["losses"]
-        ends = [math.exp(sum(part) / len(part)) for part in (losses[:8], losses[8:]) if part]
-        print(f"{done['method']}: " + ", then ".join(f"{value:,.1f}" for value in ends))
+    if unknown := set(given.without) - known.keys():
+        parser.error(f"no methods of this name: {', '.join(unknown)}; there are {', '.join(known)}")
+    asked = [line_of(given, name) for name in known if name not in given.without]
+    for line in asked:
+        if line not in [done["line"] for done in done_in(given.output)]:
+            command = [sys.executable, *sys.argv, "--method", line["method"]]
+            subprocess.run(command, check=True)
+    found = {d["method"]: d["losses"] for d in done_in(given.output) if d["line"] in asked}
+    trained = trained_length(given.model) // PIECE
+    for name, losses in found.items():
+        parts = (losses[:trained], losses[trained:])
+        ends = [f"{math.exp(sum(part) / len(part)):,.1f}" for part in parts if part]
+        print(f"{name}: perplexity {', beyond the trained length '.join(ends)}")
+    if given.plot is not None:
+        draw(found, trained * PIECE, given.plot)
+
+
+def trained_length(model: str) -> int:
+    """Positions that the model was trained on."""
+    from transformers import AutoConfig
+
+    return int(AutoConfig.from_pretrained(model).max_position_embeddings)
+
+
+def draw(found: dict[str, list[float]], trained: int, picture: Path) -> None:
+    """Perplexity by position, method by method."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, losses in found.items():
+        middles = [PIECE * (i + 0.5) for i in range(len(losses))]
+        axes.plot(middles, [math.exp(loss) for loss in losses], label=name)
+    axes.axvline(trained, color="grey", linestyle=":", label="trained length")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("position")
+    axes.set_ylabel("perplexity")
+    axes.legend(fontsize="small")
+    figure.savefig(picture, dpi=120)
 
 
 def line_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
