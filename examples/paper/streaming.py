@@ -140,7 +140,7 @@ def line_of(given: argparse.Namespace, method: str) -> dict[str, Any]:
         "model": Path(given.model).name,
         "file": given.file.name,
         "tokens": given.tokens,
-        "length": given.length,
+        "length": given.length if method.endswith("renumbered") else None,
     }
 
 
