@@ -1,7 +1,7 @@
 """Rotate keys to other positions, in the caches of all layers. Oracle: ops.reference.
 
-RoPE makes a key's move one rotation by the difference of its positions (RoFormer, arXiv:2104.09864):
-no activation is needed, and each key is read and written once.
+RoPE makes a key's move one rotation by the difference of its positions (RoFormer,
+arXiv:2104.09864): no activation is needed, and each key is read and written once.
 """
 
 import torch

@@ -111,10 +111,10 @@ def test_error_names_the_argument_and_the_value() -> None:
         ops.turn(table, turns, ids, ids[:1])
     with pytest.raises(ValueError, match="rotation turns 16 elements of a head, keys have 8"):
         ops.turn(table, rotation(16, is_neox_style=True), ids, ids)
-    with pytest.raises(ValueError, match="keys must be bfloat16, float16 or float32, got .*uint8"):
+    with pytest.raises(ValueError, match=r"keys must be bfloat16, float16 or float32, got .*uint8"):
         ops.turn(ops.CacheTable.build([cache.to(torch.uint8)]), turns, ids, ids)
     doubles = ops.KeyRotation(turns.cos.double(), turns.sin.double(), True)
-    with pytest.raises(ValueError, match="rotation.cos must be float32"):
+    with pytest.raises(ValueError, match=r"rotation\.cos must be float32"):
         ops.turn(table, doubles, ids, ids)
     apart = ops.KeyRotation(turns.cos, turns.sin.T.contiguous().T, True)
     with pytest.raises(ValueError, match="sin must be contiguous"):

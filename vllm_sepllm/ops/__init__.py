@@ -2,8 +2,8 @@
 
 A step on a GPU: :func:`entry_slots` finds where entries lie, :func:`turn` gives keys another
 position, :func:`spill` moves entries, :func:`list_keys` lists once for all layers what the prefill
-chunks read, and :func:`prefill` attends, layer by layer. Each has a Triton kernel (``vllm_sepllm.kernels``) and a torch reference
-(:mod:`vllm_sepllm.ops.reference`).
+chunks read, and :func:`prefill` attends, layer by layer. Each has a Triton kernel
+(``vllm_sepllm.kernels``) and a torch reference (:mod:`vllm_sepllm.ops.reference`).
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vllm_sepllm.kernels.arguments import KeyLists, Logits, PagedCache, CacheTable
+from vllm_sepllm.kernels.arguments import CacheTable, KeyLists, Logits, PagedCache
 from vllm_sepllm.ops import checks
 from vllm_sepllm.ops.rotation import KeyRotation
 from vllm_sepllm.ops.tables import PrefillMetadata

@@ -40,9 +40,7 @@ def renumber(
     check_rotations(runner, vllm_config, layers, max_position)
 
 
-def rotations(
-    runner: Any, layers: Sequence[Attention], max_position: int
-) -> list[KeyRotation]:
+def rotations(runner: Any, layers: Sequence[Attention], max_position: int) -> list[KeyRotation]:
     """How the keys of each of ``layers`` turn.
 
     Raises:
