@@ -160,18 +160,21 @@ def test_v2_renumbers_positions(engines: Engines, tiny_llama_path: Path) -> None
         "max_separators": 12,
         "checkpoint_interval": 64,
     }
-    first = random_prompts(400, 120, 60)
-    rounds = [first, [first[0][:390] + first[1][:40]]]
+    # the pool holds the prompts; when the windows of the short ones are full, the last must leave
+    first = random_prompts(25, 26, 120, 24, 400)
+    long = first[-1]
+    rounds = [first, [long[:390] + first[2][:40]]]
     llm = arguments(tiny_llama_path, policy, max_model_len=100_000, num_gpu_blocks_override=8)
     report = engines.run(rounds, MAX_TOKENS, llm=llm, asynchronous=True)
     wanted = rule(**policy)
-    answers = [prompt + tokens for prompt, tokens in zip(first, report.rounds[0].tokens)]
-    assert [len(epochs_of(answer, wanted)) for answer in answers] == [5, 2, 1]
+    tokens = report.rounds[0].tokens
+    texts = [prompt + answer for prompt, answer in zip(first, tokens, strict=True)]
+    assert [len(epochs_of(text, wanted)) for text in texts] == [1, 1, 2, 1, 5]
     assert report.num_preemptions > 0
     assert report.rounds[1].num_cached_tokens[0] > 128
     check(tiny_llama_path, rounds, report, wanted)
-    of_text = log_probabilities(tiny_llama_path, answers[0][:-1], rule(max_separators=12))
-    assert of_text[len(first[0]) - 1 :].argmax(-1).tolist() != report.rounds[0].tokens[0]
+    of_text = log_probabilities(tiny_llama_path, texts[-1][:-1], rule(max_separators=12))
+    assert of_text[len(long) - 1 :].argmax(-1).tolist() != tokens[-1]
 
 
 @pytest.mark.compatibility("Model Runner V1 with the GPU kernels, in Triton's interpreter", "exact")

@@ -68,6 +68,23 @@ def test_a_turned_key_is_the_key_at_its_new_position(
     assert torch.equal(made[..., rotary_dim:], keys[..., rotary_dim:])
 
 
+def test_errors_of_half_precision_add_up_like_a_random_walk() -> None:
+    """Proves that n turns are off by the square root of n times one, and that keys keep their
+    length: roundings to the nearest lean to no side (docs/streaming.md)."""
+    gen = torch.Generator().manual_seed(0)
+    keys = torch.randn(500, 2, 64, generator=gen).bfloat16()
+    delta = -torch.randint(1, 10, (500,), generator=gen)
+    made, turned, errors = rotation(64, is_neox_style=True), keys, {}
+    for number in range(1, 51):
+        turned = made.turned(turned, delta)
+        wanted = made.turned(keys.float(), number * delta)
+        errors[number] = float((turned.float() - wanted).norm() / wanted.norm())
+        assert abs(turned.float().norm() / wanted.norm() - 1) < 5e-4
+    assert errors[1] < 2**-9
+    for number in (2, 10, 50):
+        assert 0.8 < errors[number] / errors[1] / number**0.5 < 1.2
+
+
 @pytest.mark.parametrize("is_neox_style", [True, False])
 def test_half_precision_is_rounded_once(is_neox_style: bool) -> None:
     """Proves that arithmetic is in float32, and that a key that stays is not touched."""

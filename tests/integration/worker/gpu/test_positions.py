@@ -76,6 +76,9 @@ def test_a_captured_graph_reads_what_later_steps_fill(runner: Any, step: Current
     state = runner.model_state
     captured = state.prepare_dummy_inputs(4, 8)["positions"]
     assert captured.tolist() == [0] * 8
+    with step.of(scheduled([0, 0, 0], [20, 30, 40])):
+        state.prepare_inputs(batch(runner, [4, 2, 2], [20, 30, 40], padded=8), None)
+    assert captured.tolist() == [20, 21, 22, 23, 30, 31, 40, 41]
     given = batch(runner, [1, 1, 4], [7, 250, 400], padded=8)
     in_text = given.positions.clone()
     with step.of(scheduled([0, 200, 330], [7, 250, 400])):
