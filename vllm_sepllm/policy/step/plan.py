@@ -48,8 +48,10 @@ class Positions:
     renumber: dict[int, Renumbering]
 
     def of(self, order: IntArray) -> "Positions":
-        """Those of the rows in ``order``."""
-        return Positions(self.shift[order], _reordered(self.renumber, order))
+        """Those of the rows in ``order``; few of them renumber."""
+        rows = {old: np.flatnonzero(order == old).tolist() for old in self.renumber}
+        renumber = {row: self.renumber[old] for old, found in rows.items() for row in found}
+        return Positions(self.shift[order], renumber)
 
 
 @dataclass(frozen=True, slots=True)
