@@ -2,9 +2,9 @@
 
 Run: ``python examples/paper/drift.py MODEL OUTPUT.jsonl FILE [FILE ...] [--epochs 50]``. The text
 is scored in bfloat16 and in float32 with the same renumbered positions; what is printed is the mean
-absolute difference of log-probabilities in the first and in the last five epochs. Once with the
-model's own separators, of which each is turned about once before newer ones push it out, and once
-with a separator an epoch, which is turned 32 times. Measurements that OUTPUT has are not repeated.
+absolute difference of log-probabilities in five epochs after the first and in the last five. Once
+with the model's own separators, of which each is turned once before newer ones push it out, and
+once with a separator an epoch, which stays for 32. Measurements that OUTPUT has are not repeated.
 """
 
 import argparse
