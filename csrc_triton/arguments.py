@@ -7,13 +7,13 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class SpillTable:
-    """Caches that spill together, built once: one launch copies rows in all of them.
+class CacheTable:
+    """Caches that one launch acts on together, built once.
 
     Attributes:
         caches: [num_blocks, num_kv_heads, block_size, row] each, alike in shape, strides and dtype.
         addresses: [num_caches] int64 on the caches' device, their data pointers.
-        unit_bytes: bytes that the kernel copies as one integer.
+        unit_bytes: bytes that a spill copies as one integer.
     """
 
     caches: tuple[torch.Tensor, ...]
@@ -21,7 +21,7 @@ class SpillTable:
     unit_bytes: int
 
     @classmethod
-    def build(cls, caches: Sequence[torch.Tensor]) -> "SpillTable":
+    def build(cls, caches: Sequence[torch.Tensor]) -> "CacheTable":
         """Take views of the caches of all layers; K and V apart are two caches.
 
         Raises:

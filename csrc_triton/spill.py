@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sepllm.kernels.arguments import SpillTable
+from vllm_sepllm.kernels.arguments import CacheTable
 
 # A program moves at most 32 KiB: 64 registers a thread at 4 warps, so a row never spills.
 MAX_UNITS_PER_PROGRAM = 4096
@@ -46,7 +46,7 @@ def spill_kernel(
         tl.store(cache + dst_off + offsets, row, mask=inside)
 
 
-def launch(table: SpillTable, src: torch.Tensor, dst: torch.Tensor) -> None:
+def launch(table: CacheTable, src: torch.Tensor, dst: torch.Tensor) -> None:
     """Copy rows in every cache; arguments as in :func:`vllm_sepllm.ops.spill`, already checked."""
     if src.numel() == 0:  # a grid of zero programs is an error
         return

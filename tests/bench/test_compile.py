@@ -42,7 +42,7 @@ def check(rows: list[dict]) -> None:
 
 
 def test_main_variants_use_tensor_cores_and_spill_scalars_at_most() -> None:
-    names = ("bf16 head 128", "8-byte units, row 64", "blocks of 16")
+    names = ("bf16 head 128", "8-byte units, row 64", "turn bf16 head 128", "blocks of 16")
     rows = compile_table(*(argument for name in names for argument in ("--variant", name)))
     assert len(rows) == len(names) * len(set(TENSOR_CORE) - {"sm_89"})
     check(rows)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.interpreted_engine import Engines, Report
-from tests.support.oracle import TOLERANCE, Rule, log_probabilities
+from tests.support.oracle import TOLERANCE, Rule, epochs_of, log_probabilities
 from tests.support.tiny_models import SEPARATORS, random_prompts
 
 pytest.importorskip("vllm")
@@ -33,6 +33,7 @@ def rule(**policy: Any) -> Rule:
         window=merged["window"],
         separator_ids=frozenset(merged["separators"]),
         max_separators=merged.get("max_separators"),
+        max_position=merged.get("max_position"),
         full_layers=frozenset(merged.get("full_layers", ())),
     )
 
@@ -141,6 +142,39 @@ def test_v2_with_asynchronous_scheduling_and_preemption(
     assert report.num_preemptions > 0
     assert report.rounds[2].num_cached_tokens[0] > len(turn)
     check(tiny_llama_path, rounds, report, rule(max_separators=60))
+
+
+@pytest.mark.compatibility(
+    'Requests beyond the trained length (`positions: "renumbered"`) under Model Runner V2, in '
+    "Triton's interpreter",
+    "exact",
+)
+def test_v2_renumbers_positions(engines: Engines, tiny_llama_path: Path) -> None:
+    """Proves that keys turn and positions shift over four epochs, in chunks beside decodes and
+    with asynchronous scheduling; that answers cross a boundary; that a prefix hit in a later epoch
+    and preemption do not show; and that positions of the text would be noticed.
+    """
+    policy = {
+        "positions": "renumbered",
+        "max_position": 128,
+        "max_separators": 12,
+        "checkpoint_interval": 64,
+    }
+    # the pool holds the prompts; when the windows of the short ones are full, the last must leave
+    first = random_prompts(25, 26, 120, 24, 400)
+    long = first[-1]
+    rounds = [first, [long[:390] + first[2][:40]]]
+    llm = arguments(tiny_llama_path, policy, max_model_len=100_000, num_gpu_blocks_override=8)
+    report = engines.run(rounds, MAX_TOKENS, llm=llm, asynchronous=True)
+    wanted = rule(**policy)
+    tokens = report.rounds[0].tokens
+    texts = [prompt + answer for prompt, answer in zip(first, tokens, strict=True)]
+    assert [len(epochs_of(text, wanted)) for text in texts] == [1, 1, 2, 1, 5]
+    assert report.num_preemptions > 0
+    assert report.rounds[1].num_cached_tokens[0] > 128
+    check(tiny_llama_path, rounds, report, wanted)
+    of_text = log_probabilities(tiny_llama_path, texts[-1][:-1], rule(max_separators=12))
+    assert of_text[len(long) - 1 :].argmax(-1).tolist() != tokens[-1]
 
 
 @pytest.mark.compatibility("Model Runner V1 with the GPU kernels, in Triton's interpreter", "exact")

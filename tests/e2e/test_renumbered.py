@@ -54,6 +54,12 @@ CASES = [
         512,
         (1300, 3800),
     ),
+    Case(
+        "positions below 2048, chunks of 2048",
+        {"window": 252, "max_separators": 256, "max_position": 2048},
+        2048,
+        (9800,),
+    ),
     Case("no initial tokens, chunks of 100", {"initial_tokens": 0}, 100),
     Case("blocks of 128", {}, 512, engine={"block_size": 128}),
     Case("compiled", {}, 128, (57, 2000), engine={"enforce_eager": False}),

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from tests.support.kernel_cases import Shape, make_case, prompt
+from vllm_sepllm import ops
 from vllm_sepllm.policy.visibility import Policy
 
 interpreter = pytest.importorskip("triton.runtime.interpreter")
@@ -60,3 +61,13 @@ def test_prefill_computes_in_float32(narrow_operands, dtype, cache_dtype) -> Non
     oracle = case.dense(torch.float64, soft_cap=4.0, sinks=sinks)
     # the error of float32, not that of the inputs' dtype (bfloat16: about 1e-2)
     assert (out - oracle).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_keys_turn_in_float32(narrow_operands, dtype) -> None:
+    cache = torch.ones(1, 1, 2, 8, dtype=dtype)
+    turns = ops.KeyRotation(torch.zeros(9, 4), torch.ones(9, 4), is_neox_style=True)
+    ids = torch.arange(2)
+    ops.turn(ops.CacheTable.build([cache]), turns, ids, ids - 1)
+    assert not narrow_operands
+    assert cache[0, 0].tolist() == [[1.0] * 4 + [-1.0] * 4, [-1.0] * 4 + [1.0] * 4]

@@ -47,8 +47,8 @@ def test_moves_bytes_in_every_cache(
     slots = torch.randperm(num_blocks * block_size, generator=gen).to(DEVICE)
     src, dst = slots[:num_moves].clone(), slots[num_moves : 2 * num_moves].clone()
     dst[::3] = -1
-    ops.spill(ops.SpillTable.build(copies), src, dst, impl="reference")
-    ops.spill(ops.SpillTable.build(caches), src, dst)
+    ops.spill(ops.CacheTable.build(copies), src, dst, impl="reference")
+    ops.spill(ops.CacheTable.build(caches), src, dst)
     assert torch.equal(memory.view(torch.uint8), wanted.view(torch.uint8))
 
 
@@ -57,8 +57,8 @@ def test_key_and_value_halves_are_two_caches() -> None:
     apart = torch.randn(2, 5, 4, 3, 8, device=DEVICE)
     joined = torch.randn(5, 3, 4, 16, device=DEVICE)
     src, dst = (torch.tensor([slot], device=DEVICE) for slot in (6, 17))
-    ops.spill(ops.SpillTable.build(list(apart.transpose(2, 3))), src, dst)
-    ops.spill(ops.SpillTable.build([joined]), src, dst)
+    ops.spill(ops.CacheTable.build(list(apart.transpose(2, 3))), src, dst)
+    ops.spill(ops.CacheTable.build([joined]), src, dst)
     assert torch.equal(apart[:, 4, 1], apart[:, 1, 2])
     assert torch.equal(joined[4, :, 1], joined[1, :, 2])
 
@@ -69,7 +69,7 @@ def test_more_heads_than_a_program_moves() -> None:
     src, dst = (torch.tensor([slot], device=DEVICE) for slot in (1, 4))
     wanted = cache.clone()
     wanted[2, :, 0] = cache[0, :, 1]
-    ops.spill(ops.SpillTable.build([cache]), src, dst)
+    ops.spill(ops.CacheTable.build([cache]), src, dst)
     assert torch.equal(cache, wanted)
 
 
@@ -85,8 +85,8 @@ def test_error_names_the_argument_and_the_value() -> None:
     cache = torch.zeros(1, 1, 4, 8, device=DEVICE)
     ids = torch.zeros(2, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match=r"src must be int64 \[2\], got torch.int32"):
-        ops.spill(ops.SpillTable.build([cache]), ids, ids)
+        ops.spill(ops.CacheTable.build([cache]), ids, ids)
     with pytest.raises(ValueError, match=r"caches must agree in .*caches\[1\]"):
-        ops.SpillTable.build([cache, torch.zeros(1, 1, 8, 4, device=DEVICE).transpose(2, 3)])
+        ops.CacheTable.build([cache, torch.zeros(1, 1, 8, 4, device=DEVICE).transpose(2, 3)])
     with pytest.raises(ValueError, match="one or more"):
-        ops.SpillTable.build([])
+        ops.CacheTable.build([])

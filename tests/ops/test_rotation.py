@@ -68,6 +68,28 @@ def test_a_turned_key_is_the_key_at_its_new_position(
     assert torch.equal(made[..., rotary_dim:], keys[..., rotary_dim:])
 
 
+@pytest.mark.parametrize("far", [True, False])
+def test_errors_of_fifty_turns_in_half_precision(far: bool) -> None:
+    """Proves how they add up (docs/streaming.md): like a random walk if keys move far to and fro;
+    if all moves are by one position, pairs that turn by less than a rounding fall behind. Keys keep
+    their length."""
+    gen = torch.Generator().manual_seed(0)
+    keys = torch.randn(500, 2, 64, generator=gen).bfloat16()
+    made, turned, errors = rotation(64, is_neox_style=True), keys, {}
+    position = torch.zeros(500, dtype=torch.int64)
+    for number in range(1, 51):
+        new = torch.randint(NUM_POSITIONS, (500,), generator=gen) if far else position - 1
+        turned, position = made.turned(turned, new - position), new
+        wanted = made.turned(keys.float(), position)
+        errors[number] = float((turned.float() - wanted).norm() / wanted.norm())
+        assert abs(float(turned.float().norm() / wanted.norm()) - 1) < 1e-3
+    assert errors[1] < 2**-9
+    assert errors[50] < (0.013 if far else 0.035)
+    if far:
+        for number in (2, 10, 50):
+            assert 0.8 < errors[number] / errors[1] / number**0.5 < 1.2
+
+
 @pytest.mark.parametrize("is_neox_style", [True, False])
 def test_half_precision_is_rounded_once(is_neox_style: bool) -> None:
     """Proves that arithmetic is in float32, and that a key that stays is not touched."""

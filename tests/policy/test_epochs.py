@@ -4,7 +4,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,10 +11,10 @@ from tests.support.labelled_cache import LabelledCache
 from tests.support.rule import read_positions
 from tests.support.simulated_cache import SEPARATORS
 from vllm_sepllm.policy.epochs import MIN_EPOCH, Epoch, Epochs, epochs_of, has_room, renumber
-from vllm_sepllm.policy.separators.definition import IntervalSeparators, Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.batch import plan_batch
-from vllm_sepllm.policy.step.plan import Positions, StepPlanBuilder
+from vllm_sepllm.policy.step.epoch_table import EpochTable
+from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 # far below MIN_EPOCH, so that a short text has many epochs
@@ -56,15 +55,15 @@ def test_every_query_reads_each_key_at_its_position(
 ) -> None:
     """Proves that rotations and shifts give the rule's positions, whatever the chunks."""
     index, cache = SeparatorIndex(policy, SEPARATORS), PositionedCache()
-    epochs = Epochs(index)
+    epochs, table = Epochs(index), EpochTable()
     want = list(read_positions(policy, token_ids, len(token_ids)))
     for start, end in cut(epochs, token_ids, chunks):
         builder = StepPlanBuilder(policy)
         # an asynchronous scheduler does not know the newest tokens of a decode step
         known = token_ids[: end if end - start > 1 else max(0, end - policy.window)]
         builder.add("request", index, known, start, end - start)
-        plan = replace(builder.build(), positions=Positions.plan([(epochs, start, known)]))
-        rows = plan.of(np.arange(1), 0)
+        positions = table.step(np.array([0]), np.array([start]), [(epochs, known)].__getitem__)
+        rows = replace(builder.build(), positions=positions).of(np.arange(1), 0)
         assert rows.positions is not None
         step = plan_batch(rows, np.array([0, end - start]), end - start, 16)
         shift = int(rows.positions.shift[0])
@@ -134,23 +133,6 @@ def test_the_epochs_of_a_text_by_hand() -> None:
     assert third == Epoch(10, 12, 4, 3)
     assert epochs.renumbering(third).entries.tolist() == [1, 2, 3]
     assert epochs.renumbering(third).delta.tolist() == [-2, -2, -2]
-
-
-@pytest.mark.parametrize("separators", [SEPARATORS, IntervalSeparators(3)])
-@pytest.mark.parametrize("max_separators", [0, 2])
-def test_a_plan_names_rows_that_begin_an_epoch(separators: Separators, max_separators: int) -> None:
-    """Proves that a step at a boundary turns keys, and that no other does."""
-    policy = Policy(1, 3, max_separators, 12)
-    token_ids = [1] * 40
-    length = 4 + max_separators
-    epochs = [Epochs(SeparatorIndex(policy, separators)) for _ in range(3)]
-    starts = (0, 12, 12 + 12 - length)
-    planned = Positions.plan(zip(epochs, starts, [token_ids] * 3, strict=True))
-    assert planned.shift.tolist() == [0, 12 - length, 2 * (12 - length)]
-    assert [*planned.renumber] == [1, 2]
-    turned = planned.of(np.array([2, 0]))
-    assert (turned.shift.tolist(), [*turned.renumber]) == ([2 * (12 - length), 0], [0])
-    assert not Positions.plan([(epochs[0], 13, token_ids)]).renumber
 
 
 @given(policy=policies, part=texts)

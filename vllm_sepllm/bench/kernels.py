@@ -206,7 +206,7 @@ def spill() -> Iterator[Row]:
     heads, layers = HEADS[1], 32
     memory = torch.empty(layers, 2, 4096, BLOCK_SIZE, heads.num_kv_heads, heads.size).bfloat16()
     caches = list(memory.cuda().transpose(3, 4).flatten(0, 1).unbind())
-    table = ops.SpillTable.build(caches)
+    table = ops.CacheTable.build(caches)
     for moves in (1, 8, 64, 1024):
         slots = torch.randperm(4096 * BLOCK_SIZE, device="cuda")
         src, dst = slots[:moves].clone(), slots[moves : 2 * moves].clone()
@@ -230,7 +230,7 @@ def host() -> Iterator[Row]:
     out = torch.empty_like(case.query)
     entries = torch.zeros(2, 256, dtype=torch.int64, device="cuda")
     slots = torch.empty(256, dtype=torch.int64, device="cuda")
-    table = ops.SpillTable.build([case.cache.key, case.cache.value])
+    table = ops.CacheTable.build([case.cache.key, case.cache.value])
     one = torch.zeros(1, dtype=torch.int64, device="cuda")
     calls: dict[str, Action] = {
         "list_keys": partial(ops.list_keys, case.metadata, case.cache.block_table, BLOCK_SIZE),

@@ -13,6 +13,7 @@ from vllm_sepllm.kernels.prefill import prefill_kernel
 from vllm_sepllm.kernels.slots import slots_kernel
 from vllm_sepllm.kernels.spill import spill_kernel
 from vllm_sepllm.kernels.tuning import Tuning, tuning_for
+from vllm_sepllm.kernels.turn import turn_kernel
 
 GROUP = 4  # query heads a KV head of the compiled variants: Llama 3 8B
 
@@ -22,12 +23,14 @@ class Variant:
     """Arguments that select one compilation of a kernel.
 
     Attributes:
-        kernel: "prefill", "spill", "slots" or "keys".
+        kernel: "prefill", "spill", "turn", "slots" or "keys".
         name: what the table calls it.
-        head_size: of the prefill kernel; elements a row of the spill kernel.
-        dtype: Triton's name of the query's type; the unit that spill copies.
+        head_size: of the prefill kernel; elements a row of the spill kernel, rotated ones of a head
+            of the turn kernel.
+        dtype: Triton's name of the query's type; the unit that spill copies; of keys that turn.
         has_fp8_cache: prefill from an fp8 cache.
         has_extras: prefill with soft cap and attention sinks.
+        is_neox_style: of the turn kernel.
     """
 
     kernel: str
@@ -36,8 +39,10 @@ class Variant:
     dtype: str
     has_fp8_cache: bool = False
     has_extras: bool = False
+    is_neox_style: bool = True
 
 
+_FLOATS = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _EVERYTHING = {"has_fp8_cache": True, "has_extras": True}
 VARIANTS = (
     *(Variant("prefill", f"bf16 head {size}", size, "bf16") for size in (64, 80, 128, 256)),
@@ -53,6 +58,9 @@ VARIANTS = (
     *(Variant("prefill", f"fp32 head {size}", size, "fp32") for size in (128, 256)),
     Variant("spill", "8-byte units, row 64", 64, "i64"),
     Variant("spill", "2-byte units, row 96", 96, "i16"),
+    *(Variant("turn", f"turn bf16 head {size}", size, "bf16") for size in (64, 128, 256)),
+    Variant("turn", "turn fp32 head 128", 128, "fp32"),
+    Variant("turn", "turn bf16 head 128, neighbours", 128, "bf16", is_neox_style=False),
     Variant("slots", "blocks of 16", 1, "i64"),
     Variant("keys", "lists, blocks of 16", 1, "i32"),
 )
@@ -70,7 +78,12 @@ def source_of(variant: Variant, target: Target) -> tuple[ASTSource, Tuning]:
         element_bytes = 4 if variant.dtype == "fp32" else 2
         tuning = tuning_for(variant.head_size, element_bytes, GROUP, target.family)
         return _prefill_source(variant, target, tuning), tuning
-    sources = {"spill": _spill_source, "slots": _slots_source, "keys": _keys_source}
+    sources = {
+        "spill": _spill_source,
+        "turn": _turn_source,
+        "slots": _slots_source,
+        "keys": _keys_source,
+    }
     return sources[variant.kernel](variant), Tuning(1, 1, 4, 1)
 
 
@@ -118,7 +131,7 @@ def _prefill_source(variant: Variant, target: Target, tuning: Tuning) -> ASTSour
         "BLOCK_SIZE": 16,
         "BLOCK_ROWS": tuning.block_rows,
         "BLOCK_KEYS": tuning.block_keys,
-        "DOT_DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[variant.dtype],
+        "DOT_DTYPE": _FLOATS[variant.dtype],
     }
     return _source(prefill_kernel, types, constants)
 
@@ -135,6 +148,24 @@ def _spill_source(variant: Variant) -> ASTSource:
         "UNIT": {"i64": tl.int64, "i16": tl.int16}[variant.dtype],
     }
     return _source(spill_kernel, types, constants)
+
+
+def _turn_source(variant: Variant) -> ASTSource:
+    """8 KV heads in a program, as many as there are in most models."""
+    types = {"cache_ptrs": "*i64", "slots_ptr": "*i64", "delta_ptr": "*i64", "num_heads": "i32"}
+    types |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
+    types |= {f"stride_{name}": "i32" for name in ("block", "head", "token")}
+    num_pairs = variant.head_size // 2
+    constants = {
+        "stride_row": 1,
+        "BLOCK_SIZE": 16,
+        "NUM_PAIRS": num_pairs,
+        "PAIRS_POW2": triton.next_power_of_2(num_pairs),
+        "BLOCK_HEADS": 8,
+        "IS_NEOX": variant.is_neox_style,
+        "DTYPE": _FLOATS[variant.dtype],
+    }
+    return _source(turn_kernel, types, constants)
 
 
 def _slots_source(_: Variant) -> ASTSource:

@@ -1,9 +1,9 @@
 """Public operations on a paged KV cache: check the arguments, then call one implementation.
 
-A step on a GPU: :func:`entry_slots` finds where entries lie, :func:`spill` moves them,
-:func:`list_keys` lists once for all layers what the prefill chunks read, and :func:`prefill`
-attends, layer by layer. Each has a Triton kernel (``vllm_sepllm.kernels``) and a torch reference
-(:mod:`vllm_sepllm.ops.reference`).
+A step on a GPU: :func:`entry_slots` finds where entries lie, :func:`turn` gives keys another
+position, :func:`spill` moves entries, :func:`list_keys` lists once for all layers what the prefill
+chunks read, and :func:`prefill` attends, layer by layer. Each has a Triton kernel
+(``vllm_sepllm.kernels``) and a torch reference (:mod:`vllm_sepllm.ops.reference`).
 """
 
 from dataclasses import replace
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vllm_sepllm.kernels.arguments import KeyLists, Logits, PagedCache, SpillTable
+from vllm_sepllm.kernels.arguments import CacheTable, KeyLists, Logits, PagedCache
 from vllm_sepllm.ops import checks
+from vllm_sepllm.ops.rotation import KeyRotation
 from vllm_sepllm.ops.tables import PrefillMetadata
 from vllm_sepllm.policy.keys.tiles import rank_bound
 
@@ -20,17 +21,19 @@ if TYPE_CHECKING:
     from vllm_sepllm.kernels.tuning import Tuning
 
 __all__ = [
+    "CacheTable",
     "Impl",
     "KeyLists",
+    "KeyRotation",
     "Logits",
     "PagedCache",
     "PrefillMetadata",
-    "SpillTable",
     "entry_slots",
     "list_keys",
     "prefill",
     "prefill_tile_tokens",
     "spill",
+    "turn",
 ]
 
 # which implementation of an operation runs; there is no silent fallback
@@ -52,7 +55,7 @@ def prefill_tile_tokens(
 
 
 def spill(
-    table: SpillTable, src: torch.Tensor, dst: torch.Tensor, *, impl: Impl = "triton"
+    table: CacheTable, src: torch.Tensor, dst: torch.Tensor, *, impl: Impl = "triton"
 ) -> None:
     """Copy KV rows of slots ``src[i]`` to ``dst[i]`` in all caches of a table, in place.
 
@@ -76,6 +79,40 @@ def spill(
     from vllm_sepllm.kernels import spill as kernel
 
     return kernel.launch(table, src, dst)
+
+
+def turn(
+    table: CacheTable,
+    rotation: KeyRotation,
+    slots: torch.Tensor,
+    delta: torch.Tensor,
+    *,
+    impl: Impl = "triton",
+) -> None:
+    """Give the keys of some slots another position in all caches of a table, in place.
+
+    Args:
+        table: views of the layers' keys, [num_blocks, num_kv_heads, block_size, head_size].
+        rotation: how their keys turn.
+        slots: [num_entries] int64 slots, each at most once; a negative one is skipped.
+        delta: [num_entries] int64, new position less old one; below the table's length either way.
+        impl: which implementation runs.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device.
+
+    Computed in float32 and rounded once. Slots and distances are not range-checked: reading them
+    would stall the device.
+    """
+    checks.check_turn(table, rotation, slots, delta)
+    if impl == "reference":
+        from vllm_sepllm.ops import reference
+
+        return reference.turn(table.caches, rotation, slots, delta)
+    from vllm_sepllm.kernels import turn as kernel
+
+    cos, sin, is_neox_style = rotation.cos, rotation.sin, rotation.is_neox_style
+    return kernel.launch(table, cos, sin, slots, delta, is_neox_style=is_neox_style)
 
 
 def entry_slots(

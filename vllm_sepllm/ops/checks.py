@@ -2,7 +2,8 @@
 
 import torch
 
-from vllm_sepllm.kernels.arguments import Logits, PagedCache
+from vllm_sepllm.kernels.arguments import CacheTable, Logits, PagedCache
+from vllm_sepllm.ops.rotation import KeyRotation
 
 FP8_DTYPES = (
     torch.float8_e4m3fn,
@@ -31,6 +32,38 @@ def check_moves(src: torch.Tensor, dst: torch.Tensor, device: torch.device) -> N
             raise ValueError(
                 f"{name} must be contiguous on {device} like the caches, got {slots.device}, "
                 f"strides {slots.stride()}"
+            )
+
+
+def check_turn(
+    table: CacheTable, rotation: KeyRotation, slots: torch.Tensor, delta: torch.Tensor
+) -> None:
+    cache, device = table.caches[0], table.addresses.device
+    for name, numbers in (("slots", slots), ("delta", delta)):
+        if numbers.dim() != 1 or numbers.shape != slots.shape or numbers.dtype != torch.int64:
+            raise ValueError(
+                f"{name} must be int64 [{slots.numel()}], got {numbers.dtype} "
+                f"{tuple(numbers.shape)}"
+            )
+    if cache.dtype not in QUERY_DTYPES:
+        raise ValueError(f"keys must be bfloat16, float16 or float32, got {cache.dtype}")
+    for name, angles in (("cos", rotation.cos), ("sin", rotation.sin)):
+        if angles.dim() != 2 or angles.shape != rotation.cos.shape or angles.dtype != torch.float32:
+            raise ValueError(
+                f"rotation.{name} must be float32 [num_positions, rotary_dim / 2], got "
+                f"{angles.dtype} {tuple(angles.shape)}"
+            )
+    if 2 * rotation.cos.shape[1] > cache.shape[3]:
+        raise ValueError(
+            f"rotation turns {2 * rotation.cos.shape[1]} elements of a head, keys have "
+            f"{cache.shape[3]}"
+        )
+    tensors = {"slots": slots, "delta": delta, "cos": rotation.cos, "sin": rotation.sin}
+    for name, tensor in tensors.items():
+        if tensor.device != device or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous on {device} like the keys, got {tensor.device}, "
+                f"strides {tensor.stride()}"
             )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from vllm_sepllm.kernels.arguments import KeyLists, Logits, PagedCache
+from vllm_sepllm.ops.rotation import KeyRotation
 from vllm_sepllm.ops.tables import PrefillMetadata
 from vllm_sepllm.policy.keys.columns import REQUEST
 from vllm_sepllm.policy.keys.tiles import NEVER, rank_bound
@@ -20,6 +21,19 @@ def spill(caches: Sequence[torch.Tensor], src: torch.Tensor, dst: torch.Tensor) 
                 continue
             row = cache[source // block_size, :, source % block_size].clone()
             cache[target // block_size, :, target % block_size] = row
+
+
+def turn(
+    caches: Sequence[torch.Tensor],
+    rotation: KeyRotation,
+    slots: torch.Tensor,
+    delta: torch.Tensor,
+) -> None:
+    """Oracle of :func:`vllm_sepllm.ops.turn`; ``caches`` are [blocks, heads, block_size, size]."""
+    exists = slots >= 0
+    for cache in caches:
+        block, offset = slots[exists] // cache.shape[2], slots[exists] % cache.shape[2]
+        cache[block, :, offset] = rotation.turned(cache[block, :, offset], delta[exists])
 
 
 def entry_slots(

@@ -15,7 +15,7 @@ pytest.importorskip("vllm")
 
 import vllm.config.cache
 import vllm.config.vllm
-from vllm.config import ModelConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVQuantMode
@@ -273,8 +273,44 @@ def test_renumbered_positions(
     check_sentence(refusal(models("llama"), additional_config=given), what, remedy)
 
 
-@refused('`positions: "renumbered"` on GPUs', "on GPUs yet", 'set positions to "text"')
-def test_renumbered_positions_on_gpus(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+ON_GPUS: list[tuple[str, str, str, dict[str, Any]]] = [
+    ("Model Runner V1", "under Model Runner V1 on GPUs", "unset VLLM_USE_V2_MODEL_RUNNER", {}),
+    (
+        "speculative decoding",
+        "with speculative decoding, whose drafts wait",
+        "remove --speculative-config",
+        {"speculative_config": SimpleNamespace()},
+    ),
+    (
+        "`--kv-cache-dtype fp8`",
+        "with a quantised KV cache, whose keys each epoch would round",
+        "remove --kv-cache-dtype",
+        {"cache_config": SimpleNamespace(cache_dtype="fp8")},
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("what", "remedy", "fields"),
+    [
+        pytest.param(
+            what,
+            remedy,
+            fields,
+            marks=refused(f'`positions: "renumbered"` on GPUs: {name}', what, remedy),
+            id=name,
+        )
+        for name, what, remedy, fields in ON_GPUS
+    ],
+)
+def test_renumbered_positions_on_gpus(
+    models: Models,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    remedy: str,
+    fields: dict[str, Any],
+) -> None:
+    """Served under Model Runner V2, with neither drafts nor rounded keys."""
     args = EngineArgs(
         models("llama"),
         attention_backend="sepllm",
@@ -283,9 +319,14 @@ def test_renumbered_positions_on_gpus(models: Models, monkeypatch: pytest.Monkey
     )
     config = args.create_engine_config()
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
-    with pytest.raises(ValueError, match="renumbered") as caught:
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _self: True))
+    check_renumbered(config, None)
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _self: bool(fields)))
+    for name, value in fields.items():
+        monkeypatch.setattr(config, name, value)
+    with pytest.raises(ValueError, match="sepllm does not support renumbered") as caught:
         check_renumbered(config, None)
-    check_sentence(str(caught.value), "renumbered positions on GPUs yet", 'set positions to "text"')
+    check_sentence(str(caught.value), what, remedy)
 
 
 @refused('`positions: "renumbered"` with M-RoPE', "M-RoPE", 'set positions to "text"')

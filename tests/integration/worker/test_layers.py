@@ -145,6 +145,15 @@ def test_fp8_layers_need_hardware_that_converts(
         chosen(quantised())
 
 
+def test_quantised_layers_are_not_renumbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint may ask for them unseen by start-up."""
+    on_gpu(monkeypatch, 90)
+    with pytest.raises(ValueError, match="renumbered") as caught:
+        chosen(quantised(), positions="renumbered")
+    what = f"layer {name(1)} keeps its KV cache in fp8, whose keys each epoch"
+    check_sentence(str(caught.value), what, 'set positions to "text"')
+
+
 @pytest.mark.parametrize("which", ["_k_scale", "_v_scale"])
 def test_one_scale_per_head_is_refused(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     """compressed-tensors loads such checkpoints for FlashAttention; the kernel takes scalars."""

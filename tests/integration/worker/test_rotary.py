@@ -81,8 +81,8 @@ class Model(nn.Module):
 
 def check(vllm_config: VllmConfig, model: Model, length: int = LENGTH) -> None:
     layer: Any = model.inside[0]
-    (layer.impl.rotation,) = rotary.rotations(model, [layer], length)
     runner = SimpleNamespace(model=model, device=torch.device("cpu"))
+    (layer.impl.rotation,) = rotary.rotations(runner, [layer], length)
     rotary.check_rotations(runner, vllm_config, [layer], length)
     assert "forward" not in vars(layer.impl), "it is put back"
 

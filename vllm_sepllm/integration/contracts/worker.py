@@ -117,6 +117,14 @@ CONTRACTS = by_hand(
             ),
             "profile_run()": "wrapped: memory of a step that it does not use is held beside it",
             "attn_groups, req_states, speculator": "read; vLLM types it as the other runner",
+            "model, device": "run twice at start-up: do keys turn with positions",
+            "model_state": "gets positions that are renumbered",
+            "input_buffers": "read: the size of positions",
+        },
+        "vllm.v1.worker.gpu.input_batch:InputBuffers": {"positions": "read: the size of ours"},
+        "vllm.v1.worker.gpu.model_states.default:DefaultModelState": {
+            "prepare_inputs(input_batch, req_states)": "wrapped: hands on renumbered positions",
+            "prepare_dummy_inputs(num_reqs, num_tokens)": "wrapped: those that a graph captures",
         },
         "vllm.v1.worker.gpu.states:RequestState": {"index_to_req_id": "read: the rows' requests"},
     }

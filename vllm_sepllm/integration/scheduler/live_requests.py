@@ -15,6 +15,7 @@ from vllm_sepllm.policy.epochs import Epochs
 from vllm_sepllm.policy.separators.definition import Separators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.decode_table import DecodeTable
+from vllm_sepllm.policy.step.epoch_table import EpochTable
 from vllm_sepllm.policy.step.staging import Staged
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
@@ -217,6 +218,7 @@ class LiveRequests(dict[str, LiveRequest]):
         self.engine = engine
         self._numbers = count()
         self.decodes = DecodeTable()
+        self.epochs = EpochTable()  # has the slots of ``decodes``
         # the last step's: most steps have the same requests in the same order
         self._batch: Batch | None = None
 
@@ -224,6 +226,7 @@ class LiveRequests(dict[str, LiveRequest]):
         """Take in a request that has arrived."""
         index = SeparatorIndex(policy, self._separators)
         number, slot = next(self._numbers), self.decodes.add()
+        self.epochs.forget(slot)
         epochs = None if policy.max_position is None else Epochs(index)
         live = LiveRequest(request, number, index, slot, epochs, refusal)
         request.block_hashes = RequestHashes(request.block_hashes, live)
@@ -237,6 +240,7 @@ class LiveRequests(dict[str, LiveRequest]):
         if live.epochs is not None:
             live.epochs.truncate(num_tokens)
         self.decodes.forget(live.slot)
+        self.epochs.forget(live.slot)
         self._batch = None
 
     def forget(self, request_id: str) -> None:

@@ -177,6 +177,8 @@ class _SepLLMMixin(Scheduler):
         vLLM has no other place that says where a chunk must end. To be dropped when it asks a
         manager of the KV cache.
         """
+        if num_new_tokens == 1:  # as in most steps, which ask this of every request
+            return 1
         epochs = self._live[request.request_id].epochs
         assert epochs is not None, "asked where positions are renumbered"
         start = request.num_computed_tokens + num_new_local_computed_tokens

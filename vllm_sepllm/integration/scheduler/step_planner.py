@@ -1,6 +1,6 @@
 """Planner of a scheduler's steps: decode rows all at once, others one by one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
@@ -9,7 +9,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.integration.scheduler.live_requests import Batch, LiveRequest, LiveRequests
 from vllm_sepllm.policy.epochs import Epochs
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint, Positions, StepPlan, StepPlanBuilder
+from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.step.staging import propose
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
@@ -46,19 +46,7 @@ class StepPlanner:
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of a step, while ``num_computed_tokens`` still is the start of the step."""
-        if self._max_proposed:
-            return self._plan_proposing(output)
-        plan = self._plan_certain(output)
-        if self._live.engine.max_position is None:
-            return plan
-        return replace(plan, positions=Positions.plan(self._epochs(plan)))
-
-    def _epochs(self, plan: StepPlan) -> Iterator[tuple[Epochs, int, Sequence[int]]]:
-        """Row by row: what Positions.plan takes."""
-        for name, start in zip(plan.rows, plan.start.tolist(), strict=True):
-            live = self._live[name]
-            assert live.epochs is not None, "the engine's max_position is every request's"
-            yield live.epochs, start, live.request._all_token_ids
+        return self._plan_proposing(output) if self._max_proposed else self._plan_certain(output)
 
     def _plan_certain(self, output: SchedulerOutput) -> StepPlan:
         """The plan of a step without drafts."""
@@ -72,12 +60,28 @@ class StepPlanner:
             if num_new[batch.ids[row]] == 1 and not self._look_up(batch.live[row]):
                 others.append(row)
         if not others:
-            return self._decodes(batch, start)
+            return self._positioned(self._decodes(batch, start), batch, start)
         single = sorted(set(range(len(start))).difference(others))
         builder = StepPlanBuilder(self._live.engine)
         for row in others:
             self._add(builder, batch.live[row], num_new[batch.ids[row]])
-        return builder.build_after(self._decodes(batch.subset(single), start[single]))
+        plan = builder.build_after(self._decodes(batch.subset(single), start[single]))
+        return self._positioned(plan, batch, start, np.array([*single, *others]))
+
+    def _positioned(
+        self, plan: StepPlan, batch: Batch, start: IntArray, order: IntArray | None = None
+    ) -> StepPlan:
+        """``plan`` with the positions of its rows, which are those of the batch in ``order``."""
+        if self._live.engine.max_position is None:
+            return plan
+
+        def of_row(row: int) -> tuple[Epochs, Sequence[int]]:
+            live = batch.live[row]
+            assert live.epochs is not None, "the engine's max_position is every request's"
+            return live.epochs, live.request._all_token_ids
+
+        positions = self._live.epochs.step(batch.slots, start, of_row)
+        return replace(plan, positions=positions if order is None else positions.of(order))
 
     def _look_up(self, live: LiveRequest) -> bool:
         """Prepare a step of one token; False if it may leave a checkpoint: it is planned alone."""

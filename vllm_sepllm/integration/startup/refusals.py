@@ -128,8 +128,19 @@ def check_renumbered(vllm_config: VllmConfig, max_position: int | None) -> None:
     keep = 'set positions to "text"'
     for is_unsupported, reason in (
         (
-            not current_platform.is_cpu(),
-            f"renumbered positions on GPUs yet, whose kernels do not turn keys: {keep}",
+            not (current_platform.is_cpu() or vllm_config.use_v2_model_runner),
+            "renumbered positions under Model Runner V1 on GPUs, where they never ran: unset "
+            f"VLLM_USE_V2_MODEL_RUNNER, or {keep}",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "renumbered positions with speculative decoding, whose drafts wait in entries that no "
+            f"epoch turns: remove --speculative-config, or {keep}",
+        ),
+        (
+            is_quantized_kv_cache(vllm_config.cache_config.cache_dtype),
+            "renumbered positions with a quantised KV cache, whose keys each epoch would round "
+            f"anew: remove --kv-cache-dtype, or {keep}",
         ),
         (
             model.uses_mrope,

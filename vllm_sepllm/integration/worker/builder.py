@@ -184,13 +184,9 @@ class BuilderMixin(AttentionMetadataBuilder[Any]):
     def copy(self, moves: SlotMoves | None) -> None:
         """Copy entries in the caches of all layers; None: there is nothing to copy."""
 
+    @abstractmethod
     def turn(self, rotations: Rotations, common: CommonAttentionMetadata) -> None:
-        """Give kept keys their new positions in the caches of all layers.
-
-        Raises:
-            NotImplementedError: on a platform where start-up refuses renumbered positions.
-        """
-        raise NotImplementedError(f"{type(self).__name__} turns no keys")
+        """Give kept keys their new positions in the caches of all layers."""
 
     @abstractmethod
     def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> Any:

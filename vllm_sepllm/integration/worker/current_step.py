@@ -88,6 +88,11 @@ class CurrentStep:
         """Whether vLLM runs the model without requests: profiling, warm-up, graph capture."""
         return self._plan is None
 
+    @property
+    def is_made_up(self) -> bool:
+        """Whether no scheduler planned the step, so that its positions mean nothing."""
+        return self._plan is None or self._warm_up_policy is not None
+
     def rows(self, request_ids: Sequence[str], group_id: int) -> BatchRows:
         """The plan of these requests, in the order of the batch, for a KV cache group."""
         assert self._plan is not None, "there is no plan outside a step"

@@ -39,6 +39,12 @@ def sepllm_layers(
         )
     for name, layer in chosen.items():
         _check_layer(name, layer)
+        # a checkpoint may ask for it layer by layer, unseen by VllmConfig
+        if config.max_position is not None and is_quantized_kv_cache(layer.kv_cache_dtype):
+            raise ValueError(
+                f"layer {name} keeps its KV cache in {layer.kv_cache_dtype}, whose keys each epoch "
+                'of renumbered positions would round anew; set positions to "text"'
+            )
     for name, layer in layers.items():
         if layer.kv_sharing_target_layer_name in chosen:
             _refuse(name, "reads the KV cache of a sepllm layer, which lacks tokens that it needs")

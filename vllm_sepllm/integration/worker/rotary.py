@@ -5,7 +5,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
-from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
@@ -20,15 +19,35 @@ _NUM_TOKENS = 16
 _TOLERANCE = 0.05
 
 
-def rotations(
-    model: nn.Module, layers: Sequence[Attention], max_position: int
-) -> list[KeyRotation]:
+def renumber(
+    runner: Any, vllm_config: VllmConfig, layers: Sequence[Attention], max_position: int
+) -> None:
+    """Tell each of ``layers`` how its keys turn, and prove on the loaded model that they do.
+
+    Args:
+        runner: a model runner, with the model.
+        vllm_config: the worker's.
+        layers: of sepllm.
+        max_position: L.
+
+    Raises:
+        ValueError: naming a layer whose keys do not turn with their positions.
+    """
+    found = rotations(runner, layers, max_position)
+    for layer, rotation in zip(layers, found, strict=True):
+        impl: Any = layer.impl
+        impl.rotation = rotation
+    check_rotations(runner, vllm_config, layers, max_position)
+
+
+def rotations(runner: Any, layers: Sequence[Attention], max_position: int) -> list[KeyRotation]:
     """How the keys of each of ``layers`` turn.
 
     Raises:
         ValueError: if a layer's keys are not rotated by one table of vLLM's.
     """
-    parents = {id(child): parent for parent in model.modules() for child in parent.children()}
+    modules = runner.model.modules()
+    parents = {id(child): parent for parent in modules for child in parent.children()}
     known: dict[int, KeyRotation] = {}
     found = []
     for layer in layers:
@@ -38,14 +57,18 @@ def rotations(
             _refuse(layer, f"has {len(tables)} rotary embeddings of vLLM's beside it, not one")
         (table,) = tables
         if id(table) not in known:
-            known[id(table)] = _rotation(layer, table, max_position)
+            known[id(table)] = _rotation(layer, table, max_position, runner.device)
         found.append(known[id(table)])
     return found
 
 
-def _rotation(layer: Attention, table: RotaryEmbeddingBase, max_position: int) -> KeyRotation:
+def _rotation(
+    layer: Attention, table: RotaryEmbeddingBase, max_position: int, device: torch.device
+) -> KeyRotation:
     # the model's table is rounded to its dtype, with which a turned key would grow or shrink
-    cos, sin = table._compute_cos_sin_cache().float()[:max_position].chunk(2, dim=1)
+    with device:  # as vLLM loads a model
+        angles = table._compute_cos_sin_cache().float()
+    cos, sin = angles[:max_position].chunk(2, dim=1)
     if len(cos) < max_position:
         _refuse(layer, f"has a rotary table of {len(cos)} positions, not of {max_position}")
     scale = cos[0, 0].clone()  # YaRN's mscale, which keys have once already
@@ -60,12 +83,6 @@ def check_rotations(
 
     The model runs twice over the same tokens without requests, so that attention adds nothing and
     layers differ by positions alone: what else a model does with positions shows in its keys.
-
-    Args:
-        runner: Model Runner V1, with the model.
-        vllm_config: the worker's.
-        layers: of sepllm, with ``impl.rotation``.
-        max_position: L.
 
     Raises:
         ValueError: naming the layer whose keys are others.

@@ -1,13 +1,13 @@
 """Plan of a step: what workers must know of each scheduled request, made by the scheduler."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
 from vllm_sepllm.policy import layout
-from vllm_sepllm.policy.epochs import Epochs, Renumbering
+from vllm_sepllm.policy.epochs import Renumbering
 from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.step.staging import Commit, Staged
 from vllm_sepllm.policy.visibility import BatchPolicy, BoolArray, IntArray, Policy
@@ -47,24 +47,11 @@ class Positions:
     shift: IntArray
     renumber: dict[int, Renumbering]
 
-    @classmethod
-    def plan(cls, rows: Iterable[tuple[Epochs, int, Sequence[int]]]) -> "Positions":
-        """Of a step: each row's epochs, the position in the text of its first token, and its ids.
-
-        No row goes beyond the end of the epoch in which it starts.
-        """
-        shift: list[int] = []
-        renumber: dict[int, Renumbering] = {}
-        for row, (epochs, start, token_ids) in enumerate(rows):
-            epoch = epochs.at(start, token_ids)
-            shift.append(epoch.shift)
-            if epoch.start == start > 0:
-                renumber[row] = epochs.renumbering(epoch)
-        return cls(np.array(shift, dtype=np.int64), renumber)
-
     def of(self, order: IntArray) -> "Positions":
-        """Those of the rows in ``order``."""
-        return Positions(self.shift[order], _reordered(self.renumber, order))
+        """Those of the rows in ``order``; few of them renumber."""
+        rows = {old: np.flatnonzero(order == old).tolist() for old in self.renumber}
+        renumber = {row: self.renumber[old] for old, found in rows.items() for row in found}
+        return Positions(self.shift[order], renumber)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -33,9 +34,10 @@ from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.policy.choice import RequestLimits
+from vllm_sepllm.policy.epochs import Epochs
 from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix
 from vllm_sepllm.policy.separators.definition import TokenSeparators
-from vllm_sepllm.policy.step.plan import Positions, StepPlanBuilder
+from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 SIZES: dict[str, Any] = {"num_kv_heads": 1, "head_size": 64, "dtype": torch.float32}
@@ -217,6 +219,12 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         request.num_computed_tokens = start
         return Scheduled(request, start, size)
 
+    def epochs_of(self, name: str) -> tuple[Epochs, list[int]]:
+        """The epochs of a request, and its tokens."""
+        live = self.live[name]
+        assert live.epochs is not None
+        return live.epochs, list(live.request.all_token_ids)
+
     def execute(self, scheduled: list[Scheduled]) -> None:
         """What scheduler and worker do with the step, in their order."""
         copies, retained = self.kv.take_kv_cache_block_copies()
@@ -241,11 +249,10 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.cache.release_checkpoints()
         plan = builder.build()
         if self.policy.max_position is not None:
-            live = [self.live[part.name] for part in scheduled]
-            positions = Positions.plan(
-                (one.epochs, part.start, list(part.request.all_token_ids))
-                for one, part in zip(live, scheduled, strict=True)
-                if one.epochs is not None
+            positions = self.live.epochs.step(
+                np.array([self.live[part.name].slot for part in scheduled], dtype=np.int64),
+                np.array([part.start for part in scheduled], dtype=np.int64),
+                lambda row: self.epochs_of(scheduled[row].name),
             )
             plan = replace(plan, positions=positions)
         assert len({c.dst_block_id for c in copies}) == len(copies)

@@ -27,10 +27,12 @@ from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.backend import wrap_backend, wrap_builder
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
+from vllm_sepllm.ops import KeyRotation
+from vllm_sepllm.policy.epochs import Renumbering
 from vllm_sepllm.policy.keys.columns import REQUEST
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.step.plan import StepPlanBuilder
+from vllm_sepllm.policy.step.plan import Positions, StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
 
 POLICY = Policy(2, 6, 8)
@@ -71,7 +73,13 @@ def cache() -> torch.Tensor:
 
 
 @pytest.fixture
-def builder(cache: torch.Tensor) -> Any:
+def rotation() -> KeyRotation | None:
+    """Positions are those of the text; tests of others say otherwise."""
+    return None
+
+
+@pytest.fixture
+def builder(cache: torch.Tensor, rotation: KeyRotation | None) -> Any:
     full = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=2, head_size=8, dtype=torch.float32
     )
@@ -84,7 +92,9 @@ def builder(cache: torch.Tensor) -> Any:
     )
     layer = SimpleNamespace(
         num_heads=4, num_kv_heads=2, head_size=8, dtype=torch.float32, kv_cache=cache,
-        impl=SimpleNamespace(prefill=lambda *arguments: None, bind=lambda kv_cache: None),
+        impl=SimpleNamespace(
+            prefill=lambda *arguments: None, bind=lambda kv_cache: None, rotation=rotation
+        ),
     )  # fmt: skip
     made.bind(
         CurrentStep(), lambda common: [str(i) for i in common.req_idx], 0, BLOCK_SIZE, [layer]
@@ -118,6 +128,7 @@ def step(
     num_tokens: int,
     num_reqs: int,
     windows: tuple[int, ...] = (),
+    positions: Positions | None = None,
 ) -> Any:
     """Build the metadata of a step of requests whose every fifth token is a separator.
 
@@ -130,7 +141,7 @@ def step(
         plan.add(str(row), SeparatorIndex(own, SEPARATORS), tokens, start, length)
     output = SchedulerOutput.make_empty()
     output.total_num_scheduled_tokens = sum(lengths)
-    attach_plan(output, plan.build())
+    attach_plan(output, replace(plan.build(), positions=positions))
     with builder._step.of(output):
         return builder.build(0, common(lengths, num_tokens, num_reqs, len(starts)))
 
@@ -163,6 +174,44 @@ def test_spills_run_before_the_forward(builder: Any, cache: torch.Tensor) -> Non
     step(builder, [20], [1], num_tokens=1, num_reqs=1)
     assert torch.equal(cache[3, :, 2], before[1, :, 2])
     cache[3, :, 2] = before[3, :, 2]
+    assert torch.equal(cache, before)
+
+
+# quarter turns: whole numbers in the cache
+QUARTERS = KeyRotation(
+    cos=torch.tensor([1.0, 0.0, -1.0, 0.0]).repeat(5)[:, None].repeat(1, 4),
+    sin=torch.tensor([0.0, 1.0, 0.0, -1.0]).repeat(5)[:, None].repeat(1, 4),
+    is_neox_style=True,
+)
+
+
+@pytest.mark.parametrize("rotation", [QUARTERS])
+def test_an_epoch_turns_keys_before_the_spills_of_its_step(
+    builder: Any, cache: torch.Tensor
+) -> None:
+    """Of two decodes the second begins an epoch; its token 20 overwrites a separator in entry 2,
+    which is spilled as it was turned. Values stay, and so does the first request's cache."""
+    renumbering = Renumbering(np.array([2, 5]), np.array([-1, -2]))
+    before = cache.clone()
+    step(
+        builder, [11, 20], [1, 1], num_tokens=2, num_reqs=2,
+        positions=Positions(np.array([0, 3]), {1: renumbering}),
+    )  # fmt: skip
+    blocks = cache[5:9].transpose(1, 2).reshape(-1, 2, 16)  # the second request's entries
+    was = before[5:9].transpose(1, 2).reshape(-1, 2, 16)
+    quarter = torch.cat([was[2, :, 4:8], -was[2, :, :4], was[2, :, 8:]], 1)
+    assert torch.equal(blocks[2], quarter)
+    assert torch.equal(blocks[10], quarter)
+    assert torch.equal(blocks[5], torch.cat([-was[5, :, :8], was[5, :, 8:]], 1))
+    others = [i for i in range(16) if i not in (2, 5, 10)]
+    assert torch.equal(blocks[others], was[others])
+    assert torch.equal(cache[:5], before[:5])
+
+
+@pytest.mark.parametrize("rotation", [QUARTERS])
+def test_warming_up_turns_nothing(builder: Any, cache: torch.Tensor) -> None:
+    before = cache.clone()
+    builder.warm_up(4)
     assert torch.equal(cache, before)
 
 

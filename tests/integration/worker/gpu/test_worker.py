@@ -105,9 +105,8 @@ def test_a_worker_bounds_copies_and_sets_memory_apart(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Worker, "load_model", lambda self, **options: None)
     monkeypatch.setattr(Worker, "initialize_from_config", lambda self, config: None)
     monkeypatch.setattr(gpu_worker, "sepllm_layers", lambda *given, **options: [])
-    monkeypatch.setattr(
-        gpu_worker, "read_config", lambda _: SimpleNamespace(policy=policy, largest_policy=policy)
-    )
+    read = SimpleNamespace(policy=policy, largest_policy=policy, max_position=None)
+    monkeypatch.setattr(gpu_worker, "read_config", lambda _: read)
     monkeypatch.setattr(gpu_worker.block_copies, "install", lambda: installed.append(True))
     made = worker(CUDAGraphMode.FULL_AND_PIECEWISE, None)
     asked = config(2, 4096)

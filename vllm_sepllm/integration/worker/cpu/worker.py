@@ -7,7 +7,6 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_sepllm.integration.wire.config import read_config
-from vllm_sepllm.integration.worker import rotary
 from vllm_sepllm.integration.worker.backend import wrap_backend
 from vllm_sepllm.integration.worker.builder import bind_builders
 from vllm_sepllm.integration.worker.cpu.builder import CPUBuilderMixin
@@ -16,6 +15,7 @@ from vllm_sepllm.integration.worker.cpu.positions import shift_positions
 from vllm_sepllm.integration.worker.cpu.seeds import keep_seeds_of_chunks
 from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.layers import sepllm_layers
+from vllm_sepllm.integration.worker.rotary import renumber
 
 
 class SepLLMCPUWorker(CPUWorker):
@@ -34,11 +34,7 @@ class SepLLMCPUWorker(CPUWorker):
             layer.attn_backend = wrap_backend(layer.attn_backend, CPUBuilderMixin, policy)
             layer.impl = SepLLMCPUImpl(cast(CPUAttentionBackendImpl, layer.impl))
         if config.max_position is not None:
-            runner = self.model_runner
-            found = rotary.rotations(runner.model, layers, config.max_position)
-            for layer, rotation in zip(layers, found, strict=True):
-                cast(SepLLMCPUImpl, layer.impl).rotation = rotation
-            rotary.check_rotations(runner, self.vllm_config, layers, config.max_position)
+            renumber(self.model_runner, self.vllm_config, layers, config.max_position)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate as vLLM does, then show the builders where the plan is."""

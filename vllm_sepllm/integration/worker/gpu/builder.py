@@ -17,7 +17,7 @@ from vllm_sepllm.integration.worker.builder import BuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import PrefillRows
 from vllm_sepllm.integration.worker.metadata import LibraryRows, SepLLMMetadata, SlotMoves
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
-from vllm_sepllm.policy.step.batch import BatchStep
+from vllm_sepllm.policy.step.batch import BatchStep, Rotations
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 # attributes of vLLM's builders (v1/attention/backends) as they are where no graph is captured:
@@ -49,7 +49,8 @@ class GPUBuilderMixin(BuilderMixin):
 
     def take_layers(self, layers: Sequence[Any]) -> None:
         """See the base class; the layers learn where their caches are."""
-        self._spills = ops.SpillTable.build([layer.kv_cache for layer in layers])
+        self._caches = ops.CacheTable.build([layer.kv_cache for layer in layers])
+        self._turns = _turns(layers)
         for layer in layers:
             layer.impl.bind(layer.kv_cache)
         first = layers[0]
@@ -68,7 +69,8 @@ class GPUBuilderMixin(BuilderMixin):
         rows = self._prefill_rows(PrefillRequests.lone_token(), policy, table)
         slot = self._slots[:1].fill_(-1)
         ops.entry_slots(self.upload(np.full((2, 1), -1)), table, self._block_size, slot)
-        ops.spill(self._spills, torch.zeros_like(slot), slot)
+        ops.spill(self._caches, torch.zeros_like(slot), slot)
+        self._turn(slot, torch.zeros_like(slot))
         # layers may differ in soft cap and sinks
         for layer in self._layers:
             size = (1, layer.num_heads, layer.head_size)
@@ -160,7 +162,16 @@ class GPUBuilderMixin(BuilderMixin):
     def copy(self, moves: SlotMoves | None) -> None:
         """See the base class; one launch."""
         if moves is not None:
-            ops.spill(self._spills, moves.source, moves.target)
+            ops.spill(self._caches, moves.source, moves.target)
+
+    def turn(self, rotations: Rotations, common: CommonAttentionMetadata) -> None:
+        """See the base class; a launch for all layers that turn alike, which mostly are all."""
+        slots = self.entry_slots(rotations.rows, rotations.entries, common)
+        self._turn(slots, self.upload(rotations.delta))
+
+    def _turn(self, slots: torch.Tensor, delta: torch.Tensor) -> None:
+        for keys, rotation in self._turns:
+            ops.turn(keys, rotation, slots, delta)
 
     def library(
         self, step: BatchStep, common: CommonAttentionMetadata, slots: torch.Tensor
@@ -200,3 +211,19 @@ class GPUBuilderMixin(BuilderMixin):
         packed = self.upload(tables.packed, torch.int32)
         metadata = ops.PrefillMetadata.from_packed(tables, packed)
         return PrefillRows(ops.list_keys(metadata, block_table, self._block_size), block_table)
+
+
+def _turns(layers: Sequence[Any]) -> list[tuple[ops.CacheTable, ops.KeyRotation]]:
+    """Keys that turn together, and how; empty where positions are those of the text."""
+    alike: dict[int, list[Any]] = {}
+    for layer in layers:
+        if layer.impl.rotation is not None:
+            alike.setdefault(id(layer.impl.rotation), []).append(layer)
+    return [
+        # K is the first half of an entry
+        (
+            ops.CacheTable.build([one.kv_cache[..., : one.head_size] for one in found]),
+            found[0].impl.rotation,
+        )
+        for found in alike.values()
+    ]

@@ -38,11 +38,11 @@ class SepLLMGPUImpl(SepLLMImpl[PrefillRows]):
         # None and 0 both stand for no cap, backend by backend
         self._logits = ops.Logits(wrapped.scale, wrapped.logits_soft_cap or 0.0, wrapped.sinks)
         self._is_fp8 = is_quantized_kv_cache(self.kv_cache_dtype)
-        self._spills: ops.SpillTable | None = None
+        self._caches: ops.CacheTable | None = None
 
     def bind(self, kv_cache: torch.Tensor) -> None:
         """Take the layer's cache, [num_blocks, num_kv_heads, block_size, 2 * head_size]."""
-        self._spills = ops.SpillTable.build([kv_cache])
+        self._caches = ops.CacheTable.build([kv_cache])
 
     def library_query(self, layer: AttentionLayer, query: torch.Tensor) -> torch.Tensor:
         """See the base class; fp8 where the layer quantises."""
@@ -54,8 +54,8 @@ class SepLLMGPUImpl(SepLLMImpl[PrefillRows]):
 
     def move(self, kv_cache: torch.Tensor, moves: SlotMoves) -> None:
         """See the base class."""
-        assert self._spills is not None, "the worker binds the caches before any step"
-        ops.spill(self._spills, moves.source, moves.target)
+        assert self._caches is not None, "the worker binds the caches before any step"
+        ops.spill(self._caches, moves.source, moves.target)
 
     def prefill(
         self,

@@ -22,8 +22,10 @@ from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu import block_copies
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import SepLLMGPUImpl
+from vllm_sepllm.integration.worker.gpu.positions import shift_positions
 from vllm_sepllm.integration.worker.gpu.profile import hold_while_profiling, key_list_bytes
 from vllm_sepllm.integration.worker.layers import sepllm_layers
+from vllm_sepllm.integration.worker.rotary import renumber
 
 
 class GPUWorkerMixin(Worker):
@@ -48,7 +50,8 @@ class GPUWorkerMixin(Worker):
         drafting: Collection[str] = ()
         if self.use_v2_model_runner and isinstance(runner.speculator, DraftModelSpeculator):
             drafting = runner.speculator.draft_attn_layer_names
-        for layer in sepllm_layers(self.vllm_config, config, drafting=drafting):
+        layers = sepllm_layers(self.vllm_config, config, drafting=drafting)
+        for layer in layers:
             name = layer.attn_backend.get_name()
             if name not in WRAPPED_BACKENDS:
                 raise ValueError(
@@ -58,6 +61,11 @@ class GPUWorkerMixin(Worker):
                 )
             layer.attn_backend = wrap_backend(layer.attn_backend, GPUBuilderMixin, self._policy)
             layer.impl = SepLLMGPUImpl(layer.impl)
+        self._step = CurrentStep()
+        if config.max_position is not None:
+            renumber(runner, self.vllm_config, layers, config.max_position)
+            # before any graph is captured, those that vLLM makes to measure them included
+            shift_positions(runner, self._step)
         block_copies.install()
         device_bytes = current_platform.get_device_total_memory()
         num_bytes = key_list_bytes(self.vllm_config, self._policy, device_bytes)
@@ -72,7 +80,6 @@ class GPUWorkerMixin(Worker):
         check_layout(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         self._check_graphs()
-        self._step = CurrentStep()
         self._step.plan_runs_of(self.model_runner)
         self._builders = bind_builders(
             self.vllm_config, self.model_runner, self._step, self._request_ids
