@@ -20,6 +20,7 @@ MAX_MODEL_LEN = 8192
 # room for two of the documents with full attention: 440 blocks of the 0.5B model in bfloat16
 KV_CACHE_BYTES = 165 * 2**20
 MAX_ANSWER_TOKENS = 40
+AS_TEXT: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +86,9 @@ def run(model: Path, backend: str) -> Result:
     llm = LLM(**engine_arguments(model, backend))
     texts = documents()
     tokenizer = llm.get_tokenizer()
+    template = tokenizer.apply_chat_template
     prompts = {
-        title: tokenizer.apply_chat_template(
-            [*chat(text, QUESTIONS[title].text)], tokenize=False, add_generation_prompt=True
-        )
+        title: str(template([*chat(text, QUESTIONS[title].text)], **AS_TEXT))
         for title, text in texts.items()
     }
     distances = {
