@@ -5,26 +5,31 @@
 #   TORCH_INDEX_URL  PyTorch's own CPU wheel index, needed where pip's default index has no
 #                    +cpu build of torch (docs/install.md); default empty
 #   NEXT             folder with an unpacked vllm/ that check-next reads (docs/upgrading-vllm.md)
-#   MODEL            the converted model's folder, default in the user's cache
+#   MODEL            the folder of the tests' converted model, default in the user's cache
+#   DEMO_MODEL       the folder of the demonstration's, likewise
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX_URL ?=
 NEXT ?=
-MODEL ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-sepllm/SmolLM2-135M-Instruct
+MODELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/vllm-sepllm
+MODEL ?= $(MODELS)/SmolLM2-135M-Instruct
+DEMO_MODEL ?= $(MODELS)/Qwen2.5-Coder-0.5B-Instruct
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.vllm-sepllm-ready
 # two processes of one thread: an engine of a small model keeps no more than one core busy
 PYTEST := $(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help env model demo test test-quick test-slow lint check-next test-next format clean
+.PHONY: help env model demo picture test test-quick test-slow lint check-next test-next format clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make env         create $(VENV) with vLLM for CPUs and this package"
-	@echo "make model       fetch and convert SmolLM2-135M-Instruct"
-	@echo "make demo        run stock vLLM and sepllm on long documents, then a server"
+	@echo "make model       fetch (98 MB) and convert SmolLM2-135M-Instruct, which the tests serve"
+	@echo "make demo        fetch (491 MB) and convert Qwen2.5-Coder-0.5B-Instruct; run stock vLLM and"
+	@echo "                 sepllm on long documents, then a server (3 GB of memory)"
+	@echo "make picture     draw docs/show.png with Chromium"
 	@echo "make test        all tests: the quick tier, then the slow one"
 	@echo "make test-quick  the tests that start no vLLM engine (2 minutes)"
 	@echo "make test-slow   the tests that start a vLLM engine"
@@ -54,7 +59,15 @@ model: $(READY)
 	@$(BIN)/python -m vllm_sepllm.models SmolLM2-135M-Instruct '$(MODEL)'
 
 demo: $(READY)
-	@$(BIN)/python -m vllm_sepllm.demo --model '$(MODEL)'
+	@$(BIN)/python -m vllm_sepllm.demo --model '$(DEMO_MODEL)'
+
+picture: $(READY)
+	@mkdir -p build
+	@awk 'BEGIN{RS="";ORS="\n\n"}{gsub(/\n/," ");print}' vllm_sepllm/sample/documents/revere.txt \
+		> build/revere.txt
+	@$(BIN)/vllm-sepllm show '$(MODEL)' build/revere.txt --max-tokens 3200 -o build/revere.html
+	@chromium --headless=new --no-sandbox --hide-scrollbars --virtual-time-budget=2000 \
+		--window-size=1100,780 --screenshot=docs/show.png 'file://$(CURDIR)/build/revere.html'
 
 test: test-quick
 	@$(MAKE) --no-print-directory test-slow

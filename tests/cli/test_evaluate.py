@@ -94,6 +94,18 @@ def test_a_run_and_the_same_run_again(
     assert "another tasks of text-256" in refused
 
 
+def test_without_data_the_files_are_the_bundled_documents(
+    run: Run, tiny_model: Path, tmp_path: Path, engines: list[dict[str, Any]]
+) -> None:
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(json.dumps({"tasks": [{**TEXT, "files": ["revere.txt"]}]}))
+    given = ("eval", tiny_model, suite, "--output", tmp_path / "out")
+    assert "| 256 | full |" in run(*given)
+    assert "cannot read" in plain(run(*given, "--data", tmp_path, code=2))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert found["run"]["model"] == tiny_model.name
+
+
 def test_cloze_and_questions_are_asked(
     evaluate: Evaluate, text_file: Path, tmp_path: Path, engines: list[dict[str, Any]]
 ) -> None:

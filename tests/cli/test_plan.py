@@ -1,7 +1,9 @@
 """Arithmetic of ``plan`` against numbers worked out by hand."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +18,7 @@ from vllm_sepllm.cli.kv_sizes import KVShape, read_shape
 
 def plan(run: Run, model: Path, *options: object) -> dict[str, object]:
     base = ("plan", model, "--kv-memory", "10MiB", "--context", "1k", "--json")
-    return dict(json.loads(run(*base, *options)))
+    return dict(json.loads(run(*base, "--block-size", 16, *options)))
 
 
 def test_bytes_and_requests_of_a_tiny_llama(run: Run, tiny_model: Path) -> None:
@@ -91,6 +93,24 @@ def test_a_protected_prefix_is_kept_beside_window_and_separators(
     assert rows["protected 0 tokens"]["estimate"]["entries"] == 326
     assert rows["protected 1,024 tokens"]["estimate"] == answer["full"]
     assert plan(run, tiny_model, "--protected", 2)["sepllm"] == plan(run, tiny_model)["sepllm"]
+
+
+def test_blocks_are_those_of_the_platform(
+    run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """328 entries are 11 blocks of 32 on CPUs, where sepllm takes no smaller ones."""
+    base = ("plan", tiny_model, "--kv-memory", "10MiB", "--context", "1k", "--density", 0.09375)
+    block_size = pytest.importorskip("vllm_sepllm.integration.startup.block_size")
+    for is_cpu, size, num_blocks in ((True, 32, 11), (False, 16, 21)):
+        platform = SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu, device_name="some")
+        monkeypatch.setattr(block_size, "current_platform", platform)
+        answer = json.loads(run(*base, "--json"))
+        assert answer["sepllm"]["request_bytes"] == 512 * size * num_blocks
+        assert f"Blocks of {size} tokens (this platform, some)." in run(*base)
+    assert "Blocks of 64 tokens (--block-size)." in run(*base, "--block-size", 64)
+    # without vLLM
+    monkeypatch.setitem(sys.modules, block_size.__name__, None)
+    assert "Blocks of 16 tokens (GPUs, as no vLLM is installed here" in run(*base)
 
 
 def test_the_table_says_what_it_is(run: Run, tiny_model: Path) -> None:

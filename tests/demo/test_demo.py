@@ -16,6 +16,7 @@ from vllm_sepllm.demo import offline
 titles = ["glow-worm", "redwoods", "revere"]
 offline.documents = lambda: {title: sample.documents()[title][:4000] for title in titles}
 offline.MAX_ANSWER_TOKENS = 16
+offline.MAX_MODEL_LEN = 4096  # the KV cache holds no longer request of this model
 offline.main()
 """
 

@@ -1,5 +1,6 @@
 """The table says what was measured."""
 
+import re
 from dataclasses import replace
 
 from rich.console import Console
@@ -8,7 +9,8 @@ from vllm_sepllm.demo.offline import Result
 from vllm_sepllm.demo.report import comparison
 
 STOCK = Result(
-    answers={"text": "a stock\nanswer"},
+    answers={"revere": "a stock\nhorse-box", "sierras": "none"},
+    distances={"revere": 20, "sierras": 6000},
     num_prompt_tokens=8000,
     num_answer_tokens=60,
     seconds=20.0,
@@ -18,7 +20,11 @@ STOCK = Result(
     block_bytes=2**20,
 )
 SEPLLM = replace(
-    STOCK, answers={"text": "another"}, seconds=10.0, num_running=10, blocks_per_request=10
+    STOCK,
+    answers={"revere": "another", "sierras": "ours"},
+    seconds=10.0,
+    num_running=10,
+    blocks_per_request=10,
 )
 
 
@@ -39,4 +45,7 @@ def test_table_shows_both_sides_and_their_ratio() -> None:
     assert "wall time, s 20.0 10.0 0.50" in lines
     assert "prompt tokens/s 400 800 2.00" in lines
     assert "answer tokens/s 3.0 6.0 2.00" in lines
-    assert "text a stock answer another" in lines
+    assert "answers in the text's own words 1 0 0.00" in lines
+    words = " ".join(lines)
+    assert re.search(r"horse-box 20 a stock (.* )?another", words)
+    assert words.index("horse-box 20") < words.index("6,000")

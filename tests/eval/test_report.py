@@ -198,3 +198,33 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
     drawn = draw(tmp_path, report.results(rows, store, FACTS))
     assert [path.name for path in drawn] == ["text.png", "kv.png", "needle.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_plots_are_drawn_again_from_stored_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the answers, and with what other machines may see alone."""
+    pytest.importorskip("matplotlib")
+    from vllm_sepllm.eval import plots
+
+    rows, store = measured(tmp_path / "answers", [BOOKS, NEEDLES])
+    found = report.results(rows, store, FACTS)
+    report.write(tmp_path, found, {"model": str(tmp_path / "Some-Model")})
+    stored = tmp_path / "results.json"
+    assert report.read(stored) == found
+    assert json.loads(stored.read_text())["run"] == {"model": "Some-Model"}
+    assert str(tmp_path) not in stored.read_text()
+    monkeypatch.setattr("sys.argv", ["plots", str(stored), str(tmp_path / "again")])
+    plots.main()
+    again = sorted(path.name for path in (tmp_path / "again").iterdir())
+    assert again == ["kv.png", "needle.png", "text.png"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"results": [{}]}', '{"results": [1]}'])
+def test_what_is_no_result_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"results\.json holds no results of"):
+        report.read(path)
+    with pytest.raises(ValueError, match=r"cannot read .*none\.json"):
+        report.read(tmp_path / "none.json")

@@ -6,6 +6,7 @@ import pytest
 
 from vllm_sepllm.eval.methods import DEFAULTS, Method
 from vllm_sepllm.eval.suite_file import read_suite
+from vllm_sepllm.sample import FOLDER
 
 TEXT = "tasks: [{kind: text, files: [a.txt], context: [64]}]\n"
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "examples/eval").glob("*.yaml"))
@@ -50,6 +51,14 @@ def test_without_methods_a_suite_compares_the_defaults(tmp_path: Path) -> None:
 def test_the_suites_of_the_documents_are_valid(path: Path) -> None:
     suite = read_suite(path)
     assert suite.compared[0] == Method("full", None)
+
+
+def test_the_suite_of_the_sample_needs_no_other_files() -> None:
+    (path,) = (path for path in EXAMPLES if path.name == "sample.yaml")
+    for task in read_suite(path).tasks:
+        for file in task.files:
+            # a token of a book is at least three characters
+            assert len((FOLDER / file).read_text("utf-8")) > 3 * max(task.context)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Output that all subcommands share."""
 
 import json
+import os
 import sys
 
 import typer
@@ -26,3 +27,10 @@ def print_table(console: Console, title: str, table: Table) -> None:
 def print_json(value: object) -> None:
     """One JSON document, not wrapped."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def quiet_vllm() -> None:
+    """Keep vLLM's log off what a command prints; a user who set these wants to read it."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from vllm_sepllm import __version__
 from vllm_sepllm.cli import options
-from vllm_sepllm.cli.console import make_console, print_json
+from vllm_sepllm.cli.console import make_console, print_json, quiet_vllm
 
 PACKAGES = ("vllm", "torch", "triton", "transformers")
 ENTRY_POINTS = {
@@ -103,16 +103,9 @@ def installed_entry_points() -> list[Check]:
     return checks
 
 
-def _quiet_vllm() -> None:
-    """Keep vLLM's log off the report; a user who set these wants to read it."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
-
 def vllm_checks() -> list[Check]:
     """The installed vLLM: does it import, know our name, and keep what we lean on?"""
-    _quiet_vllm()
+    quiet_vllm()
     try:
         from vllm_sepllm.integration.startup import diagnosis
     except Exception as error:  # a vLLM that moved a name, or a broken torch

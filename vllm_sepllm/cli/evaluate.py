@@ -16,6 +16,7 @@ from vllm_sepllm.cli.kv_sizes import load_shape
 from vllm_sepllm.cli.tokens import load_tokenizer
 from vllm_sepllm.policy.initial import protected_end
 from vllm_sepllm.policy.separators.rules import token_separators
+from vllm_sepllm.sample import FOLDER
 
 if TYPE_CHECKING:  # they import torch
     from vllm_sepllm.eval.run import Row
@@ -31,7 +32,12 @@ def evaluate(
         typer.Argument(help="Tasks and methods, YAML: see examples/eval/, docs/quality.md."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of answers and report.")],
-    data: Annotated[Path, typer.Option(help="Folder of the files that the suite names.")] = Path(),
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the files that the suite names [default: vllm_sepllm's own documents]"
+        ),
+    ] = None,
     questions: Annotated[
         int | None, typer.Option(min=1, help="Ask this many of each task, from the first.")
     ] = None,
@@ -48,7 +54,7 @@ def evaluate(
     try:
         wanted = read_suite(suite)
         num_layers, tokenizer = _num_layers(model), load_tokenizer(model)
-        built = build(wanted, data, tokenizer, questions)
+        built = build(wanted, data or FOLDER, tokenizer, questions)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     longest = max(task.length for task, _ in built)

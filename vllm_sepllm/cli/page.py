@@ -3,15 +3,14 @@
 import html
 import json
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
 import numpy as np
 
-from vllm_sepllm.policy.epochs import epochs_of
-from vllm_sepllm.policy.kept import State, kept_lengths, token_states
+from vllm_sepllm.policy.epochs import Epoch, epochs_of
+from vllm_sepllm.policy.kept import kept_lengths
 from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
 # sizes of the plot, in the units of its viewBox
@@ -37,7 +36,7 @@ def build_page(
     note: str = "",
     initial: str = "initial",
 ) -> str:
-    """The whole page, showing the last position until its script has started.
+    """The whole page; its script draws what is on the screen, and shows the last position first.
 
     Args:
         title: of the text; escaped here, as everything else is.
@@ -49,9 +48,8 @@ def build_page(
         initial: what the initial tokens are, "initial" or "protected", each in its colour.
     """
     last = len(pieces) - 1
-    states = token_states(policy, is_separator, last)
     lengths = kept_lengths(policy, is_separator)
-    counts = Counter(states.tolist())
+    epochs = [] if policy.max_position is None else epochs_of(policy, is_separator)
     parts = {
         "title": html.escape(title),
         "subtitle": html.escape(subtitle),
@@ -59,34 +57,31 @@ def build_page(
         "style": asset("page.css"),
         "script": asset("page.js"),
         "last": str(last),
-        "plot": _plot(lengths, _epoch_starts(policy, is_separator)),
+        "plot": _plot(lengths, policy, epochs),
         "note": f'<p class="note">{html.escape(note)}</p>' if note else "",
         "summary": f"The cache ends with {lengths[-1]:,} entries, full attention {last + 1:,}.",
-        "tokens": "".join(map(_span, pieces, states.tolist(), is_separator.tolist())),
-        "data": _data(is_separator, policy),
+        "data": _data(pieces, is_separator, policy, epochs),
     }
-    parts |= {f"count{state.value}": f"{counts[state.value]:,}" for state in State}
     # one pass, so that text that looks like a placeholder stays text
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], asset("page.html"))
 
 
-def _span(piece: str, state: int, is_separator: bool) -> str:
-    """One token: its line breaks get a visible sign, and one without text of its own a dot."""
-    # lone surrogates cannot be written as UTF-8
-    text = piece.translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8")
-    body = html.escape(text, quote=False).replace("\r", "&#13;").replace("\n", "<u></u>\n")
-    mark = " data-s" if is_separator else ""
-    return f'<span class="s{state}"{mark}>{body or "<i></i>"}</span>'
-
-
-def _data(is_separator: BoolArray, policy: Policy) -> str:
+def _data(
+    pieces: Sequence[str], is_separator: BoolArray, policy: Policy, epochs: Sequence[Epoch]
+) -> str:
     """What the script needs, as JSON that cannot close its element."""
+    # lone surrogates cannot be written as UTF-8
+    shown = [p.translate(_CONTROLS).encode("utf-8", "replace").decode("utf-8") for p in pieces]
     data = {
         "numTokens": len(is_separator),
         "initialTokens": policy.initial_tokens,
         "window": policy.window,
         "maxSeparators": policy.max_separators,
-        "separators": np.flatnonzero(is_separator).tolist(),
+        "text": "".join(shown),
+        # as JavaScript counts them, in units of UTF-16
+        "lengths": [len(piece.encode("utf-16-le")) // 2 for piece in shown],
+        "separatorGaps": np.diff(np.flatnonzero(is_separator), prepend=0).tolist(),
+        "epochs": [{"start": epoch.start, "shift": epoch.shift} for epoch in epochs],
         "plot": {
             "left": LEFT,
             "top": TOP,
@@ -95,17 +90,12 @@ def _data(is_separator: BoolArray, policy: Policy) -> str:
             "viewWidth": VIEW_WIDTH,
         },
     }
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    # most of it is the text: 100,000 tokens of a book are less than a megabyte
+    compact = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    return compact.replace("<", "\\u003c")
 
 
-def _epoch_starts(policy: Policy, is_separator: BoolArray) -> list[int]:
-    """Where positions begin anew."""
-    if policy.max_position is None:
-        return []
-    return [epoch.start for epoch in epochs_of(policy, is_separator)[1:]]
-
-
-def _plot(lengths: IntArray, epoch_starts: Sequence[int]) -> str:
+def _plot(lengths: IntArray, policy: Policy, epochs: Sequence[Epoch]) -> str:
     """Cache length over position, in both directions on one scale: [num_tokens] -> SVG."""
     num_tokens = len(lengths)
     right, bottom = LEFT + WIDTH, TOP + HEIGHT
@@ -115,8 +105,10 @@ def _plot(lengths: IntArray, epoch_starts: Sequence[int]) -> str:
         shapes.append(f'<path class="grid" d="M{LEFT} {y}H{right}M{x} {TOP}V{bottom}"/>')
         shapes.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{tick:,}</text>')
         shapes.append(f'<text x="{x}" y="{bottom + 14}" text-anchor="middle">{tick:,}</text>')
-    for start in epoch_starts:
-        x = _x(start, num_tokens)
+    width = round(WIDTH * min(policy.initial_tokens, num_tokens) / num_tokens, 1)
+    shapes.append(f'<rect class="initial" x="{LEFT}" y="{TOP}" width="{width}" height="{HEIGHT}"/>')
+    for epoch in epochs[1:]:
+        x = _x(epoch.start, num_tokens)
         shapes.append(f'<path class="epoch" d="M{x} {TOP}V{bottom}"/>')
     end = _y(int(lengths[-1]), num_tokens)
     # names stand at the ends of the curves, apart even where the curves meet

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from vllm_sepllm.cli import options
-from vllm_sepllm.cli.console import make_console, print_json, print_table
+from vllm_sepllm.cli.console import make_console, print_json, print_table, quiet_vllm
 from vllm_sepllm.cli.kv_sizes import (
     DTYPE_BYTES,
     Deployment,
@@ -29,6 +29,8 @@ PROTECTED = (0, 1024, 4096)
 DENSITIES = (0.05, 0.13, 0.25)
 # vLLM's InputBatch: an id of 4 bytes and a flag for each token that a request may have
 HOST_BYTES = 5
+# vLLM's default, which its backends for GPUs take
+GPU_BLOCK_SIZE = 16
 FULL_LAYERS = ((), (0, -1), (0, 1, -2, -1))
 
 
@@ -48,6 +50,7 @@ class Plan:
     Attributes:
         kind: always LABEL.
         density: assumed share of separators among the tokens that left the window.
+        block_origin: where the block size comes from.
         config: resolved, without the separators, which the arithmetic does not need.
         worst: sepllm when every token is a separator.
         effects: the same with one setting changed at a time.
@@ -56,6 +59,7 @@ class Plan:
     kind: str
     model: str
     density: float
+    block_origin: str
     shape: KVShape
     deployment: Deployment
     config: dict[str, Any]
@@ -82,7 +86,10 @@ def plan(
     full_layers: options.FullLayers = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share KV heads.")] = 1,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a KV block.")] = 16,
+    block_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of a KV block [default: this platform's]"),
+    ] = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Bytes a request and concurrent requests, from the model's config alone. Arithmetic."""
@@ -91,7 +98,8 @@ def plan(
     except ValueError as error:
         raise typer.BadParameter(f"no plan for {model!r}: {error}") from None
     kv_dtype = _resolved_dtype(dtype, shape)
-    deployment = Deployment(kv_memory, context, tensor_parallel, kv_dtype, block_size)
+    size, origin = (block_size, "--block-size") if block_size else _platform_block_size()
+    deployment = Deployment(kv_memory, context, tensor_parallel, kv_dtype, size)
     config = options.make_config(
         initial_tokens=initial_tokens,
         window=window,
@@ -101,7 +109,7 @@ def plan(
         full_layers=options.layer_indices(full_layers),
     )
     try:
-        made = make_plan(model, shape, deployment, config, density, protected)
+        made = make_plan(model, shape, deployment, config, density, protected, origin)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if as_json:
@@ -116,7 +124,8 @@ def make_plan(
     deployment: Deployment,
     config: SepLLMConfig,
     density: float,
-    protected: int = 0,
+    protected: int,
+    block_origin: str,
 ) -> Plan:
     """All estimates for one model and deployment.
 
@@ -130,6 +139,7 @@ def make_plan(
         kind=LABEL,
         model=model,
         density=density,
+        block_origin=block_origin,
         shape=shape,
         deployment=deployment,
         config=settings,
@@ -138,6 +148,17 @@ def make_plan(
         worst=estimate(shape, deployment, resolved, 1.0),
         effects=list(effects(shape, deployment, config, density, protected)),
     )
+
+
+def _platform_block_size() -> tuple[int, str]:
+    """Tokens of a block with which sepllm would run here, and of what platform that is."""
+    quiet_vllm()
+    try:
+        from vllm_sepllm.integration.startup.block_size import platform_block_size
+    except ImportError:
+        return GPU_BLOCK_SIZE, "GPUs, as no vLLM is installed here; CPUs take 32"
+    name, size = platform_block_size()
+    return size, f"this platform, {name}"
 
 
 def _resolved_dtype(dtype: str, shape: KVShape) -> str:
@@ -249,8 +270,9 @@ def _assumptions(made: Plan) -> str:
         f"This is {LABEL}. It assumes that {made.density:.0%} of the tokens beyond the window are "
         "separators; `vllm-sepllm separators MODEL FILE` counts them in your text.",
         f"{len(shape.full)} of {shape.num_layers} layers have full attention, {shape.num_kv_heads} "
-        f"KV heads of {shape.head_size}, {deployment.dtype}, blocks of {deployment.block_size}, "
-        f"on each of {deployment.tensor_parallel} device(s).",
+        f"KV heads of {shape.head_size}, {deployment.dtype}, on each of "
+        f"{deployment.tensor_parallel} device(s).",
+        f"Blocks of {deployment.block_size} tokens ({made.block_origin}).",
         ", ".join(f"{name} {value}" for name, value in config.items()) + ".",
         "Weights, activations and what vLLM pads when layers of several kinds share a pool are "
         "not in it.",

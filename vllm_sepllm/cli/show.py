@@ -37,11 +37,13 @@ def show(
     max_separators: options.MaxSeparators = None,
     max_position: options.MaxPosition = None,
     max_tokens: Annotated[
-        int,
+        int | None,
         typer.Option(
-            parser=options.as_tokens, metavar="TOKENS", help="Show no more tokens than these."
+            parser=options.as_tokens,
+            metavar="TOKENS",
+            help="Show no more tokens than these [default: the whole text]",
         ),
-    ] = 8192,
+    ] = None,
     attention: Annotated[
         bool,
         typer.Option(

@@ -11,16 +11,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vllm_sepllm.demo.corpus import chat
-from vllm_sepllm.demo.offline import KV_CACHE_BYTES, Result
+from vllm_sepllm.demo.corpus import QUESTIONS, chat
+from vllm_sepllm.demo.offline import KV_CACHE_BYTES, MAX_ANSWER_TOKENS, MAX_MODEL_LEN, Result
 from vllm_sepllm.demo.report import comparison
-from vllm_sepllm.models import ensure_model
+from vllm_sepllm.models import QWEN_SMALL, ensure_model
 from vllm_sepllm.processes import run_in_process, serving
 from vllm_sepllm.sample import documents
 
-TITLE, QUESTION = "revere", "What happened at Revere, and who was killed?"
+TITLE = "revere"
 SERVE_OPTIONS = ["--attention-backend", "sepllm", "--dtype", "bfloat16", "--enforce-eager"]
 SERVE_OPTIONS += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+SERVE_OPTIONS += ["--max-model-len", str(MAX_MODEL_LEN)]
 START_SECONDS = 300.0
 
 console = Console()
@@ -38,16 +39,17 @@ def ask(base_url: str, model: Path) -> None:
     """Stream the answer to one question about one document, through the openai client."""
     from openai import OpenAI
 
+    question = QUESTIONS[TITLE].text
     start = time.perf_counter()
     client = OpenAI(base_url=base_url, api_key="unused")
     stream = client.chat.completions.create(
         model=str(model),
-        messages=chat(documents()[TITLE], QUESTION),
+        messages=chat(documents()[TITLE], question),
         temperature=0.0,
-        max_tokens=96,
+        max_tokens=MAX_ANSWER_TOKENS,
         stream=True,
     )
-    console.print(f"  {TITLE}: [bold]{QUESTION}[/]\n  ", end="")
+    console.print(f"  {TITLE}: [bold]{question}[/]\n  ", end="")
     first = None
     for chunk in stream:
         if text := chunk.choices[0].delta.content:
@@ -64,8 +66,8 @@ def main() -> None:
     start = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="vllm-sepllm-demo-"))
     console.print(f"Logs of the engines are in {folder}")
-    console.rule("1/4 model: SmolLM2-135M-Instruct")
-    model = ensure_model(args.model)
+    console.rule(f"1/4 model: {QWEN_SMALL.name}, a download of {QWEN_SMALL.num_bytes / 1e6:.0f} MB")
+    model = ensure_model(args.model, QWEN_SMALL)
     console.print(f"  {model}")
     console.rule(f"2/4 LLM.generate over {len(documents())} documents, stock vLLM")
     stock = measure(model, "stock", folder)

@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sepllm.demo.corpus import SUMMARY, chat
+from vllm_sepllm.demo.corpus import QUESTIONS, chat
 from vllm_sepllm.demo.probe import Probe
 from vllm_sepllm.sample import documents
 
 BLOCK_SIZE = 32
-# room for two of the documents with full attention: 440 blocks of SmolLM2 in bfloat16
-KV_CACHE_BYTES = 310 * 2**20
-MAX_ANSWER_TOKENS = 64
+MAX_MODEL_LEN = 8192
+# room for two of the documents with full attention: 440 blocks of the 0.5B model in bfloat16
+KV_CACHE_BYTES = 165 * 2**20
+MAX_ANSWER_TOKENS = 40
+AS_TEXT: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Result:
 
     Attributes:
         answers: document title -> answer.
+        distances: document title -> tokens between what answers the question and the answer.
         num_prompt_tokens, num_answer_tokens: totals over all requests.
         seconds: wall time of ``LLM.generate``, without start-up.
         num_running: most requests that held KV cache at the same time.
@@ -36,6 +39,7 @@ class Result:
     """
 
     answers: dict[str, str]
+    distances: dict[str, int]
     num_prompt_tokens: int
     num_answer_tokens: int
     seconds: float
@@ -43,6 +47,11 @@ class Result:
     num_blocks: int
     blocks_per_request: int
     block_bytes: int
+
+    @property
+    def num_right(self) -> int:
+        """Answers with the words that the document answers the question with."""
+        return sum(QUESTIONS[title].is_answered_by(text) for title, text in self.answers.items())
 
     @property
     def mib_per_request(self) -> float:
@@ -62,6 +71,7 @@ def engine_arguments(model: Path, backend: str) -> dict[str, Any]:
         "dtype": "bfloat16",
         "enforce_eager": True,
         "block_size": BLOCK_SIZE,
+        "max_model_len": MAX_MODEL_LEN,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
         "enable_prefix_caching": False,
     }
@@ -69,25 +79,31 @@ def engine_arguments(model: Path, backend: str) -> dict[str, Any]:
 
 
 def run(model: Path, backend: str) -> Result:
-    """Start an engine, ask for a summary of every document at once, and measure."""
+    """Start an engine, ask one question about every document, all at once, and measure."""
     from vllm import LLM, SamplingParams
 
     print(f"  starting vLLM ({backend}), half a minute", flush=True)
     llm = LLM(**engine_arguments(model, backend))
     texts = documents()
-    template = llm.get_tokenizer().apply_chat_template
-    prompts = [
-        template([*chat(text, SUMMARY)], tokenize=False, add_generation_prompt=True)
-        for text in texts.values()
-    ]
+    tokenizer = llm.get_tokenizer()
+    template = tokenizer.apply_chat_template
+    prompts = {
+        title: str(template([*chat(text, QUESTIONS[title].text)], **AS_TEXT))
+        for title, text in texts.items()
+    }
+    distances = {
+        title: len(tokenizer.encode(prompt.partition(QUESTIONS[title].told)[2]))
+        for title, prompt in prompts.items()
+    }
     llm.generate("Warm up.", SamplingParams(max_tokens=2), use_tqdm=False)
     probe = Probe(llm)
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
     start = time.perf_counter()
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm.generate(list(prompts.values()), sampling, use_tqdm=False)
     seconds = time.perf_counter() - start
     return Result(
         answers={t: o.outputs[0].text.strip() for t, o in zip(texts, outputs, strict=True)},
+        distances=distances,
         num_prompt_tokens=sum(len(o.prompt_token_ids or ()) for o in outputs),
         num_answer_tokens=sum(len(o.outputs[0].token_ids) for o in outputs),
         seconds=seconds,

@@ -1,12 +1,16 @@
-"""The report's pictures; needs matplotlib, the extra ``eval``."""
+"""The report's pictures; needs matplotlib, the extra ``eval``.
 
+Run: ``python -m vllm_sepllm.eval.plots results.json FOLDER`` draws them again, in FOLDER
+"""
+
+import sys
 from collections.abc import Sequence
 from math import nan
 from pathlib import Path
 
 from vllm_sepllm.eval.methods import FIXED, SEPLLM, STREAMING
 from vllm_sepllm.eval.needle import Needles
-from vllm_sepllm.eval.report import Result
+from vllm_sepllm.eval.report import Result, read
 from vllm_sepllm.eval.statistics import Estimate
 from vllm_sepllm.eval.text import Texts
 
@@ -110,3 +114,21 @@ def _kind(row: Result) -> str:
     """The method whose rule the settings follow."""
     preset = (row.settings or {}).get("preset")
     return SEPLLM if preset is None else str(preset)
+
+
+def main() -> None:
+    """Draw the pictures of a stored run and print their names."""
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m vllm_sepllm.eval.plots results.json FOLDER")
+    results, folder = map(Path, sys.argv[1:])
+    try:
+        found = read(results)
+    except ValueError as error:
+        sys.exit(f"[plots] {error}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in draw(folder, found):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

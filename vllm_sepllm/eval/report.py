@@ -179,10 +179,34 @@ _MEASURES = {
 
 
 def write(folder: Path, found: Sequence[Result], run: dict[str, Any]) -> None:
-    """``results.json`` and ``report.md``."""
-    document = {"run": run, "results": [asdict(result) for result in found]}
+    """``results.json`` and ``report.md``; of a model's folder they tell others the name alone."""
+    shown = dict(run)
+    if Path(shown.get("model", "")).is_absolute():
+        shown["model"] = Path(shown["model"]).name
+    document = {"run": shown, "results": [asdict(result) for result in found]}
     (folder / "results.json").write_text(json.dumps(document, indent=1), "utf-8")
     (folder / "report.md").write_text(markdown(found), "utf-8")
+
+
+def read(path: Path) -> list[Result]:
+    """The results in a ``results.json``.
+
+    Raises:
+        ValueError: if there is no such file, or it holds something else.
+    """
+    try:
+        rows = json.loads(path.read_text("utf-8"))["results"]
+        return [_result(row) for row in rows]
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no results of `vllm-sepllm eval` ({error!r})") from None
+
+
+def _result(row: dict[str, Any]) -> Result:
+    values = {name: Estimate(**value) for name, value in row["values"].items()}
+    counts = {name: (int(a), int(b)) for name, (a, b) in row["counts"].items()}
+    return Result(**{**row, "values": values, "counts": counts})
 
 
 def markdown(found: Sequence[Result]) -> str:

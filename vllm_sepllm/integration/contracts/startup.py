@@ -11,6 +11,9 @@ CONTRACTS = by_hand(
             "block_size: int | None": "filled in on CPUs",
             "async_scheduling: bool | None": "switched off for speculative decoding",
         },
+        "vllm.config.cache:CacheConfig": {
+            "DEFAULT_BLOCK_SIZE: ClassVar[int]": "read: blocks on GPUs, for `plan`",
+        },
         "vllm.config.scheduler:SchedulerConfig": {
             "scheduler_cls: str | type[object] | None": "becomes ours, by its path",
             "disable_hybrid_kv_cache_manager: bool | None": "switched back off",

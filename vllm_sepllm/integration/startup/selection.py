@@ -21,6 +21,7 @@ from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, ResolvedConfig, SepLLMConf
 from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.patch import wrap_once
 from vllm_sepllm.integration.startup import lengths, refusals
+from vllm_sepllm.integration.startup.block_size import CPU_BLOCK_SIZE
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register_backend_name
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
@@ -31,9 +32,6 @@ from vllm_sepllm.policy.separators.rules import token_separators
 
 _CPU_WORKER = "vllm_sepllm.integration.worker.cpu.worker.SepLLMCPUWorker"
 _GPU_WORKER = "vllm_sepllm.integration.worker.gpu.worker.SepLLMGPUWorker"
-# The default of vLLM's CPU platform is 128, in which a compact cache wastes 64 entries on average.
-# 32 is the smallest size for its kernels.
-_CPU_BLOCK_SIZE = 32
 
 
 def install() -> None:
@@ -113,7 +111,7 @@ def _selection_hidden(
     engine_args.attention_backend = None
     engine_args.attention_config = replace(engine_args.attention_config, backend=backend)
     if engine_args.block_size is None and current_platform.is_cpu():
-        engine_args.block_size = _CPU_BLOCK_SIZE
+        engine_args.block_size = CPU_BLOCK_SIZE
     if engine_args.speculative_config is not None:
         # the plan needs the start of the next step, which the accepted drafts decide
         engine_args.async_scheduling = False
