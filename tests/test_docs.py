@@ -123,6 +123,8 @@ def check_path(path: str, *folders: str) -> None:
 def check_python(arguments: list[str]) -> None:
     if arguments[0] == "-m" and arguments[1] == "vllm_sepllm":
         check_ours(arguments[2:])
+    elif arguments[:2] == ["-m", "pip"]:
+        pass  # looking for it makes setuptools hand out the standard library's distutils
     elif arguments[0] == "-m":
         assert find_spec(arguments[1]) is not None, arguments[1]
     else:
