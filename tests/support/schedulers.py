@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm import SamplingParams
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -49,6 +49,7 @@ class Setting:
         max_num_batched_tokens: tokens of a step.
         max_num_seqs: requests of a step.
         policy: of ``additional_config["sepllm"]``, as items.
+        load_failures: with the NixlConnector, and its policy for states that cannot be loaded.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class Setting:
     max_num_batched_tokens: int = 96
     max_num_seqs: int = 6
     policy: tuple[tuple[str, Any], ...] = (("window", 28), ("checkpoint_interval", 256))
+    load_failures: Literal["recompute", "fail"] | None = None
 
 
 def write_model(folder: Path) -> Path:
@@ -74,6 +76,12 @@ def _config(setting: Setting) -> VllmConfig:
         "attention_backend": "sepllm",
         "additional_config": {"sepllm": ours},
     }
+    if setting.load_failures is not None:
+        selected["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="NixlConnector",
+            kv_role="kv_both",
+            kv_load_failure_policy=setting.load_failures,
+        )
     config = EngineArgs(
         model=str(setting.model),
         skip_tokenizer_init=True,
