@@ -189,7 +189,10 @@ def _complete(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
         _CPU_WORKER if current_platform.is_cpu() else _GPU_WORKER
     )
     if vllm_config.kv_transfer_config is not None:
-        vllm_config.kv_transfer_config.kv_connector_module_path = NIXL_MODULE
+        # the object is the user's
+        vllm_config.kv_transfer_config = replace(
+            vllm_config.kv_transfer_config, kv_connector_module_path=NIXL_MODULE
+        )
 
 
 def _warn_of_positions(model_config: ModelConfig) -> None:
