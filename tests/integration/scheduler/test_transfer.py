@@ -20,6 +20,12 @@ from tests.support.schedulers import Setting, random_tokens, write_model
 
 POLICY = (("initial_tokens", 3), ("window", 28), ("max_separators", 60))
 OTHER = (("initial_tokens", 3), ("window", 40), ("max_separators", 60))
+RENUMBERED = (
+    *POLICY[:2],
+    ("max_separators", 20),
+    ("positions", "renumbered"),
+    ("max_position", 120),
+)
 CHECKPOINTS = (("checkpoint_interval", 96),)
 MAX_TOKENS = 6
 Make = Callable[..., Instance]
@@ -238,17 +244,19 @@ def test_a_state_of_another_text_or_of_stock_vllm_is_not_read(
     seed=st.integers(0, 1 << 30),
     num_blocks=st.sampled_from([16, 40, 200]),
     failures=st.sampled_from(["recompute", "fail"]),
-    with_full=st.booleans(),
+    kind=st.sampled_from(["alone", "beside full layers", "renumbered"]),
 )
 @settings(max_examples=25)
 def test_states_arrive_late_in_any_order_or_not_at_all(
-    make: Make, seed: int, num_blocks: int, failures: str, with_full: bool
+    make: Make, seed: int, num_blocks: int, failures: str, kind: str
 ) -> None:
     """Proves that every read is the rule's and that no block is lost: in pools for few requests,
     with windows of the requests' own, among requests that are computed where they are decoded.
     """
     pick = random.Random(seed)
-    more = {"with_full": with_full, "num_blocks": num_blocks}
+    more: dict[str, Any] = {"with_full": kind == "beside full layers", "num_blocks": num_blocks}
+    if kind == "renumbered":
+        more["policy"] = RENUMBERED
     prefiller, decoder = make(**more), make(failures=failures, **more)
     text, aborted = random_tokens(pick, 300), set()
     requests: dict[str, tuple[list[int], dict[str, Any]]] = {}
@@ -263,7 +271,7 @@ def test_states_arrive_late_in_any_order_or_not_at_all(
         if decoder.reads and pick.random() < 0.5:
             read = decoder.reads.pop(pick.randrange(len(decoder.reads)))
             if pick.random() < 0.3:
-                decoder.is_lost(read, by_block=not with_full)
+                decoder.is_lost(read, by_block=kind == "alone")
             else:
                 decoder.arrives(read, prefiller)
             prefiller.was_read(read.source)
@@ -273,7 +281,8 @@ def test_states_arrive_late_in_any_order_or_not_at_all(
     for number in range(8):
         name = f"request-{number}"
         prompt = text[: pick.randrange(180)] + random_tokens(pick, pick.randrange(1, 20))
-        chosen = {"sepllm_window": pick.choice([16, 50])} if pick.random() < 0.3 else {}
+        is_own = kind != "renumbered" and pick.random() < 0.3
+        chosen = {"sepllm_window": pick.choice([16, 50])} if is_own else {}
         requests[name] = prompt, chosen
         if pick.random() < 0.8:
             prefiller.arrive(
