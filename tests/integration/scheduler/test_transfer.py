@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.instances import Instance
-from tests.support.schedulers import Setting, random_tokens, write_model
+from tests.support.schedulers import Setting, make_request, random_tokens, starts, write_model
 
 POLICY = (("initial_tokens", 3), ("window", 28), ("max_separators", 60))
 OTHER = (("initial_tokens", 3), ("window", 40), ("max_separators", 60))
@@ -238,6 +238,20 @@ def test_a_state_of_another_text_or_of_stock_vllm_is_not_read(
     assert len(decoder.tokens["other"]) == len(decoder.tokens["stock"]) == MAX_TOKENS
     assert "tokens is" in warnings[0]
     assert "does not say that it serves with sepllm" in warnings[1]
+
+
+def test_without_a_connector_a_request_is_computed_where_it_is(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings = heard(monkeypatch)
+    prefiller, decoder = make(), make(failures=None)
+    prompt = random_tokens(random.Random(0), 100)
+    params = prefilled(prefiller, "there", prompt)
+    request = make_request("here", prompt, 1, extra_args={"kv_transfer_params": params})
+    decoder.scheduler.add_request(request)
+    output = decoder.scheduler.schedule()
+    assert starts(output) == {"here": 0}
+    assert not warnings
 
 
 @given(

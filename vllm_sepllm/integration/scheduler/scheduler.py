@@ -109,11 +109,14 @@ class _SepLLMMixin(Scheduler):
             self._usage.arrives_unprotected(live)
 
     def _check_state(self, live: LiveRequest) -> None:
-        """Treat a state that does not fit as vLLM treats one that cannot be loaded."""
+        """Treat a state that does not fit as vLLM treats one that cannot be loaded.
+
+        Without a connector nobody reads it, as in stock vLLM.
+        """
         reason = self._states.mismatch(live)
-        if reason is None:
+        live.ignores_state = self.connector is None or reason is not None
+        if self.connector is None or reason is None:
             return
-        live.ignores_state = True
         is_computed = self.recompute_kv_load_failures
         logger.warning(
             "sepllm: request %s %s, because it cannot start from the state of the prefill "
