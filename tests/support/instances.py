@@ -120,7 +120,8 @@ class Instance:
     def arrives(self, read: Read, other: "Instance") -> None:
         """The state has arrived, and its blocks here are still the request's."""
         for targets, sources in zip(read.targets, read.sources, strict=True):
-            for target, source in zip(targets, sources, strict=True):
+            # of a sliding window vLLM names more blocks than are read, the last ones
+            for target, source in zip(targets, sources[-len(targets) :], strict=True):
                 assert self.pool.blocks[target].ref_cnt
                 assert other.pool.blocks[source].ref_cnt
                 self.worker.receive(other.worker, source, target)

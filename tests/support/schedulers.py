@@ -15,7 +15,13 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -29,6 +35,9 @@ BLOCK = 32
 NUM_DRAFTS = 3
 SEPARATOR = 1
 FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32)
+SLIDING = SlidingWindowSpec(
+    block_size=BLOCK, sliding_window=40, num_kv_heads=1, head_size=64, dtype=torch.float32
+)
 KINDS = {
     "stock": Scheduler,
     "sync": SepLLMScheduler,
@@ -46,6 +55,7 @@ class Setting:
         kind: one of ``KINDS``.
         num_blocks: of the pool.
         with_full: a group of full-attention layers beside ours.
+        with_sliding: a group of sliding-window layers beside ours.
         max_num_batched_tokens: tokens of a step.
         max_num_seqs: requests of a step.
         policy: of ``additional_config["sepllm"]``, as items.
@@ -56,6 +66,7 @@ class Setting:
     kind: str = "sync"
     num_blocks: int = 1000
     with_full: bool = False
+    with_sliding: bool = False
     max_num_batched_tokens: int = 96
     max_num_seqs: int = 6
     policy: tuple[tuple[str, Any], ...] = (("window", 28), ("checkpoint_interval", 256))
@@ -107,7 +118,9 @@ def make_scheduler(setting: Setting, *, log_stats: bool = False) -> Any:
     """A scheduler with an empty pool."""
     config = _config(setting)
     config.cache_config.num_gpu_blocks = setting.num_blocks
-    specs = [FULL] if setting.with_full else []
+    specs: list[KVCacheSpec] = [FULL] if setting.with_full else []
+    if setting.with_sliding:
+        specs.append(SLIDING)
     if setting.kind == "stock":
         specs = [FULL]
     else:

@@ -258,7 +258,7 @@ def test_without_a_connector_a_request_is_computed_where_it_is(
     seed=st.integers(0, 1 << 30),
     num_blocks=st.sampled_from([16, 40, 200]),
     failures=st.sampled_from(["recompute", "fail"]),
-    kind=st.sampled_from(["alone", "beside full layers", "renumbered"]),
+    kind=st.sampled_from(["alone", "full", "sliding", "renumbered"]),
 )
 @settings(max_examples=25)
 def test_states_arrive_late_in_any_order_or_not_at_all(
@@ -268,7 +268,9 @@ def test_states_arrive_late_in_any_order_or_not_at_all(
     with windows of the requests' own, among requests that are computed where they are decoded.
     """
     pick = random.Random(seed)
-    more: dict[str, Any] = {"with_full": kind == "beside full layers", "num_blocks": num_blocks}
+    more: dict[str, Any] = {"num_blocks": num_blocks}
+    if kind in ("full", "sliding"):
+        more[f"with_{kind}"] = True
     if kind == "renumbered":
         more["policy"] = RENUMBERED
     prefiller, decoder = make(**more), make(failures=failures, **more)
