@@ -70,8 +70,10 @@ class LabelledWorker(LabelledCache):
         kv: KVCacheManager,
         ours: Sequence[int],
         apart: Mapping[str, int],
+        block_size: int = BLOCK,
     ) -> None:
         super().__init__()
+        self.block_size = block_size
         self.policies = policies
         self.kv = kv
         self.ours = ours
@@ -81,10 +83,17 @@ class LabelledWorker(LabelledCache):
         self.sealed: set[int] = set()
 
     def copy_block(self, source: int, target: int) -> None:
-        for offset in range(BLOCK):
+        self.receive(self, source, target)
+
+    def receive(self, other: "LabelledWorker", source: int, target: int) -> None:
+        """Copy a block of another worker's, whatever kind of layer it belongs to."""
+        size = self.block_size
+        for offset in range(size):
             # a block's slots past its entries were never written
-            if source * BLOCK + offset in self.memory:
-                self.memory[target * BLOCK + offset] = self.memory[source * BLOCK + offset]
+            if source * size + offset in other.memory:
+                self.memory[target * size + offset] = other.memory[source * size + offset]
+            if (source, offset) in other.others:
+                self.others[target, offset] = other.others[source, offset]
 
     def forward(self, scheduled: Sequence[Scheduled], plan: StepPlan) -> None:
         """A step of all its requests, in the order that vLLM's model runners give them."""
@@ -92,17 +101,17 @@ class LabelledWorker(LabelledCache):
         labels = [self.labels(part, plan) for part in batch]
         tables = [self.kv.get_block_ids(part.name) for part in batch]
         order = np.array([plan.rows[part.name] for part in batch], dtype=np.int64)
-        first = np.cumsum([0, *map(len, labels)])
+        first, size = np.cumsum([0, *map(len, labels)]), self.block_size
         for group_id in range(len(self.kv.kv_cache_config.kv_cache_groups)):
             own = [table[group_id] for table in tables]
             if group_id not in self.ours:
                 for blocks, part in zip(own, labels, strict=True):
                     self.other_layers(group_id, blocks, [tokens for tokens, _ in part])
                 continue
-            step = plan_batch(plan.of(order, group_id), first, int(first[-1]), BLOCK)
+            step = plan_batch(plan.of(order, group_id), first, int(first[-1]), size)
 
             def slot(row: int, entry: int, own: list[list[int]] = own) -> int:
-                return own[row][entry // BLOCK] * BLOCK + entry % BLOCK
+                return own[row][entry // size] * size + entry % size
 
             reads = iter(self.play(step, list(chain.from_iterable(labels)), slot))
             for part, queries in zip(batch, labels, strict=True):
@@ -141,7 +150,7 @@ class LabelledWorker(LabelledCache):
 
     def write(self, slot: Hashable, label: Label) -> None:
         assert isinstance(slot, int)
-        block = self.kv.block_pool.blocks[slot // BLOCK]
+        block = self.kv.block_pool.blocks[slot // self.block_size]
         assert block.ref_cnt == 1, "a shared block is written"
         assert block.block_id not in self.sealed, "a block of a checkpoint is written"
         super().write(slot, label)

@@ -5,17 +5,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from vllm import SamplingParams
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -29,6 +35,9 @@ BLOCK = 32
 NUM_DRAFTS = 3
 SEPARATOR = 1
 FULL = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=torch.float32)
+SLIDING = SlidingWindowSpec(
+    block_size=BLOCK, sliding_window=40, num_kv_heads=1, head_size=64, dtype=torch.float32
+)
 KINDS = {
     "stock": Scheduler,
     "sync": SepLLMScheduler,
@@ -46,18 +55,22 @@ class Setting:
         kind: one of ``KINDS``.
         num_blocks: of the pool.
         with_full: a group of full-attention layers beside ours.
+        with_sliding: a group of sliding-window layers beside ours.
         max_num_batched_tokens: tokens of a step.
         max_num_seqs: requests of a step.
         policy: of ``additional_config["sepllm"]``, as items.
+        load_failures: with the NixlConnector, and its policy for states that cannot be loaded.
     """
 
     model: Path
     kind: str = "sync"
     num_blocks: int = 1000
     with_full: bool = False
+    with_sliding: bool = False
     max_num_batched_tokens: int = 96
     max_num_seqs: int = 6
     policy: tuple[tuple[str, Any], ...] = (("window", 28), ("checkpoint_interval", 256))
+    load_failures: Literal["recompute", "fail"] | None = None
 
 
 def write_model(folder: Path) -> Path:
@@ -74,6 +87,12 @@ def _config(setting: Setting) -> VllmConfig:
         "attention_backend": "sepllm",
         "additional_config": {"sepllm": ours},
     }
+    if setting.load_failures is not None:
+        selected["kv_transfer_config"] = KVTransferConfig(
+            kv_connector="NixlConnector",
+            kv_role="kv_both",
+            kv_load_failure_policy=setting.load_failures,
+        )
     config = EngineArgs(
         model=str(setting.model),
         skip_tokenizer_init=True,
@@ -99,7 +118,9 @@ def make_scheduler(setting: Setting, *, log_stats: bool = False) -> Any:
     """A scheduler with an empty pool."""
     config = _config(setting)
     config.cache_config.num_gpu_blocks = setting.num_blocks
-    specs = [FULL] if setting.with_full else []
+    specs: list[KVCacheSpec] = [FULL] if setting.with_full else []
+    if setting.with_sliding:
+        specs.append(SLIDING)
     if setting.kind == "stock":
         specs = [FULL]
     else:

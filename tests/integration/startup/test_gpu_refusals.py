@@ -15,6 +15,7 @@ from tests.support.compatibility import refused
 from tests.support.refusals import check_sentence
 from tests.support.tiny_models import ARGUMENTS, write
 from vllm_sepllm.integration.startup.refusals import (
+    _connector_reasons,
     _speculative_reasons,
     check_drafts,
     check_vllm_config,
@@ -36,6 +37,27 @@ def test_drafters_that_share_states_with_the_model() -> None:
     check_sentence(
         f"sepllm does not support {found}", "speculative decoding with 'eagle'", "use one of"
     )
+
+
+def test_connectors_that_move_drafts_or_stage_blocks_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm_config = EngineArgs(
+        model=str(write("llama", tmp_path)),
+        kv_transfer_config={"kv_connector": "NixlConnector", "kv_role": "kv_both"},  # type: ignore[arg-type]
+        **ARGUMENTS,
+    ).create_engine_config()
+    assert not any(is_unsupported for is_unsupported, _ in _connector_reasons(vllm_config))
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
+    vllm_config.speculative_config = make_config().speculative_config
+    found = [text for is_unsupported, text in _connector_reasons(vllm_config) if is_unsupported]
+    for text, what, remedy in zip(
+        found,
+        ("KV transfers through host memory", "speculative decoding with a KV connector"),
+        ("remove kv_buffer_device", "remove --speculative-config"),
+        strict=True,
+    ):
+        check_sentence(f"sepllm does not support {text}", what, remedy)
 
 
 def test_more_drafts_than_the_resolved_window_takes() -> None:

@@ -107,6 +107,13 @@ def test_sleep_mode(models: Models) -> None:
             args.create_engine_config()
 
 
+NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+
+
+def extra(name: str, value: bool) -> dict[str, Any]:
+    return {"kv_connector_extra_config": {name: value}}
+
+
 SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     ({"enable_prompt_embeds": True}, "prompt embeddings", "remove --enable-prompt-embeds"),
     (
@@ -127,13 +134,28 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
-        "KV connectors and KV offloading",
+        "the KV connector ExampleConnector, which moves blocks by token position",
         "remove --kv-transfer-config and --kv-offloading-size",
     ),
     (
         {"kv_offloading_size": 1.0},
-        "KV connectors and KV offloading",
+        "the KV connector OffloadingConnector, which moves blocks by token position",
         "remove --kv-transfer-config and --kv-offloading-size",
+    ),
+    (
+        {"kv_transfer_config": NIXL | extra("bidirectional_kv_xfer", True)},
+        "KV transfers back to the prefill instance",
+        "remove bidirectional_kv_xfer",
+    ),
+    (
+        {"kv_transfer_config": NIXL | extra("enforce_handshake_compat", False)},
+        "a handshake without its check",
+        "remove enforce_handshake_compat",
+    ),
+    (
+        {"kv_transfer_config": NIXL, "tensor_parallel_size": 2},
+        "a KV connector between engines of several workers",
+        "set --tensor-parallel-size and --pipeline-parallel-size to 1",
     ),
     (
         {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},

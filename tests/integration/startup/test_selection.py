@@ -18,7 +18,8 @@ from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, 
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.cpu import CpuPlatform
@@ -238,6 +239,17 @@ def test_hybrid_kv_cache_manager_stays_on(llama: str) -> None:
     config = args.create_engine_config()
     assert config.scheduler_config.disable_hybrid_kv_cache_manager is False
     assert args.disable_hybrid_kv_cache_manager is True
+
+
+def test_the_connector_becomes_ours_and_the_users_object_stays(llama: str) -> None:
+    given = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
+    config = selected(llama, kv_transfer_config=given).create_engine_config()
+    assert config.kv_transfer_config is not None
+    made = KVConnectorFactory.get_connector_class(config.kv_transfer_config)
+    assert made.__module__.startswith("vllm_sepllm")
+    assert config.kv_transfer_config.has_connector("NixlConnector"), "where vLLM looks for the name"
+    assert config.kv_transfer_config.engine_id == given.engine_id
+    assert given.kv_connector_module_path is None
 
 
 def test_registering_again_changes_nothing() -> None:

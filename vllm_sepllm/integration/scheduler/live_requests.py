@@ -71,6 +71,7 @@ class Holding:
         last_copies: blocks of its last checkpoint while it decodes, with the keys they had
             (DecodeCheckpoints).
         num_counted: spilled separators that the metrics have counted, or that its hit came with.
+        is_loading: its blocks wait for a state that another instance has computed.
     """
 
     groups: defaultdict[int, GroupState] = field(default_factory=lambda: defaultdict(GroupState))
@@ -81,6 +82,7 @@ class Holding:
     next_look: int | None = None
     last_copies: list[KeyedBlock] = field(default_factory=list)
     num_counted: int = 0
+    is_loading: bool = False
 
 
 @dataclass(slots=True)
@@ -94,6 +96,7 @@ class LiveRequest:
         slot: its row in the table of decode steps.
         epochs: of its positions, if they are renumbered; None: they are those in the text.
         refusal: why it ends with an error instead of being scheduled; None: it is served.
+        ignores_state: the state that another instance holds for it does not fit.
         holding: what it holds now.
     """
 
@@ -103,6 +106,7 @@ class LiveRequest:
     slot: int
     epochs: Epochs | None = None
     refusal: str | None = None
+    ignores_state: bool = False
     holding: Holding = field(default_factory=Holding)
 
     @property
@@ -116,6 +120,13 @@ class LiveRequest:
         request = self.request
         longest = request.num_prompt_tokens + request.max_tokens
         return longest <= self.policy.num_dense and not request.resumable
+
+    @property
+    def reads_state(self) -> bool:
+        """Whether it is about to start from a state that another instance holds for it."""
+        request, given = self.request, self.request.kv_transfer_params or {}
+        is_held = bool(given.get("do_remote_prefill")) and not request.skip_reading_prefix_cache
+        return is_held and not self.ignores_state
 
     @property
     def may_renumber(self) -> bool:
@@ -155,6 +166,12 @@ class RequestHashes(list[BlockHash]):
     def __init__(self, hashes: Iterable[BlockHash], live: LiveRequest) -> None:
         super().__init__(hashes)
         self.live = live
+
+
+def live_of(request: Request) -> LiveRequest:
+    """What is known of a request, where vLLM hands over nothing but the request."""
+    assert isinstance(request.block_hashes, RequestHashes), "LiveRequests.add replaces the hashes"
+    return request.block_hashes.live
 
 
 @dataclass(frozen=True, slots=True)

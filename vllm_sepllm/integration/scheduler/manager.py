@@ -169,6 +169,25 @@ class SepLLMManager(SingleTypeKVCacheManager):
         self.num_cached_block[request_id] = len(blocks)
         self.events.starts(live, num_local_computed_tokens)
 
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """See the base class; the blocks of a state that another instance has computed.
+
+        The request reads all of it or nothing: its blocks have no order by which the first of them
+        could come from a prefix that is cached here.
+        """
+        assert not num_local_computed_tokens, "a state is read from its beginning"
+        live = self.events.requests[request_id]
+        slots = self.num_blocks(live, num_external_computed_tokens) * self.block_size
+        super().allocate_external_computed_blocks(request_id, 0, slots, record_for_zeroing)
+        live.holding.is_loading = True
+        self.events.starts(live, num_external_computed_tokens)
+
     def _copy_hit_blocks(self, live: LiveRequest) -> list[KVCacheBlock]:
         """Replace the blocks that the request must own by copies, made before the forward."""
         request_id, state = live.request.request_id, self.group_state(live)

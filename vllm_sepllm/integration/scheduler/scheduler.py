@@ -4,6 +4,7 @@ Nothing flows back from the workers: what is kept depends on token ids and posit
 """
 
 import time
+from itertools import chain
 from typing import Any
 
 from vllm.compilation.cuda_graph import CUDAGraphStat
@@ -22,8 +23,9 @@ from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
-from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests
 from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
+from vllm_sepllm.integration.scheduler.transfer import StateDescriptions
 from vllm_sepllm.integration.wire import choices
 from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.plan import attach_plan
@@ -42,6 +44,7 @@ class _SepLLMMixin(Scheduler):
         num_ahead = getattr(self.vllm_config, "num_hash_lookahead_tokens", 0)
         assert num_ahead == 0, "a checkpoint's key must not depend on the tokens behind it"
         config = read_config(self.vllm_config)
+        self._states = StateDescriptions(config, self.vllm_config.cache_config.block_size)
         self._limits = choices.request_limits(self.vllm_config, config)
         self._live = LiveRequests(config.separators, config.policy)
         most_proposed = max_proposed(self.vllm_config)
@@ -98,10 +101,33 @@ class _SepLLMMixin(Scheduler):
             request.block_hashes.clear()
             request.update_block_hashes()
         live = self._live.add(request, policy, refusal)
+        if refusal is None and live.reads_state:
+            self._check_state(live)
         if self._usage is None or refusal is not None:
             return
         if choices.forgets_its_beginning(self._limits, request):
             self._usage.arrives_unprotected(live)
+
+    def _check_state(self, live: LiveRequest) -> None:
+        """Treat a state that does not fit as vLLM treats one that cannot be loaded.
+
+        Without a connector nobody reads it, as in stock vLLM.
+        """
+        reason = self._states.mismatch(live)
+        live.ignores_state = self.connector is None or reason is not None
+        if self.connector is None or reason is None:
+            return
+        is_computed = self.recompute_kv_load_failures
+        logger.warning(
+            "sepllm: request %s %s, because it cannot start from the state of the prefill "
+            'instance: %s; give both instances one additional_config["sepllm"] and one block '
+            "size, and each request to both as it is.",
+            live.request.request_id,
+            "computes its prompt here" if is_computed else "ends with an error",
+            reason,
+        )
+        if not is_computed:
+            live.refusal = reason
 
     def _policy_of(self, request: Request) -> Policy:
         """The policy that a request chooses.
@@ -130,8 +156,36 @@ class _SepLLMMixin(Scheduler):
             self._end_with_error(request, live.refusal)
             return False
         is_ready: bool = super()._handle_blocked_waiting_request(request)
-        is_cached = self._prefix_cache.is_enabled
-        return is_ready and not (is_cached and self._prefix_cache.must_wait(live))
+        looks_up = self._prefix_cache.is_enabled and request.num_computed_tokens == 0
+        if not is_ready or not looks_up or live.reads_state:
+            return is_ready
+        return not self._prefix_cache.must_wait(live)
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        """See vLLM's Scheduler; a state that has arrived whole is the request's own from now on."""
+        has_failed = request.request_id in self.failed_recving_kv_req_ids
+        super()._update_waiting_for_remote_kv(request)
+        if not has_failed:
+            holding = self._live[request.request_id].holding
+            holding.is_loading = False
+            holding.keyed_until = 0
+
+    def _handle_invalid_blocks(
+        self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]
+    ) -> set[str]:
+        """See vLLM's Scheduler; a state without one of its blocks is lost.
+
+        vLLM keeps the tokens before the block, but a compact block has no place in the text.
+        """
+        kv = self.kv_cache_manager
+        lost = {
+            request.request_id
+            for request in self.kv_holding_waiting
+            if self._live[request.request_id].holding.is_loading
+            and not invalid_block_ids.isdisjoint(chain(*kv.get_block_ids(request.request_id)))
+        }
+        found: set[str] = self._handle_failed_recving(lost)
+        return found
 
     def _end_with_error(self, request: Request, reason: str) -> None:
         """Have vLLM end a request after this step.
@@ -205,7 +259,9 @@ class _SepLLMMixin(Scheduler):
         hit: tuple[KVCacheBlocks, int, int, bool]
         hit = super()._get_local_prefix_cache_hit(request, *limit)
         blocks, num_tokens, _, _ = hit
-        if num_tokens and not cache.fits(kv, request, blocks, num_tokens):
+        # a state is read whole, unless all of it is here
+        is_part = self._live[request.request_id].reads_state and num_tokens < request.num_tokens - 1
+        if num_tokens and (is_part or not cache.fits(kv, request, blocks, num_tokens)):
             return kv.empty_kv_cache_blocks, 0, 0, False
         return hit
 

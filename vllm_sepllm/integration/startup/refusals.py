@@ -16,6 +16,7 @@ from vllm_sepllm.integration.startup import lengths
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
 from vllm_sepllm.integration.wire.fp8 import FP8_CACHE_DTYPES, converts_fp8
 from vllm_sepllm.integration.wire.spec import max_proposed
+from vllm_sepllm.integration.wire.transfer import NIXL_MODULE
 from vllm_sepllm.policy.step import staging
 
 # vLLM's own grouping of layers into KV cache groups
@@ -91,6 +92,7 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
         *_speculative_reasons(vllm_config),
         *_parallel_reasons(vllm_config),
         *_cache_reasons(vllm_config),
+        *_connector_reasons(vllm_config),
         *_reasons_since_0_33(vllm_config),
     ):
         if is_unsupported:
@@ -262,11 +264,6 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "--kv-events-config",
         ),
         (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors and KV offloading, which move blocks by token position: remove "
-            "--kv-transfer-config and --kv-offloading-size",
-        ),
-        (
             vllm_config.aux_output_config.enabled,
             "returned routed experts, which vLLM keeps by blocks of token positions: remove "
             "--enable-return-routed-experts",
@@ -296,6 +293,46 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             current_platform.is_cpu() and cache.block_size % 32 != 0,
             f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
             "tokens: set --block-size 32, or leave it out",
+        ),
+    ]
+
+
+def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+    if transfer is None:
+        return []
+    name, module = transfer.kv_connector, transfer.kv_connector_module_path
+    extra = transfer.kv_connector_extra_config
+    return [
+        (
+            name != "NixlConnector" or module not in (None, NIXL_MODULE),
+            f"the KV connector {name}, which moves blocks by token position: set kv_connector to "
+            "NixlConnector, or remove --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            bool(extra.get("bidirectional_kv_xfer", False)),
+            "KV transfers back to the prefill instance, which would read a part of a state: remove "
+            "bidirectional_kv_xfer from kv_connector_extra_config",
+        ),
+        (
+            not extra.get("enforce_handshake_compat", True),
+            "a handshake without its check, by which instances with other settings would read "
+            "each other's states: remove enforce_handshake_compat from kv_connector_extra_config",
+        ),
+        (
+            transfer.kv_buffer_device == "cpu" and not current_platform.is_cpu(),
+            "KV transfers through host memory, where vLLM copies a block once and the window's "
+            "are written again: remove kv_buffer_device from --kv-transfer-config",
+        ),
+        (
+            vllm_config.speculative_config is not None,
+            "speculative decoding with a KV connector, which would move unfinished drafts: remove "
+            "--speculative-config or --kv-transfer-config",
+        ),
+        (
+            parallel.world_size > 1,
+            "a KV connector between engines of several workers, which was never run: set "
+            "--tensor-parallel-size and --pipeline-parallel-size to 1",
         ),
     ]
 

@@ -25,6 +25,7 @@ from vllm_sepllm.integration.startup.block_size import CPU_BLOCK_SIZE
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register_backend_name
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
+from vllm_sepllm.integration.wire.transfer import NIXL_MODULE
 from vllm_sepllm.policy import trained
 from vllm_sepllm.policy.initial import FixedInitial, protected_end
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
@@ -185,6 +186,11 @@ def _complete(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
     vllm_config.parallel_config.worker_cls = (
         _CPU_WORKER if current_platform.is_cpu() else _GPU_WORKER
     )
+    if vllm_config.kv_transfer_config is not None:
+        # the object is the user's
+        vllm_config.kv_transfer_config = replace(
+            vllm_config.kv_transfer_config, kv_connector_module_path=NIXL_MODULE
+        )
 
 
 def _warn_of_positions(model_config: ModelConfig) -> None:

@@ -253,6 +253,8 @@ class PrefixCache:
         request, staged = live.request, live.holding.staged
         if not self.is_enabled or request.request_id not in self._managers[0].req_to_blocks:
             return
+        if live.holding.is_loading:  # aborted, or the transfer has failed
+            return
         position = request.num_computed_tokens if staged is None else staged.position
         num_hashes = position // self._pool.hash_block_size
         token_ids = request._all_token_ids

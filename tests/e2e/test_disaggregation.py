@@ -1,0 +1,104 @@
+"""Two engines in two processes: one computes prompts, the other one goes on from its states."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import process_memory
+from tests.support.engine import Engine, assert_same, engine
+from tests.support.prefill_instance import PrefillInstance, prefill_instance
+from tests.support.process_memory import ProcessMemoryAgent
+from tests.support.tiny_engine import ENGINE
+from tests.support.tiny_models import tiny_text
+from vllm_sepllm.processes import HOST
+
+pytestmark = pytest.mark.slow
+
+NUM_TOKENS = 12
+# shorter than a + n, at its end, beyond it, in several chunks, with settings of the request's own
+LENGTHS = [1, 2, 10, 19, 20, 50, 150, 300, 65, 40]
+CHOICES: list[dict[str, Any]] = [{}] * 7 + [
+    {"sepllm_window": 40},
+    {"sepllm": 0},
+    {"sepllm_initial_tokens": 30},
+]
+PROMPTS = [tiny_text(400 * i, length) for i, length in enumerate(LENGTHS)]
+
+
+@contextmanager
+def two_instances(model: Path, folder: Path) -> Iterator[tuple[PrefillInstance, Engine]]:
+    """The prefill instance, and the decode instance in this process."""
+    arguments = ENGINE | {"enforce_eager": True, "skip_tokenizer_init": True}
+    transfer = {"kv_connector": "NixlConnector", "kv_load_failure_policy": "recompute"}
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        prefill_instance(
+            folder / "prefill.log",
+            channel(),
+            model=str(model),
+            kv_transfer_config=transfer | {"kv_role": "kv_producer"},
+            **arguments,
+        ) as prefiller,
+    ):
+        for name, value in channel().items():
+            patch.setenv(name, value)
+        process_memory.install(patch.setattr)
+        decoding = transfer | {"kv_role": "kv_consumer"}
+        with engine(model, kv_transfer_config=decoding, **arguments) as decoder:
+            assert prefiller.wait() == "ready"
+            yield prefiller, decoder
+
+
+def channel() -> dict[str, str]:
+    """Where an instance answers handshakes."""
+    from vllm.utils.network_utils import get_open_port
+
+    port = str(get_open_port())
+    return {"VLLM_NIXL_SIDE_CHANNEL_HOST": HOST, "VLLM_NIXL_SIDE_CHANNEL_PORT": port}
+
+
+def bytes_of(decoder: Engine, given: list[dict[str, Any]]) -> int:
+    """Bytes of the blocks that the states lie in."""
+    kv = decoder.scheduler.kv_cache_config
+    (group,) = kv.kv_cache_groups
+    num_blocks = sum(len(one["kv_transfer_params"]["remote_block_ids"][0]) for one in given)
+    return num_blocks * len(group.layer_names) * group.kv_cache_spec.page_size_bytes
+
+
+@pytest.mark.compatibility(
+    "Prefill/decode disaggregation (NixlConnector)", "tokens and log-probabilities of one process"
+)
+@pytest.mark.compatibility("A prefill instance that dies", "its requests are computed anew")
+def test_the_decode_instance_answers_as_one_process(tiny_llama_path: Path, tmp_path: Path) -> None:
+    """Proves it for prompts shorter and longer than a + n, in several chunks, with settings of the
+    request's own; that each state is moved once and whole; that a peer is refused whose handshake
+    differs; and that the requests of one that has died are computed anew.
+    """
+    from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+    with two_instances(tiny_llama_path, tmp_path) as (prefiller, decoder):
+        wanted = decoder.generate(PROMPTS, NUM_TOKENS, choices=CHOICES)
+        assert decoder.llm.reset_prefix_cache()
+
+        connector: Any = get_kv_transfer_group()
+        worker = connector.connector_worker
+        ours, worker.compat_hash = worker.compat_hash, "of another engine"
+        assert '"window": 16' in ours
+        given = prefiller.prefill(PROMPTS[6:8], CHOICES[6:8])
+        assert_same(decoder.generate(PROMPTS[6:8], NUM_TOKENS, choices=given), wanted[6:8])
+        assert not ProcessMemoryAgent.bytes_read
+        worker.compat_hash = ours
+        assert decoder.llm.reset_prefix_cache()
+
+        given = prefiller.prefill(PROMPTS, CHOICES)
+        assert_same(decoder.generate(PROMPTS, NUM_TOKENS, choices=given), wanted)
+        assert ProcessMemoryAgent.bytes_read == bytes_of(decoder, given)
+
+        given = prefiller.prefill(PROMPTS[5:7], CHOICES[5:7])
+        prefiller.process.kill()
+        prefiller.process.wait()
+        assert decoder.llm.reset_prefix_cache()
+        assert_same(decoder.generate(PROMPTS[5:7], NUM_TOKENS, choices=given), wanted[5:7])

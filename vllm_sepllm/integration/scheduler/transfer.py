@@ -1,0 +1,48 @@
+"""States of requests on their way from a prefill to a decode instance.
+
+A state is the compact cache after all tokens of the prompt but the last: a query overwrites the
+entry that leaves its window, so the last token, which the decode instance computes for its logits,
+must not be in the cache before. The blocks are a function of token ids and settings alone.
+"""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from vllm_sepllm.config import ResolvedConfig
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
+from vllm_sepllm.integration.wire import transfer
+
+
+class StateDescriptions:
+    """What the instance that reads a state compares before."""
+
+    def __init__(self, config: ResolvedConfig, block_size: int) -> None:
+        self._config = config
+        self._block_size = block_size
+
+    def of(self, live: LiveRequest, num_tokens: int) -> dict[str, Any]:
+        """The request's state after ``num_tokens`` tokens, as JSON values."""
+        tokens = np.array(live.request._all_token_ids[:num_tokens], dtype=np.int64)
+        return {
+            **transfer.settings(self._config, live.policy, self._block_size),
+            "num_tokens": num_tokens,
+            "tokens": hashlib.sha256(tokens.tobytes()).hexdigest()[:12],
+        }
+
+    def mismatch(self, live: LiveRequest) -> str | None:
+        """Why an arriving request cannot start from the state that it names; None: it can."""
+        given = live.request.kv_transfer_params or {}
+        if live.request.resumable:
+            return "a session of streaming input is computed where it runs"
+        theirs = given.get(transfer.KEY)
+        if not isinstance(theirs, dict):
+            return "the instance that has it does not say that it serves with sepllm"
+        ours = self.of(live, max(1, live.request.num_prompt_tokens - 1))
+        differences = [
+            f"{name} is {ours[name]} here and {theirs.get(name)} there"
+            for name in ours
+            if ours[name] != theirs.get(name)
+        ]
+        return ", ".join(differences) or None

@@ -1,0 +1,31 @@
+"""What two instances must have in common before one reads a state that the other has computed."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from vllm_sepllm.config import ResolvedConfig
+from vllm_sepllm.policy.visibility import Policy
+
+# has our connector, under vLLM's name
+NIXL_MODULE = "vllm_sepllm.integration.wire.nixl"
+# of kv_transfer_params, which an instance answers with and a proxy hands on to the next one
+KEY = "sepllm"
+
+
+def settings(config: ResolvedConfig, policy: Policy, block_size: int) -> dict[str, Any]:
+    """Everything besides the tokens that decides which entry lies where, as JSON values.
+
+    ``policy`` is a request's, or the engine's.
+    """
+    separators = json.dumps([type(config.separators).__name__, asdict(config.separators)])
+    return {
+        "initial_tokens": policy.initial_tokens,
+        "window": policy.window,
+        "max_separators": policy.max_separators,
+        "separators": hashlib.sha256(separators.encode()).hexdigest()[:12],
+        "max_position": policy.max_position,
+        "full_layers": list(config.full_layers),
+        "block_size": block_size,
+    }
