@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from vllm import SamplingParams
-from vllm.config import SpeculativeConfig, VllmConfig
+from vllm.config import KVEventsConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -49,6 +49,7 @@ class Setting:
         max_num_batched_tokens: tokens of a step.
         max_num_seqs: requests of a step.
         policy: of ``additional_config["sepllm"]``, as items.
+        events: ZMQ endpoint of the KV events; None: there are none.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class Setting:
     max_num_batched_tokens: int = 96
     max_num_seqs: int = 6
     policy: tuple[tuple[str, Any], ...] = (("window", 28), ("checkpoint_interval", 256))
+    events: str | None = None
 
 
 def write_model(folder: Path) -> Path:
@@ -83,6 +85,9 @@ def _config(setting: Setting) -> VllmConfig:
         max_num_batched_tokens=setting.max_num_batched_tokens,
         max_num_seqs=setting.max_num_seqs,
         async_scheduling=setting.kind == "async",
+        kv_events_config=KVEventsConfig(
+            enable_kv_cache_events=setting.events is not None, endpoint=setting.events or ""
+        ),
         **({} if is_stock else selected),
     ).create_engine_config()
     if setting.kind == "drafts":  # refused on CPUs, whose model runner has no drafter for it

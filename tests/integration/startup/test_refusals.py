@@ -135,11 +135,6 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "KV connectors and KV offloading",
         "remove --kv-transfer-config and --kv-offloading-size",
     ),
-    (
-        {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
-        "KV cache events, which name blocks by the tokens at their position",
-        "remove --kv-events-config",
-    ),
     ({"kv_sharing_fast_prefill": True}, "fast prefill", "remove --kv-sharing-fast-prefill"),
     ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8", "remove --kv-cache-dtype"),
     (

@@ -10,6 +10,7 @@ from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.outputs import RequestError
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -53,6 +54,9 @@ class _SepLLMMixin(Scheduler):
             most_per_step=max(1, most_proposed),
         )
         self._prefix_cache = self._coordinator.prefix_cache
+        if self.enable_kv_cache_events and self._prefix_cache.is_enabled:
+            algorithm = self.cache_config.prefix_caching_hash_algo
+            self._prefix_cache.announce(self.kv_cache_manager, get_hash_fn_by_name(algorithm))
         self._planner = StepPlanner(
             self._live,
             self._prefix_cache.plan_checkpoints,

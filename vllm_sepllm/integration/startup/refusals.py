@@ -243,13 +243,7 @@ def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
 
 def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    events = vllm_config.kv_events_config
     return [
-        (
-            events is not None and events.enable_kv_cache_events,
-            "KV cache events, which name blocks by the tokens at their position: remove "
-            "--kv-events-config",
-        ),
         (
             vllm_config.kv_transfer_config is not None,
             "KV connectors and KV offloading, which move blocks by token position: remove "

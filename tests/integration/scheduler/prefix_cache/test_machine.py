@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from tests.support.labelled_worker import BLOCK, LabelledWorker, Scheduled
+from tests.support.router import Router
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
@@ -75,6 +76,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         num_groups=st.integers(1, 2),
         others=st.sampled_from(sorted(OTHERS)),
         room=st.none() | st.integers(1, 30),
+        announces=st.booleans(),
     )
     def start(
         self,
@@ -84,6 +86,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         num_groups: int,
         others: str,
         room: int | None = None,
+        announces: bool = False,
     ) -> None:
         """``room``: fewest tokens of an epoch; None: positions are those of the text."""
         init_none_hash(sha256)
@@ -109,6 +112,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             scheduler_block_size=max(spec.block_size for spec in specs),
             hash_block_size=BLOCK,
             enable_caching=True,
+            enable_kv_cache_events=announces,
         )
         self.pool = self.kv.block_pool
         self.live = LiveRequests(SEPARATORS, policy)
@@ -117,6 +121,10 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         every = self.kv.coordinator.single_type_managers
         self.ours = [m.kv_cache_group_id for m in every if isinstance(m, SepLLMManager)]
         assert len(self.ours) == num_groups
+        # a router beside them, which sees nothing but the events
+        self.router = Router(BLOCK, self.ours, len(groups)) if announces else None
+        if announces:
+            self.cache.announce(self.kv, sha256)
         self.worker = LabelledWorker(self.policies, self.kv, self.ours, self.apart)
 
     @rule(
@@ -280,6 +288,22 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
     def pick(self, which: int) -> Request:
         return list(self.requests.values())[which % len(self.requests)]
+
+    @invariant()
+    def a_router_knows_every_hit(self) -> None:
+        """Of all that requests are now, waiting or running, at every moment."""
+        if (router := getattr(self, "router", None)) is None:
+            return
+        router.take(self.kv.take_events())
+        for live in self.live.values():
+            request = live.request
+            longest = request.num_tokens - 1
+            _, found = self.cache.find(live, longest, ())
+            tokens, hashes = list(request.all_token_ids), request.block_hashes
+            assert router.num_found(tokens, hashes, longest) == found
+            assert router.most_found(hashes) >= found // BLOCK * BLOCK
+        if not len(self.pool.cached_block_hash_to_block):
+            assert not any(router.stored.values()), "blocks of an empty cache"
 
     @invariant()
     def blocks_are_counted_right(self) -> None:

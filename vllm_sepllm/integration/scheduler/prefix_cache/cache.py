@@ -18,6 +18,7 @@ from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import C
 from vllm_sepllm.integration.scheduler.prefix_cache.decode_checkpoints import DecodeCheckpoints
 from vllm_sepllm.integration.scheduler.prefix_cache.dense_prefixes import DensePrefixes
 from vllm_sepllm.integration.scheduler.prefix_cache.joint_prefills import JointPrefills
+from vllm_sepllm.integration.scheduler.prefix_cache.kv_events import HashFunction, KvEvents
 from vllm_sepllm.policy.step import checkpoint
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint
 from vllm_sepllm.policy.visibility import Policy
@@ -71,6 +72,10 @@ class PrefixCache:
         engine = self._engine.window
         wanted = self._interval * max(policy.window, engine)
         return -(-wanted // (engine * self._unit)) * self._unit
+
+    def announce(self, kv_cache_manager: KVCacheManager, hash_function: HashFunction) -> None:
+        """Tell routers from now on what can be found, by vLLM's KV events."""
+        KvEvents(kv_cache_manager, self.registry, self._dense, self._num_found, hash_function)
 
     # ------------------------------------------------------------------ a new request
 
@@ -131,7 +136,7 @@ class PrefixCache:
         """All requests of the step are known and no block is changed yet: copy what is kept."""
         for manager in self._managers:
             for block in manager.take_overwritten():
-                copy = self._dense.move_away(manager, block)
+                copy = self._dense.move_away(block)
                 if copy is not None:
                     manager.copy_block(block, copy)
         if self._decoding is not None:
@@ -208,6 +213,7 @@ class PrefixCache:
             blocks = manager.req_to_blocks[live.request.request_id]
             for number in range(start // manager.block_size, end // manager.block_size):
                 self._dense.add(manager, live.request.block_hashes, number, blocks[number])
+        self._dense.added(live, start, end)
 
     def _plan_checkpoint(self, live: LiveRequest, position: int) -> PlannedCheckpoint | None:
         hashes = live.request.block_hashes
@@ -232,12 +238,14 @@ class PrefixCache:
             fresh.append(dict(zip(numbers, blocks, strict=True)))
             for number, block in fresh[-1].items() if is_dense else ():
                 self._dense.add(manager, hashes, number, block)
-        if not is_dense:
+        if is_dense:
+            self._dense.added(live, 0, position)
+        else:
             state = {
                 m.kv_cache_group_id: m.state(live, position, blocks)
                 for m, blocks in zip(self._managers, fresh, strict=True)
             }
-            self.registry.add(live.policy.window, block_hash, position, (), state)
+            self.registry.add(live, position, state)
         return PlannedCheckpoint(
             position,
             {
@@ -265,4 +273,4 @@ class PrefixCache:
         if self.registry.has(block_hash, rest):
             return
         state = {m.kv_cache_group_id: m.state(live, position) for m in self._managers}
-        self.registry.add(live.policy.window, block_hash, position, rest, state)
+        self.registry.add(live, position, state)
