@@ -35,8 +35,7 @@ CONTRACTS = by_hand(
         },
         "vllm.v1.core.block_pool:BlockPool": {
             "kv_event_queue: list[KVCacheEvent]": "extended: events of our groups",
-            "_maybe_evict_cached_block": "tells _emit_block_removed_events of every lost key",
-            "_build_block_stored_event(request)": "events have the fields that vLLM's have",
+            "_build_block_stored_event": "events have the fields that vLLM's have",
         },
         "vllm.v1.core.kv_cache_utils:KVCacheBlock": {
             "ref_cnt: int": "raised while vLLM copies the block",
