@@ -131,9 +131,19 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "remove --kv-transfer-config and --kv-offloading-size",
     ),
     (
-        {"kv_offloading_size": 1.0},
-        "KV connectors and KV offloading",
-        "remove --kv-transfer-config and --kv-offloading-size",
+        {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
+        "KV offloading with 'lmcache', which knows blocks by the tokens in them",
+        "set --kv-offloading-backend to native",
+    ),
+    (
+        {"kv_offloading_size": 1.0, "enable_prefix_caching": False},
+        "KV offloading without prefix caching",
+        "remove --kv-offloading-size",
+    ),
+    (
+        {"kv_offloading_size": 1.0, "pipeline_parallel_size": 2},
+        "KV offloading with pipeline parallelism",
+        "remove --kv-offloading-size",
     ),
     ({"kv_sharing_fast_prefill": True}, "fast prefill", "remove --kv-sharing-fast-prefill"),
     ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8", "remove --kv-cache-dtype"),

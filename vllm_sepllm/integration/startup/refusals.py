@@ -113,6 +113,33 @@ def check_drafts(vllm_config: VllmConfig, window: int) -> None:
         )
 
 
+def check_offloading(engine_args: EngineArgs, vllm_config: VllmConfig) -> None:
+    """Refuse what host memory for evicted checkpoints cannot do; called if there is to be any.
+
+    Raises:
+        ValueError: one sentence for the first reason found.
+    """
+    backend = engine_args.kv_offloading_backend
+    remedy = "remove --kv-offloading-size"
+    for is_unsupported, reason in (
+        (
+            backend != "native",
+            f"KV offloading with {backend!r}, which knows blocks by the tokens in them: set "
+            "--kv-offloading-backend to native",
+        ),
+        (
+            not vllm_config.cache_config.enable_prefix_caching,
+            f"KV offloading without prefix caching, which finds what is offloaded: {remedy}",
+        ),
+        (
+            vllm_config.parallel_config.pipeline_parallel_size > 1,
+            f"KV offloading with pipeline parallelism, whose stages differ in bytes: {remedy}",
+        ),
+    ):
+        if is_unsupported:
+            raise ValueError(f"sepllm does not support {reason}")
+
+
 def check_renumbered(vllm_config: VllmConfig, max_position: int | None) -> None:
     """Refuse what renumbered positions cannot serve exactly; layers are looked at by the worker.
 

@@ -17,10 +17,11 @@ from vllm_sepllm.integration.scheduler.prefix_cache.branch_points import BranchP
 from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import CheckpointRegistry
 from vllm_sepllm.integration.scheduler.prefix_cache.decode_checkpoints import DecodeCheckpoints
 from vllm_sepllm.integration.scheduler.prefix_cache.dense_prefixes import DensePrefixes
+from vllm_sepllm.integration.scheduler.prefix_cache.host_checkpoints import HostCheckpoints
 from vllm_sepllm.integration.scheduler.prefix_cache.joint_prefills import JointPrefills
 from vllm_sepllm.integration.scheduler.prefix_cache.kv_events import HashFunction, KvEvents
 from vllm_sepllm.policy.step import checkpoint
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint
+from vllm_sepllm.policy.step.plan import HostTransfers, PlannedCheckpoint
 from vllm_sepllm.policy.visibility import Policy
 
 
@@ -60,6 +61,7 @@ class PrefixCache:
         self._decoding = (
             DecodeCheckpoints(managers, self.registry, self._unit) if alignment > 1 else None
         )
+        self._host: HostCheckpoints | None = None
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
 
@@ -77,7 +79,30 @@ class PrefixCache:
         """Tell routers from now on what can be found, by vLLM's KV events."""
         KvEvents(kv_cache_manager, self.registry, self._dense, self._num_found, hash_function)
 
+    def offload(self, num_slots: int) -> None:
+        """Save in host memory what the pool evicts, as many blocks as that.
+
+        Raises:
+            ValueError: if other kinds of layers have blocks that would not come back with ours.
+        """
+        if self._alignment > 1:
+            raise ValueError(
+                "sepllm does not support KV offloading where layers of other kinds must hit with "
+                "its own, as vLLM moves their blocks by the tokens in them: remove "
+                "--kv-offloading-size"
+            )
+        self._host = HostCheckpoints(self._managers, self.registry, num_slots)
+
+    def take_transfers(self) -> HostTransfers | None:
+        """What the step that is scheduled now must move between device and host; None: nothing."""
+        return None if self._host is None else self._host.take_transfers()
+
     # ------------------------------------------------------------------ a new request
+
+    def restore(self, live: LiveRequest) -> None:
+        """Before a request looks its prefix up: bring it back from host memory."""
+        if self._host is not None and not live.request.skip_reading_prefix_cache:
+            self._host.restore(live, self._num_found(live))
 
     def must_wait(self, live: LiveRequest) -> bool:
         """Whether a waiting request should start in a later step, from what a prefill leaves."""

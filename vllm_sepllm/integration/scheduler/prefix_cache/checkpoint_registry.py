@@ -42,6 +42,11 @@ class Checkpoint:
         """Whether the pool still has every block: vLLM's own LRU decides."""
         return all(b.block_hash == key for group in self.blocks.values() for b, key in group)
 
+    @property
+    def keys(self) -> set[BlockHashWithGroupId]:
+        """Of the blocks of all groups."""
+        return {key for group in self.blocks.values() for _, key in group}
+
     def group(self, group_id: int) -> list[KVCacheBlock]:
         """The blocks of one KV cache group."""
         return [block for block, _ in self.blocks[group_id]]
@@ -61,8 +66,8 @@ class CheckpointRegistry:
         self._num_added = 0
         self._numbers = count()
         self.block_count = CheckpointBlockCount()
-        # listener: a request has left a checkpoint
-        self.on_added: Callable[[LiveRequest, Checkpoint], None] | None = None
+        # told of each new checkpoint and of the request that left it
+        self.listeners: list[Callable[[LiveRequest, Checkpoint], None]] = []
 
     def find(
         self,
@@ -104,7 +109,7 @@ class CheckpointRegistry:
             del self._by_hash[block_hash]
         return whole
 
-    def add(self, live: LiveRequest, position: int, state: State) -> None:
+    def add(self, live: LiveRequest, position: int, state: State) -> Checkpoint:
         """Remember a request's state after ``position`` tokens, at least one whole hash block.
 
         Its blocks get keys and may be freed afterwards.
@@ -122,13 +127,14 @@ class CheckpointRegistry:
         checkpoint = Checkpoint(position, rest, keyed)
         block_hash = live.request.block_hashes[num_hashes - 1]
         self._by_hash.setdefault(block_hash, []).append(checkpoint)
-        if self.on_added is not None:
-            self.on_added(live, checkpoint)
+        for listener in self.listeners:
+            listener(live, checkpoint)
         self._num_added += 1
         if self._num_added > self._pool.num_gpu_blocks // _BLOCKS_PER_SWEEP:
             self._num_added = 0
             for known in list(self._by_hash):
                 self._whole(known)
+        return checkpoint
 
     def _key(
         self, block: KVCacheBlock, group_id: int, position: int, window: int

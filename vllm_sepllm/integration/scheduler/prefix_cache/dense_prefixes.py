@@ -17,6 +17,7 @@ from vllm.v1.core.kv_cache_utils import (
 
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
+from vllm_sepllm.integration.scheduler.prefix_cache.watched_pool import WatchedPool
 
 
 class DensePrefixes:
@@ -30,9 +31,8 @@ class DensePrefixes:
         # a prefix ends at multiples of it
         self.unit = lcm(alignment, *(m.block_size for m in managers))
         self.group_ids = tuple(m.kv_cache_group_id for m in managers)
-        # listeners: blocks of a request got their keys; a key went from one block to another
-        self.on_keyed: Callable[[LiveRequest, int, int], None] | None = None
-        self.on_moved: Callable[[BlockHashWithGroupId], None] | None = None
+        # told of requests whose full blocks in a range of tokens got their keys
+        self.listeners: list[Callable[[LiveRequest, int, int], None]] = []
 
     def find(self, hashes: Sequence[BlockHash], max_length: int) -> int:
         """Tokens of the longest prefix whose blocks every group has; at most a + n."""
@@ -100,8 +100,8 @@ class DensePrefixes:
 
     def added(self, live: LiveRequest, start: int, end: int) -> None:
         """The request's full blocks in [start, end) have got their keys, in all groups."""
-        if self.on_keyed is not None:
-            self.on_keyed(live, start, end)
+        for listener in self.listeners:
+            listener(live, start, end)
 
     def move_away(self, block: KVCacheBlock) -> KVCacheBlock | None:
         """Take the key from a block that its request overwrites in this step.
@@ -118,6 +118,6 @@ class DensePrefixes:
         if not self.has([key]) and self._pool.get_num_free_blocks():
             (copy,) = self._pool.get_new_blocks(1)
             self._pool._insert_block_hash(key, copy, num_tokens=num_tokens)
-        if self.on_moved is not None:
-            self.on_moved(key)
+        if isinstance(self._pool, WatchedPool):
+            self._pool.tell(key)
         return copy

@@ -13,13 +13,11 @@ from typing import Any
 
 from msgspec.structs import replace
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
-from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     BlockHashWithGroupId,
     generate_block_hash_extra_keys,
-    get_group_id,
     hash_block_tokens,
     maybe_convert_block_hash,
 )
@@ -33,7 +31,9 @@ from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import (
 )
 from vllm_sepllm.integration.scheduler.prefix_cache.dense_prefixes import DensePrefixes
 from vllm_sepllm.integration.scheduler.prefix_cache.hash_tree import HashTree
+from vllm_sepllm.integration.scheduler.prefix_cache.holders import Holders
 from vllm_sepllm.integration.scheduler.prefix_cache.rooted_units import RootedUnits
+from vllm_sepllm.integration.scheduler.prefix_cache.watched_pool import watch
 
 HashFunction = Callable[[Any], bytes]
 
@@ -70,14 +70,6 @@ class _Unit:
     keys: list[BlockHashWithGroupId]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Announced:
-    """A checkpoint, and the name of its end."""
-
-    checkpoint: Checkpoint
-    end: BlockHash
-
-
 class KvEvents:
     """Adds events of SepLLM groups to the queue of vLLM's block pool, as things happen."""
 
@@ -111,19 +103,16 @@ class KvEvents:
         kinds.append((KVCacheSpecKind.MAMBA.value, None))
         kv_cache_manager.kv_cache_event_metadata = tuple(kinds)
         self.clear()
-        registry.on_added = self._add_checkpoint
-        dense.on_keyed, dense.on_moved = self._add_dense, self.recheck
-        # vLLM's pool has no place for a listener, and it alone knows what it evicts
-        pool.__class__ = _AnnouncedPool
-        assert isinstance(pool, _AnnouncedPool)
-        pool.announcer = self
+        registry.listeners.append(self._add_checkpoint)
+        dense.listeners.append(self._add_dense)
+        watch(pool, self.group_ids, self).on_hit = self._report_hit
 
     def clear(self) -> None:
-        """The cache is empty, and vLLM says so itself (AllBlocksCleared)."""
+        """See PoolListener; vLLM says so itself (AllBlocksCleared)."""
         self._tree = HashTree()
         self._ends: dict[BlockHash, _End] = {}
-        # checkpoints by the keys of their blocks
-        self._holders: dict[BlockHashWithGroupId, dict[_Announced, None]] = {}
+        # checkpoints, each with the name of its end
+        self._checkpoints = Holders[BlockHash]()
         # units of dense prefixes by the hash at their end
         self._units: dict[BlockHash, _Unit] = {}
         self._unit_of: dict[BlockHashWithGroupId, BlockHash] = {}
@@ -131,19 +120,18 @@ class KvEvents:
 
     # ------------------------------------------------------------------ what the cache does
 
-    def recheck(self, key: BlockHashWithGroupId) -> None:
-        """A block has lost this key; another one may have it."""
+    def lost(self, key: BlockHashWithGroupId) -> None:
+        """See PoolListener."""
         name = self._unit_of.get(key)
         if name is not None and not self._dense.has([key]):
             for each in self._rooted.remove(name):
                 self._withdraw(each)
             for each_key in self._units.pop(name).keys:
                 del self._unit_of[each_key]
-        for announced in list(self._holders.get(key, ())):
-            if not announced.checkpoint.is_whole:
-                self._drop(announced)
+        for _, end in self._checkpoints.broken_by(key):
+            self._withdraw(end)
 
-    def report_hit(self, request: Request, group_id: int) -> None:
+    def _report_hit(self, request: Request, group_id: int) -> None:
         """Name the blocks of the prefix that a request finds once more, because it asks for it."""
         assert isinstance(request.block_hashes, RequestHashes), "LiveRequests.add replaces them"
         number = self._num_found(request.block_hashes.live) // self._size
@@ -158,24 +146,12 @@ class KvEvents:
             stored, name = self._partial(request, position, checkpoint.rest)
         else:
             stored, name = self._event(request, number - 1, number), last
-        announced = _Announced(checkpoint, name)
-        for group in checkpoint.blocks.values():
-            for _, key in group:
-                self._holders.setdefault(key, {})[announced] = None
+        self._checkpoints.add(checkpoint, name)
         if self._is_new(name, _End(last, stored)):
             known = self._tree.hold(None, request.block_hashes[:number])
             if known < number:
                 self._emit(self._event(request, known, number), self.group_ids)
             self._emit(stored, [self._ends_group])
-
-    def _drop(self, announced: _Announced) -> None:
-        for group in announced.checkpoint.blocks.values():
-            for _, key in group:
-                holders = self._holders.get(key, {})
-                holders.pop(announced, None)  # a block may be there twice
-                if not holders:
-                    self._holders.pop(key, None)
-        self._withdraw(announced.end)
 
     def _add_dense(self, live: LiveRequest, start: int, end: int) -> None:
         """The full blocks of [start, end) have their keys."""
@@ -286,34 +262,3 @@ def _joined(events: Iterable[BlockStored]) -> list[BlockStored]:
         else:
             joined.append(event)
     return joined
-
-
-class _AnnouncedPool(BlockPool):
-    """vLLM's pool, which tells us what it evicts; its own events of our groups name no prefixes."""
-
-    announcer: KvEvents
-
-    def _emit_block_removed_events(self, block_hashes: list[BlockHashWithGroupId]) -> None:
-        ours = self.announcer.group_ids
-        super()._emit_block_removed_events([k for k in block_hashes if get_group_id(k) not in ours])
-        for key in block_hashes:
-            if get_group_id(key) in ours:
-                self.announcer.recheck(key)
-
-    def emit_cached_block_events(
-        self, request: Request, num_cached_blocks: int, block_size: int, kv_cache_group_id: int
-    ) -> None:
-        """See the base class; a compact block is no block of tokens."""
-        if kv_cache_group_id in self.announcer.group_ids:
-            self.announcer.report_hit(request, kv_cache_group_id)
-        else:
-            super().emit_cached_block_events(
-                request, num_cached_blocks, block_size, kv_cache_group_id
-            )
-
-    def reset_prefix_cache(self) -> bool:
-        """See the base class."""
-        is_reset: bool = super().reset_prefix_cache()
-        if is_reset:
-            self.announcer.clear()
-        return is_reset

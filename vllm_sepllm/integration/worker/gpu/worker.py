@@ -23,6 +23,7 @@ from vllm_sepllm.integration.worker.gpu import block_copies
 from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import SepLLMGPUImpl
 from vllm_sepllm.integration.worker.gpu.profile import hold_while_profiling, key_list_bytes
+from vllm_sepllm.integration.worker.host_blocks import host_blocks_of
 from vllm_sepllm.integration.worker.layers import sepllm_layers
 
 
@@ -74,6 +75,9 @@ class GPUWorkerMixin(Worker):
         self._check_graphs()
         self._step = CurrentStep()
         self._step.plan_runs_of(self.model_runner)
+        self._step.host_blocks = host_blocks_of(
+            self.model_runner, self.vllm_config, kv_cache_config
+        )
         self._builders = bind_builders(
             self.vllm_config, self.model_runner, self._step, self._request_ids
         )
