@@ -15,7 +15,12 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    KVCacheTensor,
+)
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -50,6 +55,7 @@ class Setting:
         max_num_seqs: requests of a step.
         policy: of ``additional_config["sepllm"]``, as items.
         events: ZMQ endpoint of the KV events; None: there are none.
+        host_blocks: blocks of host memory for what is evicted.
     """
 
     model: Path
@@ -60,6 +66,7 @@ class Setting:
     max_num_seqs: int = 6
     policy: tuple[tuple[str, Any], ...] = (("window", 28), ("checkpoint_interval", 256))
     events: str | None = None
+    host_blocks: int = 0
 
 
 def write_model(folder: Path) -> Path:
@@ -85,6 +92,7 @@ def _config(setting: Setting) -> VllmConfig:
         max_num_batched_tokens=setting.max_num_batched_tokens,
         max_num_seqs=setting.max_num_seqs,
         async_scheduling=setting.kind == "async",
+        kv_offloading_size=setting.host_blocks * FULL.page_size_bytes / (1 << 30) or None,
         kv_events_config=KVEventsConfig(
             enable_kv_cache_events=setting.events is not None, endpoint=setting.events or ""
         ),
@@ -111,7 +119,9 @@ def make_scheduler(setting: Setting, *, log_stats: bool = False) -> Any:
         policy = read_config(config).largest_policy
         specs.append(SepLLMSpec.from_full_attention(FULL, policy))
     groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
-    cache_config = KVCacheConfig(setting.num_blocks, [], groups)
+    size = setting.num_blocks * FULL.page_size_bytes
+    tensor = KVCacheTensor(size, [f"layer {i}" for i in range(len(specs))], size, size)
+    cache_config = KVCacheConfig(setting.num_blocks, [tensor], groups)
     structured = StructuredOutputManager(config)
     return KINDS[setting.kind](config, cache_config, structured, BLOCK, log_stats=log_stats)
 

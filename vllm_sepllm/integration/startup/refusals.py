@@ -128,6 +128,10 @@ def check_offloading(engine_args: EngineArgs, vllm_config: VllmConfig) -> None:
             "--kv-offloading-backend to native",
         ),
         (
+            vllm_config.kv_transfer_config is not None,
+            f"KV offloading beside a KV connector, whose failed loads it would save: {remedy}",
+        ),
+        (
             not vllm_config.cache_config.enable_prefix_caching,
             f"KV offloading without prefix caching, which finds what is offloaded: {remedy}",
         ),
