@@ -69,3 +69,16 @@ def test_the_least_recently_used_goes_first(model: Path) -> None:
 def test_blocks_of_other_layers_would_not_come_back(model: Path) -> None:
     with pytest.raises(ValueError, match="KV offloading where layers of other kinds"):
         make_scheduler(Setting(model, with_full=True, host_blocks=100))
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_what_a_step_is_to_fill_is_not_saved_before_it(model: Path, is_new: bool) -> None:
+    """A copy of a block, or a block from host memory, may be given up in the step that gets it."""
+    run = Run(Setting(model, num_blocks=200, host_blocks=1000))
+    reused(run, [random_tokens(random.Random(0), 900)])
+    blocks = {block.block_id for block in run.pool.blocks if block.block_hash is not None}
+    assert run.pool.handed_out == set(), "every step has taken what it was to fill"
+    run.pool.handed_out.update(blocks if is_new else ())
+    run.pool.evict_blocks(blocks)
+    transfers = run.scheduler._prefix_cache.take_transfers()
+    assert (transfers is None) == is_new
