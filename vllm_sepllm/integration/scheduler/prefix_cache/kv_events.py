@@ -8,10 +8,10 @@ gap and the second one ends with.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
-from msgspec.structs import replace
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import (
@@ -204,7 +204,10 @@ class KvEvents:
             self._emit(end.stored, self.group_ids)
 
     def _emit(self, event: BlockStored, group_ids: Iterable[int]) -> None:
-        self._pool.kv_event_queue += [replace(event, group_idx=i) for i in group_ids]
+        for group_id in group_ids:
+            told = copy(event)
+            told.group_idx = group_id
+            self._pool.kv_event_queue.append(told)
 
     def _remove(self, hashes: Sequence[BlockHash], group_id: int) -> None:
         names = [maybe_convert_block_hash(block_hash) for block_hash in hashes]
@@ -253,12 +256,10 @@ def _joined(events: Iterable[BlockStored]) -> list[BlockStored]:
     for event in events:
         last = joined[-1] if joined else None
         if last is not None and last.block_hashes[-1] == event.parent_block_hash:
-            joined[-1] = replace(
-                last,
-                block_hashes=last.block_hashes + event.block_hashes,
-                token_ids=last.token_ids + event.token_ids,
-                extra_keys=(last.extra_keys or []) + (event.extra_keys or []),
-            )
+            last = joined[-1] = copy(last)
+            last.block_hashes = last.block_hashes + event.block_hashes
+            last.token_ids = last.token_ids + event.token_ids
+            last.extra_keys = (last.extra_keys or []) + (event.extra_keys or [])
         else:
             joined.append(event)
     return joined
