@@ -51,6 +51,30 @@ def test_answers_are_those_without_caching(
         assert_same(with_cache, without)
 
 
+@pytest.mark.compatibility(
+    "Host memory for evicted prefixes (`--kv-offloading-size`)", "the answers without it"
+)
+def test_evicted_prefixes_come_back_from_host_memory(tiny_llama_path: Path) -> None:
+    """Proves it where 23 blocks forget nearly everything between two rounds, and a tail wraps."""
+    rounds = workload(seed=1)
+    common = tiny_sepllm(window=60, max_separators=30) | {"max_model_len": 1024}
+    common |= {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 128}
+    results, hits = {}, {}
+    for size in (None, 0.05):
+        caching = size is not None
+        arguments = common | {"enable_prefix_caching": caching, "kv_offloading_size": size}
+        with engine(tiny_llama_path, **arguments) as made:
+            results[caching] = [made.generate(prompts, 40) for prompts in rounds]
+            hits[caching] = sum(a.num_cached_tokens for each in results[caching] for a in each)
+            pool = made.scheduler.kv_cache_manager.block_pool
+            assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+    total = sum(len(p) for prompts in rounds for p in prompts)
+    print(f"{hits[True]} of {total} prompt tokens were hits")
+    assert hits[True] > 0.3 * total
+    for with_host, without in zip(results[True], results[False], strict=True):
+        assert_same(with_host, without)
+
+
 def test_chats_with_their_own_answers_are_those_without_caching(tiny_llama_path: Path) -> None:
     """Proves it for 6 turns of 4 chats at once, preempted in between, two of them twins."""
     common = tiny_sepllm(window=60, max_separators=60) | {"max_model_len": 1024}

@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from tests.support.labelled_cache import LabelledCache
 from tests.support.rule import read_positions
 from vllm_sepllm.policy.step.batch import plan_batch
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan
+from vllm_sepllm.policy.step.plan import HostTransfers, PlannedCheckpoint, StepPlan
 from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 4
@@ -81,6 +81,8 @@ class LabelledWorker(LabelledCache):
         self.others: dict[tuple[int, int], Tokens] = {}  # of other layers, by block and offset
         self.wanted: dict[str, Wanted] = {}
         self.sealed: set[int] = set()
+        self.host: dict[int, list[Label | None]] = {}  # host slot -> what a block had
+        self.num_loaded = 0  # blocks
 
     def copy_block(self, source: int, target: int) -> None:
         self.receive(self, source, target)
@@ -94,6 +96,16 @@ class LabelledWorker(LabelledCache):
                 self.memory[target * size + offset] = other.memory[source * size + offset]
             if (source, offset) in other.others:
                 self.others[target, offset] = other.others[source, offset]
+
+    def move(self, transfers: HostTransfers) -> None:
+        """Between device and host, in this order."""
+        offsets = range(BLOCK)
+        for slot, block in transfers.saves.items():
+            self.host[slot] = [self.memory.get(block * BLOCK + i) for i in offsets]
+        self.num_loaded += len(transfers.loads)
+        for block, slot in transfers.loads.items():
+            for i, label in zip(offsets, self.host[slot], strict=True):
+                self.memory[block * BLOCK + i] = label
 
     def forward(self, scheduled: Sequence[Scheduled], plan: StepPlan) -> None:
         """A step of all its requests, in the order that vLLM's model runners give them."""

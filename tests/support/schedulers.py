@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from vllm import SamplingParams
-from vllm.config import KVTransferConfig, SpeculativeConfig, VllmConfig
+from vllm.config import KVEventsConfig, KVTransferConfig, SpeculativeConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheSpec,
+    KVCacheTensor,
     SlidingWindowSpec,
 )
 from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
@@ -60,6 +61,8 @@ class Setting:
         max_num_seqs: requests of a step.
         policy: of ``additional_config["sepllm"]``, as items.
         load_failures: with the NixlConnector, and its policy for states that cannot be loaded.
+        events: ZMQ endpoint of the KV events; None: there are none.
+        host_blocks: blocks of host memory for what is evicted.
     """
 
     model: Path
@@ -71,6 +74,8 @@ class Setting:
     max_num_seqs: int = 6
     policy: tuple[tuple[str, Any], ...] = (("window", 28), ("checkpoint_interval", 256))
     load_failures: Literal["recompute", "fail"] | None = None
+    events: str | None = None
+    host_blocks: int = 0
 
 
 def write_model(folder: Path) -> Path:
@@ -102,6 +107,10 @@ def _config(setting: Setting) -> VllmConfig:
         max_num_batched_tokens=setting.max_num_batched_tokens,
         max_num_seqs=setting.max_num_seqs,
         async_scheduling=setting.kind == "async",
+        kv_offloading_size=setting.host_blocks * FULL.page_size_bytes / (1 << 30) or None,
+        kv_events_config=KVEventsConfig(
+            enable_kv_cache_events=setting.events is not None, endpoint=setting.events or ""
+        ),
         **({} if is_stock else selected),
     ).create_engine_config()
     if setting.kind == "drafts":  # refused on CPUs, whose model runner has no drafter for it
@@ -127,7 +136,9 @@ def make_scheduler(setting: Setting, *, log_stats: bool = False) -> Any:
         policy = read_config(config).largest_policy
         specs.append(SepLLMSpec.from_full_attention(FULL, policy))
     groups = [KVCacheGroupSpec([f"layer {i}"], spec) for i, spec in enumerate(specs)]
-    cache_config = KVCacheConfig(setting.num_blocks, [], groups)
+    size = setting.num_blocks * FULL.page_size_bytes
+    tensor = KVCacheTensor(size, [f"layer {i}" for i in range(len(specs))], size, size)
+    cache_config = KVCacheConfig(setting.num_blocks, [tensor], groups)
     structured = StructuredOutputManager(config)
     return KINDS[setting.kind](config, cache_config, structured, BLOCK, log_stats=log_stats)
 

@@ -135,12 +135,7 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
         "the KV connector ExampleConnector, which moves blocks by token position",
-        "remove --kv-transfer-config and --kv-offloading-size",
-    ),
-    (
-        {"kv_offloading_size": 1.0},
-        "the KV connector OffloadingConnector, which moves blocks by token position",
-        "remove --kv-transfer-config and --kv-offloading-size",
+        "remove --kv-transfer-config",
     ),
     (
         {"kv_transfer_config": NIXL | extra("bidirectional_kv_xfer", True)},
@@ -158,9 +153,24 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "set --tensor-parallel-size and --pipeline-parallel-size to 1",
     ),
     (
-        {"kv_events_config": {"enable_kv_cache_events": True, "publisher": "null"}},
-        "KV cache events, which name blocks by the tokens at their position",
-        "remove --kv-events-config",
+        {"kv_transfer_config": NIXL, "kv_offloading_size": 1.0},
+        "KV offloading beside a KV connector",
+        "remove --kv-offloading-size",
+    ),
+    (
+        {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
+        "KV offloading with 'lmcache', which knows blocks by the tokens in them",
+        "set --kv-offloading-backend to native",
+    ),
+    (
+        {"kv_offloading_size": 1.0, "enable_prefix_caching": False},
+        "KV offloading without prefix caching",
+        "remove --kv-offloading-size",
+    ),
+    (
+        {"kv_offloading_size": 1.0, "pipeline_parallel_size": 2},
+        "KV offloading with pipeline parallelism",
+        "remove --kv-offloading-size",
     ),
     ({"kv_sharing_fast_prefill": True}, "fast prefill", "remove --kv-sharing-fast-prefill"),
     ({"kv_cache_dtype": "fp8"}, "a KV cache in fp8", "remove --kv-cache-dtype"),

@@ -25,11 +25,13 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.cpu import CpuPlatform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheTensor
 
 from tests.support.moved import SINCE_0_33, make_arg_parser
 from vllm_sepllm.integration.startup.lengths import trained_length
 from vllm_sepllm.integration.wire.backend_name import register_backend_name
 from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.integration.wire.host_memory import num_host_slots
 
 SCHEDULER = "vllm_sepllm.integration.scheduler.scheduler.SepLLMScheduler"
 WORKER = "vllm_sepllm.integration.worker.cpu.worker.SepLLMCPUWorker"
@@ -171,6 +173,19 @@ def test_engine_args_stay_as_the_user_wrote_them(llama: str) -> None:
     second = args.create_engine_config()
     check_is_selected(second)
     assert first.additional_config == second.additional_config
+
+
+def test_host_memory_makes_no_connector(llama: str) -> None:
+    """Proves it from the command line, on two ranks; vLLM would give blocks by their tokens."""
+    options = ("--attention-backend=sepllm", "--kv-offloading-size=0.5", "-tp=2")
+    config_option = f"--additional-config={json.dumps(ADDITIONAL_CONFIG)}"
+    args = from_command_line(llama, *options, config_option)
+    config = args.create_engine_config()
+    assert config.kv_transfer_config is None
+    assert args.kv_offloading_size == 0.5
+    caches = KVCacheConfig(10, [KVCacheTensor(10 << 20, ["layer 0"], 0, 0)], [])
+    assert num_host_slots(config, caches) == 256
+    assert num_host_slots(selected(llama).create_engine_config(), caches) == 0
 
 
 def test_engine_args_come_back_after_a_failure(llama: str) -> None:

@@ -28,6 +28,20 @@ CONTRACTS = by_hand(
             ),
             "num_cached_block: dict[str, int]": "vLLM's mark of a request that is past its lookup",
         },
+        "vllm.distributed.kv_events:BlockStored": {
+            "group_idx, block_hashes, token_ids, extra_keys": (
+                "set on copies: of another group, or of several blocks"
+            ),
+        },
+        "vllm.v1.core.kv_cache_manager:KVCacheManager": {
+            "kv_cache_event_metadata": (
+                "set: the kinds of groups that KV events name; take_events writes them into events"
+            ),
+        },
+        "vllm.v1.core.block_pool:BlockPool": {
+            "kv_event_queue: list[KVCacheEvent]": "extended: events of our groups",
+            "_build_block_stored_event": "events have the fields that vLLM's have",
+        },
         "vllm.v1.core.kv_cache_utils:KVCacheBlock": {
             "ref_cnt: int": "raised while vLLM copies the block",
         },

@@ -94,6 +94,7 @@ CONTRACTS = by_hand(
         },
         "vllm.platforms.interface:Platform": {"fp8_dtype": "called: how fp8 caches are read"},
         "vllm.v1.worker.gpu_model_runner:GPUModelRunner": {
+            "kv_caches": "read: blocks of each layer, which host memory holds copies of",
             "execute_model(scheduler_output, intermediate_tensors)": (
                 "wrapped: hands on the plan; the worker and the Ray executor call it"
             ),
@@ -112,6 +113,7 @@ CONTRACTS = by_hand(
             "generators: dict[int, torch.Generator]": "emptied of chunks while vLLM samples",
         },
         "vllm.v1.worker.gpu.model_runner:GPUModelRunner": {
+            "kv_caches": "read: blocks of each layer, which host memory holds copies of",
             "execute_model(scheduler_output, intermediate_tensors, dummy_run)": (
                 "wrapped: hands on the plan, except to steps that vLLM makes up"
             ),

@@ -4,6 +4,7 @@ Nothing flows back from the workers: what is kept depends on token ids and posit
 """
 
 import time
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -11,6 +12,7 @@ from vllm.compilation.cuda_graph import CUDAGraphStat
 from vllm.distributed.ec_transfer.ec_connector.metrics import ECConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 from vllm.outputs import RequestError
+from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
@@ -28,6 +30,7 @@ from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
 from vllm_sepllm.integration.scheduler.transfer import StateDescriptions
 from vllm_sepllm.integration.wire import choices
 from vllm_sepllm.integration.wire.config import read_config
+from vllm_sepllm.integration.wire.host_memory import num_host_slots
 from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.policy.step import staging
@@ -56,6 +59,11 @@ class _SepLLMMixin(Scheduler):
             most_per_step=max(1, most_proposed),
         )
         self._prefix_cache = self._coordinator.prefix_cache
+        if self.enable_kv_cache_events and self._prefix_cache.is_enabled:
+            algorithm = self.cache_config.prefix_caching_hash_algo
+            self._prefix_cache.announce(self.kv_cache_manager, get_hash_fn_by_name(algorithm))
+        if num_slots := num_host_slots(self.vllm_config, self.kv_cache_config):
+            self._prefix_cache.offload(num_slots)
         self._planner = StepPlanner(
             self._live,
             self._prefix_cache.plan_checkpoints,
@@ -248,7 +256,8 @@ class _SepLLMMixin(Scheduler):
         """What the workers must know of the step that was just scheduled."""
         plan = self._planner.plan(scheduler_output)
         self._prefix_cache.release_checkpoints()
-        return plan
+        transfers = self._prefix_cache.take_transfers()
+        return plan if transfers is None else replace(plan, host=transfers)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, max_cache_hit_length: int | None = None
@@ -256,6 +265,7 @@ class _SepLLMMixin(Scheduler):
         kv, cache = self.kv_cache_manager, self._prefix_cache
         # vLLM 0.32 knows no limit, and 0.33 has one only for what refusals.py refuses
         limit: Any = () if max_cache_hit_length is None else (max_cache_hit_length,)
+        cache.restore(self._live[request.request_id])
         hit: tuple[KVCacheBlocks, int, int, bool]
         hit = super()._get_local_prefix_cache_hit(request, *limit)
         blocks, num_tokens, _, _ = hit

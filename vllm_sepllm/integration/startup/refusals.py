@@ -115,6 +115,37 @@ def check_drafts(vllm_config: VllmConfig, window: int) -> None:
         )
 
 
+def check_offloading(engine_args: EngineArgs, vllm_config: VllmConfig) -> None:
+    """Refuse what host memory for evicted checkpoints cannot do; called if there is to be any.
+
+    Raises:
+        ValueError: one sentence for the first reason found.
+    """
+    backend = engine_args.kv_offloading_backend
+    remedy = "remove --kv-offloading-size"
+    for is_unsupported, reason in (
+        (
+            backend != "native",
+            f"KV offloading with {backend!r}, which knows blocks by the tokens in them: set "
+            "--kv-offloading-backend to native",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            f"KV offloading beside a KV connector, whose failed loads it would save: {remedy}",
+        ),
+        (
+            not vllm_config.cache_config.enable_prefix_caching,
+            f"KV offloading without prefix caching, which finds what is offloaded: {remedy}",
+        ),
+        (
+            vllm_config.parallel_config.pipeline_parallel_size > 1,
+            f"KV offloading with pipeline parallelism, whose stages differ in bytes: {remedy}",
+        ),
+    ):
+        if is_unsupported:
+            raise ValueError(f"sepllm does not support {reason}")
+
+
 def check_renumbered(vllm_config: VllmConfig, max_position: int | None) -> None:
     """Refuse what renumbered positions cannot serve exactly; layers are looked at by the worker.
 
@@ -256,13 +287,7 @@ def _parallel_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
 
 def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
-    events = vllm_config.kv_events_config
     return [
-        (
-            events is not None and events.enable_kv_cache_events,
-            "KV cache events, which name blocks by the tokens at their position: remove "
-            "--kv-events-config",
-        ),
         (
             vllm_config.aux_output_config.enabled,
             "returned routed experts, which vLLM keeps by blocks of token positions: remove "
@@ -307,7 +332,7 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         (
             name != "NixlConnector" or module not in (None, NIXL_MODULE),
             f"the KV connector {name}, which moves blocks by token position: set kv_connector to "
-            "NixlConnector, or remove --kv-transfer-config and --kv-offloading-size",
+            "NixlConnector, or remove --kv-transfer-config",
         ),
         (
             bool(extra.get("bidirectional_kv_xfer", False)),

@@ -24,6 +24,7 @@ from vllm_sepllm.integration.startup import lengths, refusals
 from vllm_sepllm.integration.startup.block_size import CPU_BLOCK_SIZE
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register_backend_name
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
+from vllm_sepllm.integration.wire.host_memory import write_host_bytes
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
 from vllm_sepllm.integration.wire.transfer import NIXL_MODULE
 from vllm_sepllm.policy import trained
@@ -63,6 +64,9 @@ def _create_engine_config(
     config = _resolve(given, vllm_config)
     refusals.check_drafts(vllm_config, config.window)
     _complete(vllm_config, config)
+    if (size := engine_args.kv_offloading_size) is not None:
+        refusals.check_offloading(engine_args, vllm_config)
+        write_host_bytes(vllm_config, int(size * (1 << 30)))
     if not is_renumbered:
         _warn_of_positions(vllm_config.model_config)
     _log(given, config, vllm_config.cache_config.block_size)
@@ -107,9 +111,13 @@ def _selection_hidden(
     The model is built with the platform's own backend, which the worker then wraps, so vLLM must
     not look for a backend of our name: the CPU platform would ignore it, others resolve it.
     """
-    names = ("attention_backend", "attention_config", "block_size", "async_scheduling")
+    names = (
+        *("attention_backend", "attention_config", "block_size", "async_scheduling"),
+        "kv_offloading_size",
+    )
     saved = {name: getattr(engine_args, name) for name in names}
     engine_args.attention_backend = None
+    engine_args.kv_offloading_size = None  # vLLM would make a connector of it
     engine_args.attention_config = replace(engine_args.attention_config, backend=backend)
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = CPU_BLOCK_SIZE

@@ -8,6 +8,7 @@ import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.integration.wire.plan import attached_plan
+from vllm_sepllm.integration.worker.host_blocks import HostBlocks
 from vllm_sepllm.policy.step.plan import BatchRows, StepPlan
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
@@ -18,6 +19,8 @@ class CurrentStep:
     def __init__(self) -> None:
         self._plan: StepPlan | None = None
         self._afterwards: list[Callable[[], None]] = []
+        # evicted blocks; None: the engine keeps none in host memory
+        self.host_blocks: HostBlocks | None = None
         # the engine's policy, while the worker warms up
         self._warm_up_policy: Policy | None = None
         # the last batch: most steps have the same requests in the same order
@@ -53,6 +56,9 @@ class CurrentStep:
                 "sepllm's worker got a step without a plan: the engine does not run "
                 "SepLLMScheduler; select sepllm through EngineArgs, vllm.LLM or vllm serve"
             )
+        if plan is not None and plan.host is not None:
+            assert self.host_blocks is not None, "the scheduler saves blocks if the workers do"
+            self.host_blocks.move(plan.host)
         self._plan = plan
         try:
             yield

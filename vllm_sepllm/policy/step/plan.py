@@ -55,6 +55,19 @@ class Positions:
 
 
 @dataclass(frozen=True, slots=True)
+class HostTransfers:
+    """Blocks that a step moves between device and host memory before all else that it does.
+
+    Attributes:
+        saves: host slot -> block whose content goes there.
+        loads: block -> host slot whose content goes there, after the saves.
+    """
+
+    saves: dict[int, int]
+    loads: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     """One row per scheduled request, in any order.
 
@@ -70,6 +83,7 @@ class StepPlan:
         commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
         staged: row -> where the step leaves its proposals, for rows with drafts beyond a + n.
         positions: of an engine that renumbers them; None: those of the text.
+        host: what moves to and from host memory; None: nothing.
     """
 
     rows: dict[str, int]
@@ -82,6 +96,7 @@ class StepPlan:
     commits: dict[int, Commit] = field(default_factory=dict)
     staged: dict[int, Staged] = field(default_factory=dict)
     positions: Positions | None = None
+    host: HostTransfers | None = None
 
     def of(self, order: IntArray, group_id: int) -> "BatchRows":
         """The rows in ``order``, for a KV cache group."""

@@ -4,6 +4,7 @@ The machine plays the scheduler; the worker's memory holds labels instead of KV,
 compared with the rule (labelled_worker.py).
 """
 
+import random
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -28,6 +29,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from tests.support.labelled_worker import BLOCK, LabelledWorker, Scheduled
+from tests.support.router import Router
 from vllm_sepllm.integration.scheduler.coordinator import SepLLMCoordinator
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequests
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
@@ -77,6 +79,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         num_groups=st.integers(1, 2),
         others=st.sampled_from(sorted(OTHERS)),
         room=st.none() | st.integers(1, 30),
+        announces=st.booleans(),
+        host_slots=st.sampled_from([0, 12, 60]),
     )
     def start(
         self,
@@ -86,8 +90,13 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         num_groups: int,
         others: str,
         room: int | None = None,
+        announces: bool = False,
+        host_slots: int = 0,
     ) -> None:
-        """``room``: fewest tokens of an epoch; None: positions are those of the text."""
+        """``room``: fewest tokens of an epoch; None: positions are those of the text.
+
+        ``host_slots``: blocks of host memory; layers of other kinds have none.
+        """
         init_none_hash(sha256)
         if room is not None:  # which layers of other kinds cannot follow
             others, most = "alone", min(policy.max_separators or 0, 7)
@@ -111,6 +120,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             scheduler_block_size=max(spec.block_size for spec in specs),
             hash_block_size=BLOCK,
             enable_caching=True,
+            enable_kv_cache_events=announces,
         )
         self.pool = self.kv.block_pool
         self.live = LiveRequests(SEPARATORS, policy)
@@ -119,6 +129,13 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         every = self.kv.coordinator.single_type_managers
         self.ours = [m.kv_cache_group_id for m in every if isinstance(m, SepLLMManager)]
         assert len(self.ours) == num_groups
+        # a router beside them, which sees nothing but the events
+        self.router = Router(BLOCK, self.ours, len(groups)) if announces else None
+        if announces:
+            self.cache.announce(self.kv, sha256)
+        self.are_alone = others == "alone"
+        if host_slots and self.are_alone:
+            self.cache.offload(host_slots)
         self.worker = LabelledWorker(self.policies, self.kv, self.ours, self.apart)
 
     @rule(
@@ -199,6 +216,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         if request.num_computed_tokens == 0:
             if self.cache.must_wait(self.live[request.request_id]):
                 return None
+            self.cache.restore(self.live[request.request_id])
             blocks, hit, _ = self.kv.get_computed_blocks(request)
             if hit and not self.cache.fits(self.kv, request, blocks, hit):
                 blocks, hit = self.kv.empty_kv_cache_blocks, 0
@@ -247,6 +265,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         ]
         assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
         self.cache.release_checkpoints()
+        if (transfers := self.cache.take_transfers()) is not None:
+            self.worker.move(transfers)
         plan = builder.build()
         if self.policy.max_position is not None:
             positions = self.live.epochs.step(
@@ -289,6 +309,24 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         return list(self.requests.values())[which % len(self.requests)]
 
     @invariant()
+    def a_router_knows_every_hit(self) -> None:
+        """Of all that requests are now, waiting or running, at every moment."""
+        if (router := getattr(self, "router", None)) is None:
+            return
+        router.take(self.kv.take_events())
+        for live in self.live.values():
+            request = live.request
+            longest = request.num_tokens - 1
+            _, found = self.cache.find(live, longest, ())
+            tokens, hashes = list(request.all_token_ids), request.block_hashes
+            assert router.num_found(tokens, hashes, longest) == found
+            # sliding windows take hashes back that other layers still have, in stock vLLM too
+            if self.are_alone:
+                assert router.most_found(hashes) >= found // BLOCK * BLOCK
+        if not len(self.pool.cached_block_hash_to_block):
+            assert not any(router.stored.values()), "blocks of an empty cache"
+
+    @invariant()
     def blocks_are_counted_right(self) -> None:
         if not hasattr(self, "kv"):
             return
@@ -309,6 +347,56 @@ class PrefixCacheMachine(RuleBasedStateMachine):
 
 TestPrefixCache = PrefixCacheMachine.TestCase
 TestPrefixCache.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+def test_long_runs() -> None:
+    """Far more steps than hypothesis takes: prompts come back when the pool has forgotten them."""
+    assert sum(map(run_long, range(12))) > 100, "blocks came back from host memory"
+
+
+def run_long(seed: int) -> int:
+    """Random traffic in a small pool over host memory; returns how many blocks came back."""
+    pick = random.Random(seed)
+    machine = PrefixCacheMachine()
+    machine.start(
+        Policy(pick.randrange(4), pick.choice([5, 8, 17]), pick.choice([9, 1000])),
+        num_blocks=pick.choice([24, 30, 40]),
+        interval=16,
+        num_groups=pick.choice([1, 1, 2]),
+        others="alone",
+        room=pick.choice([None, None, 20]),
+        announces=pick.random() < 0.5,
+        host_slots=pick.choice([20, 60, 200]),
+    )
+    host = machine.cache._host
+    assert host is not None
+    for _ in range(250):
+        chance = pick.random()
+        if len(machine.requests) < 3 or (chance < 0.1 and len(machine.requests) < 6):
+            machine.arrive(
+                num_shared=pick.choice([0, 20, 40, 60, 70]),
+                own=pick.choices([0, 1], k=pick.randrange(1, 12)),
+                apart=pick.choice([1, 1, 1, 2]),
+                window=pick.choice([None, None, None, 12]),
+                max_tokens=pick.choice([1, 3, 30]),
+            )
+        elif chance < 0.2:
+            machine.finish(pick.randrange(6))
+        elif chance < 0.22:
+            machine.preempt(pick.randrange(6))
+        elif chance < 0.222:
+            machine.reset()
+        else:
+            which = pick.sample(range(6), 3)
+            machine.step(which, pick.choices([1, 5, 16, 40], k=3), preempts=pick.random() < 0.5)
+        machine.a_router_knows_every_hit()
+        machine.blocks_are_counted_right()
+        slots = {slot for saved in host._saved.values() for slot in saved.all_slots}
+        assert sorted([*slots, *host._free]) == list(range(host._num_slots)), "a slot is lost"
+    for _ in list(machine.requests):
+        machine.finish(0)
+    assert machine.pool.get_num_free_blocks() == len(machine.pool.blocks) - 1
+    return machine.worker.num_loaded
 
 
 # what the machine hardly comes upon, step by step

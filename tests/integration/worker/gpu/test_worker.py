@@ -113,6 +113,7 @@ def test_a_worker_bounds_copies_and_sets_memory_apart(monkeypatch: pytest.Monkey
     made.vllm_config.scheduler_config = asked.scheduler_config
     made.vllm_config.model_config = asked.model_config
     made.vllm_config.compilation_config.static_forward_context = {}
+    made.vllm_config.additional_config = {}
     made.use_v2_model_runner = False
     wanted = key_list_bytes(asked, policy, 1 << 40)
     made.model_runner = SimpleNamespace(

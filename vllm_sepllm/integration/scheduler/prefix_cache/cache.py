@@ -17,9 +17,11 @@ from vllm_sepllm.integration.scheduler.prefix_cache.branch_points import BranchP
 from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import CheckpointRegistry
 from vllm_sepllm.integration.scheduler.prefix_cache.decode_checkpoints import DecodeCheckpoints
 from vllm_sepllm.integration.scheduler.prefix_cache.dense_prefixes import DensePrefixes
+from vllm_sepllm.integration.scheduler.prefix_cache.host_checkpoints import HostCheckpoints
 from vllm_sepllm.integration.scheduler.prefix_cache.joint_prefills import JointPrefills
+from vllm_sepllm.integration.scheduler.prefix_cache.kv_events import HashFunction, KvEvents
 from vllm_sepllm.policy.step import checkpoint
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint
+from vllm_sepllm.policy.step.plan import HostTransfers, PlannedCheckpoint
 from vllm_sepllm.policy.visibility import Policy
 
 
@@ -59,6 +61,7 @@ class PrefixCache:
         self._decoding = (
             DecodeCheckpoints(managers, self.registry, self._unit) if alignment > 1 else None
         )
+        self._host: HostCheckpoints | None = None
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
 
@@ -72,7 +75,34 @@ class PrefixCache:
         wanted = self._interval * max(policy.window, engine)
         return -(-wanted // (engine * self._unit)) * self._unit
 
+    def announce(self, kv_cache_manager: KVCacheManager, hash_function: HashFunction) -> None:
+        """Tell routers from now on what can be found, by vLLM's KV events."""
+        KvEvents(kv_cache_manager, self.registry, self._dense, self._num_found, hash_function)
+
+    def offload(self, num_slots: int) -> None:
+        """Save in host memory what the pool evicts, as many blocks as that.
+
+        Raises:
+            ValueError: if other kinds of layers have blocks that would not come back with ours.
+        """
+        if self._alignment > 1:
+            raise ValueError(
+                "sepllm does not support KV offloading where layers of other kinds must hit with "
+                "its own, as vLLM moves their blocks by the tokens in them: remove "
+                "--kv-offloading-size"
+            )
+        self._host = HostCheckpoints(self._managers, self.registry, num_slots)
+
+    def take_transfers(self) -> HostTransfers | None:
+        """What the step that is scheduled now must move between device and host; None: nothing."""
+        return None if self._host is None else self._host.take_transfers()
+
     # ------------------------------------------------------------------ a new request
+
+    def restore(self, live: LiveRequest) -> None:
+        """Before a request looks its prefix up: bring it back from host memory."""
+        if self._host is not None and not live.request.skip_reading_prefix_cache:
+            self._host.restore(live, self._num_found(live))
 
     def must_wait(self, live: LiveRequest) -> bool:
         """Whether a waiting request should start in a later step, from what a prefill leaves."""
@@ -131,7 +161,7 @@ class PrefixCache:
         """All requests of the step are known and no block is changed yet: copy what is kept."""
         for manager in self._managers:
             for block in manager.take_overwritten():
-                copy = self._dense.move_away(manager, block)
+                copy = self._dense.move_away(block)
                 if copy is not None:
                     manager.copy_block(block, copy)
         if self._decoding is not None:
@@ -208,6 +238,7 @@ class PrefixCache:
             blocks = manager.req_to_blocks[live.request.request_id]
             for number in range(start // manager.block_size, end // manager.block_size):
                 self._dense.add(manager, live.request.block_hashes, number, blocks[number])
+        self._dense.added(live, start, end)
 
     def _plan_checkpoint(self, live: LiveRequest, position: int) -> PlannedCheckpoint | None:
         hashes = live.request.block_hashes
@@ -232,12 +263,14 @@ class PrefixCache:
             fresh.append(dict(zip(numbers, blocks, strict=True)))
             for number, block in fresh[-1].items() if is_dense else ():
                 self._dense.add(manager, hashes, number, block)
-        if not is_dense:
+        if is_dense:
+            self._dense.added(live, 0, position)
+        else:
             state = {
                 m.kv_cache_group_id: m.state(live, position, blocks)
                 for m, blocks in zip(self._managers, fresh, strict=True)
             }
-            self.registry.add(live.policy.window, block_hash, position, (), state)
+            self.registry.add(live, position, state)
         return PlannedCheckpoint(
             position,
             {
@@ -267,4 +300,4 @@ class PrefixCache:
         if self.registry.has(block_hash, rest):
             return
         state = {m.kv_cache_group_id: m.state(live, position) for m in self._managers}
-        self.registry.add(live.policy.window, block_hash, position, rest, state)
+        self.registry.add(live, position, state)

@@ -1,6 +1,6 @@
 """Registry of the prefixes that have a checkpoint in vLLM's block pool."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -12,6 +12,7 @@ from vllm.v1.core.kv_cache_utils import (
     make_block_hash_with_group_id,
 )
 
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
 from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
 
 # blocks of the pool per new checkpoint between two sweeps that forget checkpoints without all of
@@ -41,6 +42,11 @@ class Checkpoint:
         """Whether the pool still has every block: vLLM's own LRU decides."""
         return all(b.block_hash == key for group in self.blocks.values() for b, key in group)
 
+    @property
+    def keys(self) -> set[BlockHashWithGroupId]:
+        """Of the blocks of all groups."""
+        return {key for group in self.blocks.values() for _, key in group}
+
     def group(self, group_id: int) -> list[KVCacheBlock]:
         """The blocks of one KV cache group."""
         return [block for block, _ in self.blocks[group_id]]
@@ -60,6 +66,8 @@ class CheckpointRegistry:
         self._num_added = 0
         self._numbers = count()
         self.block_count = CheckpointBlockCount()
+        # told of each new checkpoint and of the request that left it
+        self.listeners: list[Callable[[LiveRequest, Checkpoint], None]] = []
 
     def find(
         self,
@@ -101,30 +109,32 @@ class CheckpointRegistry:
             del self._by_hash[block_hash]
         return whole
 
-    def add(
-        self,
-        window: int,
-        block_hash: BlockHash,
-        position: int,
-        rest: tuple[int, ...],
-        state: State,
-    ) -> None:
-        """Remember a checkpoint; its blocks get keys and may be freed afterwards.
+    def add(self, live: LiveRequest, position: int, state: State) -> Checkpoint:
+        """Remember a request's state after ``position`` tokens, at least one whole hash block.
 
-        ``window`` is the request's, by which the metrics tell blocks apart.
+        Its blocks get keys and may be freed afterwards.
         """
+        num_hashes = position // self._hash_size
+        rest = tuple(live.request._all_token_ids[num_hashes * self._hash_size : position])
+        # the metrics tell blocks apart by the window of the request
+        window = live.policy.window
         keyed = {
             group_id: tuple(
                 (block, self._key(block, group_id, position, window)) for block in blocks
             )
             for group_id, blocks in state.items()
         }
-        self._by_hash.setdefault(block_hash, []).append(Checkpoint(position, rest, keyed))
+        checkpoint = Checkpoint(position, rest, keyed)
+        block_hash = live.request.block_hashes[num_hashes - 1]
+        self._by_hash.setdefault(block_hash, []).append(checkpoint)
+        for listener in self.listeners:
+            listener(live, checkpoint)
         self._num_added += 1
         if self._num_added > self._pool.num_gpu_blocks // _BLOCKS_PER_SWEEP:
             self._num_added = 0
             for known in list(self._by_hash):
                 self._whole(known)
+        return checkpoint
 
     def _key(
         self, block: KVCacheBlock, group_id: int, position: int, window: int

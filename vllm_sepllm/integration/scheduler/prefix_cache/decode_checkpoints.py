@@ -63,7 +63,7 @@ class DecodeCheckpoints:
                 manager.copy_block(blocks[i], block)
             state[manager.kv_cache_group_id] = manager.state(live, position, fresh)
             copies.extend(fresh.values())
-        self._registry.add(live.policy.window, hashes[number], position, (), state)
+        self._registry.add(live, position, state)
         live.holding.last_copies = [(b, b.block_hash) for b in copies if b.block_hash is not None]
 
     def _give_up(self, live: LiveRequest) -> None:

@@ -14,6 +14,7 @@ from vllm_sepllm.integration.worker.cpu.impl import SepLLMCPUImpl
 from vllm_sepllm.integration.worker.cpu.positions import shift_positions
 from vllm_sepllm.integration.worker.cpu.seeds import keep_seeds_of_chunks
 from vllm_sepllm.integration.worker.current_step import CurrentStep
+from vllm_sepllm.integration.worker.host_blocks import host_blocks_of
 from vllm_sepllm.integration.worker.layers import sepllm_layers
 from vllm_sepllm.integration.worker.rotary import renumber
 
@@ -42,6 +43,7 @@ class SepLLMCPUWorker(CPUWorker):
         runner = self.model_runner
         step = CurrentStep()
         step.plan_runs_of(runner)
+        step.host_blocks = host_blocks_of(runner, self.vllm_config, kv_cache_config)
         keep_seeds_of_chunks(runner)
         if read_config(self.vllm_config).max_position is not None:
             shift_positions(runner, step)

@@ -24,6 +24,7 @@ from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import SepLLMGPUImpl
 from vllm_sepllm.integration.worker.gpu.positions import shift_positions
 from vllm_sepllm.integration.worker.gpu.profile import hold_while_profiling, key_list_bytes
+from vllm_sepllm.integration.worker.host_blocks import host_blocks_of
 from vllm_sepllm.integration.worker.layers import sepllm_layers
 from vllm_sepllm.integration.worker.rotary import renumber
 
@@ -81,6 +82,9 @@ class GPUWorkerMixin(Worker):
         super().initialize_from_config(kv_cache_config)
         self._check_graphs()
         self._step.plan_runs_of(self.model_runner)
+        self._step.host_blocks = host_blocks_of(
+            self.model_runner, self.vllm_config, kv_cache_config
+        )
         self._builders = bind_builders(
             self.vllm_config, self.model_runner, self._step, self._request_ids
         )

@@ -1,0 +1,84 @@
+"""Evicted prefixes come back from host memory; vLLM's real schedulers and pools, no model.
+
+test_machine.py says what is in the blocks.
+"""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support.schedulers import Run, Setting, make_scheduler, random_tokens, write_model
+
+KINDS = ("sync", "async", "drafts")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("llama"))
+
+
+def reused(run: Run, prompts: list[list[int]]) -> int:
+    """Tokens that prompts found, one after another, each with a turn that goes on from it."""
+    names = []
+    for prompt in prompts:
+        names.append(run.arrive(prompt, 4))
+        run.finish()
+    return sum(run.num_reused[name] for name in names)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [24, 900])
+def test_prompts_find_what_the_pool_has_forgotten(model: Path, kind: str, length: int) -> None:
+    """Twenty prompts in a pool that holds a few, twice: short ones are shared by blocks."""
+    pick = random.Random(length)
+    prompts = [random_tokens(pick, length + 40) for _ in range(20)]
+    policy = (("window", 124), ("checkpoint_interval", 256))
+    found = {}
+    for host_blocks in (0, 1000):
+        run = Run(Setting(model, kind, 40, policy=policy, host_blocks=host_blocks))
+        reused(run, prompts)
+        found[host_blocks] = reused(run, [prompt[: length + 36] for prompt in prompts])
+        assert run.pool.get_num_free_blocks() == run.pool.num_gpu_blocks - 1
+    print(found)
+    longest = (length + 35) // 32 * 32
+    # a request with drafts may end without a checkpoint
+    assert found[1000] >= (0.9 if kind == "drafts" else 1.0) * 20 * longest
+    assert found[0] < 0.3 * found[1000]
+
+
+def test_a_reset_empties_host_memory(model: Path) -> None:
+    """The weights may be others from now on."""
+    pick = random.Random(0)
+    prompts = [random_tokens(pick, 900) for _ in range(20)]
+    run = Run(Setting(model, num_blocks=40, host_blocks=1000))
+    reused(run, prompts)
+    assert run.scheduler.reset_prefix_cache()
+    assert reused(run, prompts[:1]) == 0
+
+
+def test_the_least_recently_used_goes_first(model: Path) -> None:
+    pick = random.Random(0)
+    prompts = [random_tokens(pick, 900) for _ in range(20)]
+    run = Run(Setting(model, num_blocks=40, host_blocks=60))
+    reused(run, prompts)
+    assert reused(run, prompts[-3:]) > 3 * 700
+    assert reused(run, prompts[:1]) == 0
+
+
+def test_blocks_of_other_layers_would_not_come_back(model: Path) -> None:
+    with pytest.raises(ValueError, match="KV offloading where layers of other kinds"):
+        make_scheduler(Setting(model, with_full=True, host_blocks=100))
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_what_a_step_is_to_fill_is_not_saved_before_it(model: Path, is_new: bool) -> None:
+    """A copy of a block, or a block from host memory, may be given up in the step that gets it."""
+    run = Run(Setting(model, num_blocks=200, host_blocks=1000))
+    reused(run, [random_tokens(random.Random(0), 900)])
+    blocks = {block.block_id for block in run.pool.blocks if block.block_hash is not None}
+    assert run.pool.handed_out == set(), "every step has taken what it was to fill"
+    run.pool.handed_out.update(blocks if is_new else ())
+    run.pool.evict_blocks(blocks)
+    transfers = run.scheduler._prefix_cache.take_transfers()
+    assert (transfers is None) == is_new

@@ -1,0 +1,26 @@
+"""Blocks on their way to host memory and back, bit for bit."""
+
+import torch
+
+from vllm_sepllm.integration.worker.host_blocks import HostBlocks
+from vllm_sepllm.policy.step.plan import HostTransfers
+
+
+def test_blocks_come_back_as_they_were() -> None:
+    """Layers of several shapes, one of them seen twice, with two kernel blocks to a block."""
+    torch.manual_seed(0)
+    caches = [torch.randn(12, 2, 4), torch.randn(6, 8).to(torch.bfloat16)]
+    before = [cache.clone() for cache in caches]
+    host = HostBlocks([*caches, caches[0]], num_blocks=6, num_slots=3)
+    host.move(HostTransfers(saves={2: 5, 0: 1}, loads={}))
+    for cache in caches:
+        cache.zero_()
+    # a slot is saved before it is loaded, in one step, too
+    caches[1][4] = 7
+    host.move(HostTransfers(saves={1: 4}, loads={3: 2, 0: 0, 5: 1}))
+    assert torch.equal(caches[0][6:8], before[0][10:12])
+    assert torch.equal(caches[0][0:2], before[0][2:4])
+    assert torch.equal(caches[1][3], before[1][5])
+    assert torch.equal(caches[1][0], before[1][1])
+    assert torch.equal(caches[1][5], torch.full((8,), 7, dtype=torch.bfloat16))
+    assert not caches[0][2:6].any()

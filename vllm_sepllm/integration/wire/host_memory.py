@@ -1,0 +1,29 @@
+"""Host memory for evicted checkpoints (``--kv-offloading-size``), as every process sees it."""
+
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+_KEY = "sepllm_host_bytes"
+
+
+def write_host_bytes(vllm_config: VllmConfig, num_bytes: int) -> None:
+    """Reserve host memory, of all workers together.
+
+    Not in vLLM's own setting: from that it would make a connector, in every copy of the config.
+    """
+    given = vllm_config.additional_config
+    assert isinstance(given, dict), "refusals.check_engine_args lets only a dict pass"
+    vllm_config.additional_config = {**given, _KEY: num_bytes}
+
+
+def num_host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Blocks that host memory has room for; the same number in every process."""
+    given = vllm_config.additional_config
+    assert isinstance(given, dict), "refusals.check_engine_args lets only a dict pass"
+    num_bytes: int = given.get(_KEY, 0)
+    if not num_bytes:
+        return 0
+    # vLLM allocates once, and each KVCacheTensor is a place in it
+    (size,) = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}
+    block = size // kv_cache_config.num_blocks
+    return num_bytes // (block * vllm_config.parallel_config.tensor_parallel_size)

@@ -1,0 +1,65 @@
+"""Host memory for blocks of the KV cache: what the pool evicts, until it is needed again."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from vllm_sepllm.integration.wire.host_memory import num_host_slots
+from vllm_sepllm.policy.step.plan import HostTransfers
+
+
+def host_blocks_of(
+    runner: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> "HostBlocks | None":
+    """Of a model runner that has its caches; None: there is no host memory to be used."""
+    num_slots = num_host_slots(vllm_config, kv_cache_config)
+    if not num_slots:
+        return None
+    return HostBlocks(runner.kv_caches, kv_cache_config.num_blocks, num_slots)
+
+
+class HostBlocks:
+    """Slots of host memory, each for a block of all layers.
+
+    A step moves blocks before all else that it does, and all copies are in the order of the
+    current stream: what a step evicts is saved before the step overwrites it, what it loads is
+    there before the step reads it.
+    """
+
+    def __init__(self, kv_caches: Iterable[torch.Tensor], num_blocks: int, num_slots: int) -> None:
+        """Reserve host memory, pinned if the cache is on a device of its own.
+
+        Args:
+            kv_caches: of each layer, [kernel blocks, ...]; several kernel blocks make a block.
+            num_blocks: of the pool.
+            num_slots: of host memory.
+        """
+        layers = {cache.data_ptr(): cache for cache in kv_caches}
+        self._blocks = [
+            torch.unflatten(cache, 0, (num_blocks, cache.shape[0] // num_blocks))
+            for cache in layers.values()
+        ]
+        self._host = [
+            torch.empty(
+                (num_slots, *blocks.shape[1:]), dtype=blocks.dtype, pin_memory=blocks.is_cuda
+            )
+            for blocks in self._blocks
+        ]
+
+    def move(self, transfers: HostTransfers) -> None:
+        """Do what a step asks for, before it."""
+        self._save([*transfers.saves.values()], [*transfers.saves])
+        self._load([*transfers.loads.values()], [*transfers.loads])
+
+    def _save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        for layer, host in zip(self._blocks, self._host, strict=True):
+            for block, slot in zip(blocks, slots, strict=True):
+                host[slot].copy_(layer[block], non_blocking=True)
+
+    def _load(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
+        for layer, host in zip(self._blocks, self._host, strict=True):
+            for slot, block in zip(slots, blocks, strict=True):
+                layer[block].copy_(host[slot], non_blocking=True)
