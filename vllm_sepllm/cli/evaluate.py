@@ -35,7 +35,7 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the files that the suite names [default: vllm_sepllm's own documents]"
+            help="Folder of the files that the suite names; default: vllm_sepllm's own documents."
         ),
     ] = None,
     questions: Annotated[

@@ -88,7 +88,7 @@ def plan(
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     block_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a KV block [default: this platform's]"),
+        typer.Option(min=1, help="Tokens of a KV block; default: this platform's."),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:

@@ -65,7 +65,7 @@ class TokenRow:
 def separators(
     model: options.Model,
     file: Annotated[
-        Path | None, typer.Argument(help="Text, UTF-8 [default: a bundled document]")
+        Path | None, typer.Argument(help="Text, UTF-8; default: a bundled document.")
     ] = None,
     limit: Annotated[int, typer.Option(min=0, help="Rows of each table; 0 is all.")] = 20,
     as_json: options.AsJson = False,

@@ -22,7 +22,7 @@ def show(
     model: options.Model,
     file: Annotated[Path, typer.Argument(help="Text to show, UTF-8.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Page to write [default: FILE-kept.html]")
+        Path | None, typer.Option("--output", "-o", help="Page to write; default: FILE-kept.html.")
     ] = None,
     separators: Annotated[str, typer.Option(help=f"Rule: {', '.join(RULES)}.")] = "extended",
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
@@ -41,7 +41,7 @@ def show(
         typer.Option(
             parser=options.as_tokens,
             metavar="TOKENS",
-            help="Show no more tokens than these [default: the whole text]",
+            help="Show no more tokens than these; default: the whole text.",
         ),
     ] = None,
     attention: Annotated[
