@@ -29,11 +29,41 @@ TWO_CORES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING
 # what a worker's death may take until everything has ended
 SECONDS_TO_END = 60
 SECONDS_TO_KILL = 2
+# an answer whose end nobody waits for: on a busy machine this process stands still for seconds
+# while the server goes on
 LONGEST = 32768
+# answers go over several epochs; those that end within the first have positions of the text
+MAX_POSITION = 100
+RENUMBERED: dict[str, Any] = {
+    "max_model_len": LONGEST,
+    "additional_config": {
+        "sepllm": POLICY
+        | {"max_separators": 16, "positions": "renumbered", "max_position": MAX_POSITION}
+    },
+}
+
+
+def asked() -> list[list[int]]:
+    """Prompts with epochs and one without."""
+    return [*prompts(), prompts()[0][:80]]
+
+
+def check_all(model: Path, answers: list[list[int]]) -> None:
+    """Of RENUMBERED to asked(): the oracle's."""
+    rule = replace(RULE, max_separators=16, max_position=MAX_POSITION)
+    for prompt, tokens in zip(asked(), answers, strict=True):
+        check(model, prompt, tokens, rule)
+    assert [len(epochs_of([*prompt, *[0] * NUM_TOKENS], rule)) > 1 for prompt in asked()] == [
+        True,
+        True,
+        False,
+    ]
 
 
 @contextmanager
-def served(model: Path, folder: Path, *arguments: str) -> Iterator[tuple[str, Path]]:
+def served(
+    model: Path, folder: Path, engine: dict[str, Any], *arguments: str
+) -> Iterator[tuple[str, Path]]:
     """A server of the tiny model; yields the base URL and the log."""
     # workers wait for each other without sleeping: on two busy cores nothing else would run
     command = [
@@ -47,7 +77,7 @@ def served(model: Path, folder: Path, *arguments: str) -> Iterator[tuple[str, Pa
         "tiny",
         "--enforce-eager",
     ]
-    for name, value in ENGINE.items():
+    for name, value in engine.items():
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         command += [f"--{name.replace('_', '-')}", text]
     log = folder / "server.log"
@@ -75,25 +105,24 @@ def complete(client: OpenAI, prompt: list[int]) -> list[int]:
     "A worker that dies in mid-stream", "ends the request and the server, nothing hangs"
 )
 @pytest.mark.compatibility("Tensor parallel, executor mp", "the tokens of one process")
+@pytest.mark.compatibility(
+    "Renumbered positions, tensor and pipeline parallel", "the tokens of one process"
+)
 def test_tensor_parallel_and_a_worker_that_dies(
     tiny_llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proves that two tensor-parallel workers, each with its own heads, answer as one process,
-    and that a worker killed while it streams ends the request and the server; nothing hangs.
+    """Proves that two tensor-parallel workers, each with its own heads, answer as one process, and
+    turn their own keys where positions are renumbered; and that a worker killed while it streams
+    ends the request and the server; nothing hangs.
     """
     for name, value in TWO_CORES.items():
         monkeypatch.setenv(name, value)
-    # an answer that nobody waits for the end of: on a busy machine this process stands still for
-    # seconds while the server goes on
-    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    arguments = ("--tensor-parallel-size", "2", "--max-model-len", str(LONGEST))
-    with served(tiny_llama_path, tmp_path, *arguments) as (base_url, log):
+    arguments = ("--tensor-parallel-size", "2")
+    with served(tiny_llama_path, tmp_path, ENGINE | RENUMBERED, *arguments) as (base_url, log):
         client = connect(base_url)
-        with ThreadPoolExecutor(2) as pool:
-            for prompt, tokens in zip(
-                prompts(), pool.map(lambda p: complete(client, p), prompts()), strict=True
-            ):
-                check(tiny_llama_path, prompt, tokens)
+        with ThreadPoolExecutor(len(asked())) as pool:
+            answers = list(pool.map(lambda p: complete(client, p), asked()))
+        check_all(tiny_llama_path, answers)
         (server,) = (p for p in psutil.Process().children() if "serve" in p.cmdline())
         family = server.children(recursive=True)
         (victim,) = (p for p in family if "Worker_TP1" in " ".join(p.cmdline()))
@@ -124,50 +153,23 @@ def test_tensor_parallel_and_a_worker_that_dies(
 
 @pytest.mark.compatibility("Pipeline parallel, executor mp", "the tokens of one process")
 def test_pipeline_parallel(tiny_llama_path: Path) -> None:
-    """Proves that two pipeline stages, a layer each, answer as one process.
+    """Proves that two pipeline stages, a layer each, answer as one process, and turn their own keys
+    where positions are renumbered.
 
     Compiled: stock vLLM 0.32 on CPU fails on an eager second stage. Without inductor, whose code
     for our layers test_oracle.py runs.
     """
     with started(
         TWO_CORES | MAY_ASK | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        **ENGINE,
+        **(ENGINE | RENUMBERED),
         model=str(tiny_llama_path),
         pipeline_parallel_size=2,
         compilation_config={"backend": "eager"},
     ) as llm:
-        report = report_of(llm, prompts(), NUM_TOKENS)
+        report = report_of(llm, asked(), NUM_TOKENS)
     assert report.workers == ["SepLLMCPUWorker"] * 2
     assert [impl for impl, _, _ in report.layers.values()] == ["SepLLMCPUImpl"] * 2
-    for prompt, tokens in zip(prompts(), report.tokens, strict=True):
-        check(tiny_llama_path, prompt, tokens)
-
-
-@pytest.mark.compatibility(
-    "Renumbered positions, tensor and pipeline parallel", "the tokens of one process"
-)
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"tensor_parallel_size": 2},
-        {"pipeline_parallel_size": 2, "compilation_config": {"backend": "eager"}},
-    ],
-    ids=["tensor", "pipeline"],
-)
-def test_renumbered_positions(tiny_llama_path: Path, arguments: dict[str, Any]) -> None:
-    """Proves that workers with half the heads or half the layers turn their own keys."""
-    policy = POLICY | {"max_separators": 16, "positions": "renumbered", "max_position": 100}
-    with started(
-        TWO_CORES | MAY_ASK | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-        **(ENGINE | {"additional_config": {"sepllm": policy}, "max_model_len": 10_000}),
-        model=str(tiny_llama_path),
-        **arguments,
-    ) as llm:
-        report = report_of(llm, prompts(), NUM_TOKENS)
-    rule = replace(RULE, max_separators=16, max_position=100)
-    for prompt, tokens in zip(prompts(), report.tokens, strict=True):
-        check(tiny_llama_path, prompt, tokens, rule)
-    assert len(epochs_of(prompts()[0], rule)) > 1
+    check_all(tiny_llama_path, report.tokens)
 
 
 @pytest.mark.compatibility("Data parallel", "the tokens of one process")
@@ -177,7 +179,7 @@ def test_data_parallel(
     """Proves that two engines behind one server answer as one, both with work of their own."""
     for name, value in TWO_CORES.items():
         monkeypatch.setenv(name, value)
-    with served(tiny_llama_path, tmp_path, "--data-parallel-size", "2") as (base_url, _):
+    with served(tiny_llama_path, tmp_path, ENGINE, "--data-parallel-size", "2") as (base_url, _):
         client = connect(base_url)
         many = prompts() * 4
         with ThreadPoolExecutor(len(many)) as pool:
