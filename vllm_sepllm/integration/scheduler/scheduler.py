@@ -255,7 +255,9 @@ class _SepLLMMixin(Scheduler):
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """What the workers must know of the step that was just scheduled."""
         plan = self._planner.plan(scheduler_output)
-        self._prefix_cache.release_checkpoints()
+        if fresh := self._prefix_cache.take_fresh():
+            # at once, unless a state could arrive in them before this step has written them
+            self._free_cow_retained_blocks(fresh, self.sched_step_seq)
         transfers = self._prefix_cache.take_transfers()
         return plan if transfers is None else replace(plan, host=transfers)
 

@@ -216,10 +216,13 @@ class PrefixCache:
         """The last position up to there at which a checkpoint may end."""
         return position // self._unit * self._unit
 
-    def release_checkpoints(self) -> None:
-        """The step is planned: its checkpoints belong to nobody, so no admission waits for them."""
-        self._pool.free_blocks(self._fresh)
-        self._fresh = []
+    def take_fresh(self) -> list[KVCacheBlock]:
+        """The step is planned: blocks that its checkpoints have to themselves, for it to fill.
+
+        They belong to nobody, so no admission should wait for them: the caller frees them.
+        """
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     def _key_dense(self, live: LiveRequest, start: int, end: int) -> None:
         """Give the blocks that are full at ``end`` their keys: none has been overwritten yet.
