@@ -62,7 +62,8 @@ class _SepLLMMixin(Scheduler):
         if self.enable_kv_cache_events and self._prefix_cache.is_enabled:
             algorithm = self.cache_config.prefix_caching_hash_algo
             self._prefix_cache.announce(self.kv_cache_manager, get_hash_fn_by_name(algorithm))
-        if num_slots := num_host_slots(self.vllm_config, self.kv_cache_config):
+        num_slots = num_host_slots(self.vllm_config, self.kv_cache_config)
+        if num_slots is not None:
             self._prefix_cache.offload(num_slots)
         self._planner = StepPlanner(
             self._live,

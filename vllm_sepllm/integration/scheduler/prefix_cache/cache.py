@@ -83,13 +83,20 @@ class PrefixCache:
         """Save in host memory what the pool evicts, as many blocks as that.
 
         Raises:
-            ValueError: if other kinds of layers have blocks that would not come back with ours.
+            ValueError: if other kinds of layers have blocks that would not come back with ours, or
+                if no checkpoint beyond a + n tokens would ever fit.
         """
         if self._alignment > 1:
             raise ValueError(
                 "sepllm does not support KV offloading where layers of other kinds must hit with "
                 "its own, as vLLM moves their blocks by the tokens in them: remove "
                 "--kv-offloading-size"
+            )
+        smallest = sum(-(-self._engine.num_dense // m.block_size) for m in self._managers)
+        if num_slots < smallest:
+            raise ValueError(
+                f"sepllm's host memory would hold {num_slots} KV blocks, fewer than the {smallest} "
+                "of a checkpoint: set a larger --kv-offloading-size, or remove it"
             )
         self._host = HostCheckpoints(self._managers, self.registry, num_slots)
 
