@@ -75,7 +75,7 @@ class Setting:
     policy: tuple[tuple[str, Any], ...] = (("window", 28), ("checkpoint_interval", 256))
     load_failures: Literal["recompute", "fail"] | None = None
     events: str | None = None
-    host_blocks: int = 0
+    host_blocks: float = 0
 
 
 def write_model(folder: Path) -> Path:

@@ -16,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.instances import Instance
-from tests.support.schedulers import Setting, make_request, random_tokens, starts, write_model
+from tests.support.schedulers import (
+    Setting,
+    answer,
+    make_request,
+    random_tokens,
+    starts,
+    write_model,
+)
+from vllm_sepllm.integration.wire.plan import attached_plan
 
 POLICY = (("initial_tokens", 3), ("window", 28), ("max_separators", 60))
 OTHER = (("initial_tokens", 3), ("window", 40), ("max_separators", 60))
@@ -159,6 +167,26 @@ def test_nothing_is_found_of_a_state_whose_request_was_aborted(make: Make) -> No
     decoder.arrive("after", [*prompt, 3, 4], MAX_TOKENS)
     finish(decoder, prefiller)
     assert decoder.first_start["after"] == 0
+
+
+def test_no_state_arrives_in_a_block_that_a_step_still_writes(make: Make) -> None:
+    """A transfer is not ordered against the steps in flight: vLLM defers what they free, as on GPUs
+    with asynchronous scheduling, and a checkpoint's blocks are filled by a step, too.
+    """
+    decoder = make(kind="async").scheduler
+    decoder.defer_block_free = True
+    prompt = random_tokens(random.Random(0), 150)
+    decoder.add_request(make_request("here", prompt, MAX_TOKENS))
+    pool = decoder.kv_cache_manager.block_pool
+    output = decoder.schedule()
+    planned = attached_plan(output)
+    assert planned is not None
+    (checkpoint,) = planned.checkpoints[0]
+    filled = [pool.blocks[i] for blocks in checkpoint.blocks.values() for i in blocks.values()]
+    assert filled
+    assert all(block.ref_cnt for block in filled)
+    answer(decoder, output, 2)
+    assert not any(block.ref_cnt for block in filled)
 
 
 MISMATCHES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

@@ -1,6 +1,7 @@
 """Whatever sepllm cannot serve exactly is refused at start-up: what, why, what to do instead."""
 
 import json
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,10 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "KV offloading beside a KV connector",
         "remove --kv-offloading-size",
     ),
+    *[
+        ({"kv_offloading_size": size}, f"KV offloading of {size} GiB", "set --kv-offloading-size")
+        for size in (-1.0, math.nan, math.inf)
+    ],
     (
         {"kv_offloading_size": 1.0, "kv_offloading_backend": "lmcache"},
         "KV offloading with 'lmcache', which knows blocks by the tokens in them",

@@ -62,7 +62,8 @@ class _SepLLMMixin(Scheduler):
         if self.enable_kv_cache_events and self._prefix_cache.is_enabled:
             algorithm = self.cache_config.prefix_caching_hash_algo
             self._prefix_cache.announce(self.kv_cache_manager, get_hash_fn_by_name(algorithm))
-        if num_slots := num_host_slots(self.vllm_config, self.kv_cache_config):
+        num_slots = num_host_slots(self.vllm_config, self.kv_cache_config)
+        if num_slots is not None:
             self._prefix_cache.offload(num_slots)
         self._planner = StepPlanner(
             self._live,
@@ -255,7 +256,9 @@ class _SepLLMMixin(Scheduler):
     def plan_step(self, scheduler_output: SchedulerOutput) -> StepPlan:
         """What the workers must know of the step that was just scheduled."""
         plan = self._planner.plan(scheduler_output)
-        self._prefix_cache.release_checkpoints()
+        if fresh := self._prefix_cache.take_fresh():
+            # at once, unless a state could arrive in them before this step has written them
+            self._free_cow_retained_blocks(fresh, self.sched_step_seq)
         transfers = self._prefix_cache.take_transfers()
         return plan if transfers is None else replace(plan, host=transfers)
 

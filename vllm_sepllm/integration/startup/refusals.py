@@ -3,6 +3,8 @@
 A row that is missing here is a silent wrong answer, so each states the reason it is wrong.
 """
 
+import math
+
 import vllm.config.cache as cache_config
 from vllm import envs
 from vllm.config import VllmConfig
@@ -121,9 +123,14 @@ def check_offloading(engine_args: EngineArgs, vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: one sentence for the first reason found.
     """
-    backend = engine_args.kv_offloading_backend
+    backend, size = engine_args.kv_offloading_backend, engine_args.kv_offloading_size
     remedy = "remove --kv-offloading-size"
     for is_unsupported, reason in (
+        (
+            size is not None and not 0 <= size < math.inf,
+            f"KV offloading of {size} GiB, which is no size of memory: set --kv-offloading-size to "
+            "what may be used, or remove it",
+        ),
         (
             backend != "native",
             f"KV offloading with {backend!r}, which knows blocks by the tokens in them: set "

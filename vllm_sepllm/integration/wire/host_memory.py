@@ -16,13 +16,13 @@ def write_host_bytes(vllm_config: VllmConfig, num_bytes: int) -> None:
     vllm_config.additional_config = {**given, _KEY: num_bytes}
 
 
-def num_host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
-    """Blocks that host memory has room for; the same number in every process."""
+def num_host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int | None:
+    """Blocks that host memory has room for, the same number in every process; None: it is off."""
     given = vllm_config.additional_config
     assert isinstance(given, dict), "refusals.check_engine_args lets only a dict pass"
     num_bytes: int = given.get(_KEY, 0)
     if not num_bytes:
-        return 0
+        return None
     # vLLM allocates once, and each KVCacheTensor is a place in it
     (size,) = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}
     block = size // kv_cache_config.num_blocks

@@ -71,6 +71,15 @@ def test_blocks_of_other_layers_would_not_come_back(model: Path) -> None:
         make_scheduler(Setting(model, with_full=True, host_blocks=100))
 
 
+@pytest.mark.parametrize("num_blocks", [0.5, 3])
+def test_host_memory_without_room_for_a_checkpoint_is_refused(
+    model: Path, num_blocks: float
+) -> None:
+    policy = (("window", 124), ("checkpoint_interval", 256))
+    with pytest.raises(ValueError, match=f"hold {int(num_blocks)} KV blocks, fewer than the 4"):
+        make_scheduler(Setting(model, policy=policy, host_blocks=num_blocks))
+
+
 @pytest.mark.parametrize("is_new", [False, True])
 def test_what_a_step_is_to_fill_is_not_saved_before_it(model: Path, is_new: bool) -> None:
     """A copy of a block, or a block from host memory, may be given up in the step that gets it."""

@@ -264,7 +264,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             for block_id in blocks.values()
         ]
         assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
-        self.cache.release_checkpoints()
+        self.pool.free_blocks(self.cache.take_fresh())
         if (transfers := self.cache.take_transfers()) is not None:
             self.worker.move(transfers)
         plan = builder.build()

@@ -83,13 +83,20 @@ class PrefixCache:
         """Save in host memory what the pool evicts, as many blocks as that.
 
         Raises:
-            ValueError: if other kinds of layers have blocks that would not come back with ours.
+            ValueError: if other kinds of layers have blocks that would not come back with ours, or
+                if no checkpoint beyond a + n tokens would ever fit.
         """
         if self._alignment > 1:
             raise ValueError(
                 "sepllm does not support KV offloading where layers of other kinds must hit with "
                 "its own, as vLLM moves their blocks by the tokens in them: remove "
                 "--kv-offloading-size"
+            )
+        smallest = sum(-(-self._engine.num_dense // m.block_size) for m in self._managers)
+        if num_slots < smallest:
+            raise ValueError(
+                f"sepllm's host memory would hold {num_slots} KV blocks, fewer than the {smallest} "
+                "of a checkpoint: set a larger --kv-offloading-size, or remove it"
             )
         self._host = HostCheckpoints(self._managers, self.registry, num_slots)
 
@@ -216,10 +223,13 @@ class PrefixCache:
         """The last position up to there at which a checkpoint may end."""
         return position // self._unit * self._unit
 
-    def release_checkpoints(self) -> None:
-        """The step is planned: its checkpoints belong to nobody, so no admission waits for them."""
-        self._pool.free_blocks(self._fresh)
-        self._fresh = []
+    def take_fresh(self) -> list[KVCacheBlock]:
+        """The step is planned: blocks that its checkpoints have to themselves, for it to fill.
+
+        They belong to nobody, so no admission should wait for them: the caller frees them.
+        """
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     def _key_dense(self, live: LiveRequest, start: int, end: int) -> None:
         """Give the blocks that are full at ``end`` their keys: none has been overwritten yet.
