@@ -122,10 +122,13 @@ class _SepLLMMixin(Scheduler):
 
         Without a connector nobody reads it, as in stock vLLM.
         """
-        reason = self._states.mismatch(live)
-        live.ignores_state = self.connector is None or reason is not None
-        if self.connector is None or reason is None:
+        if self.connector is None:
+            live.ignores_state = True
             return
+        reason = self._states.mismatch(live)
+        if reason is None:
+            return
+        live.ignores_state = True
         is_computed = self.recompute_kv_load_failures
         logger.warning(
             "sepllm: request %s %s, because it cannot start from the state of the prefill "

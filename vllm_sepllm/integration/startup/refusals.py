@@ -89,16 +89,14 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: one sentence for the first reason found.
     """
-    for is_unsupported, reason in (
+    _refuse_first(
         *_model_reasons(vllm_config),
         *_speculative_reasons(vllm_config),
         *_parallel_reasons(vllm_config),
         *_cache_reasons(vllm_config),
         *_connector_reasons(vllm_config),
         *_reasons_since_0_33(vllm_config),
-    ):
-        if is_unsupported:
-            raise ValueError(f"sepllm does not support {reason}")
+    )
 
 
 def check_drafts(vllm_config: VllmConfig, window: int) -> None:
@@ -125,7 +123,7 @@ def check_offloading(engine_args: EngineArgs, vllm_config: VllmConfig) -> None:
     """
     backend, size = engine_args.kv_offloading_backend, engine_args.kv_offloading_size
     remedy = "remove --kv-offloading-size"
-    for is_unsupported, reason in (
+    _refuse_first(
         (
             size is not None and not 0 <= size < math.inf,
             f"KV offloading of {size} GiB, which is no size of memory: set --kv-offloading-size to "
@@ -148,9 +146,7 @@ def check_offloading(engine_args: EngineArgs, vllm_config: VllmConfig) -> None:
             vllm_config.parallel_config.pipeline_parallel_size > 1,
             f"KV offloading with pipeline parallelism, whose stages differ in bytes: {remedy}",
         ),
-    ):
-        if is_unsupported:
-            raise ValueError(f"sepllm does not support {reason}")
+    )
 
 
 def check_renumbered(vllm_config: VllmConfig, max_position: int | None) -> None:
@@ -166,7 +162,7 @@ def check_renumbered(vllm_config: VllmConfig, max_position: int | None) -> None:
     model = vllm_config.model_config
     trained = lengths.trained_length(model)
     keep = 'set positions to "text"'
-    for is_unsupported, reason in (
+    _refuse_first(
         (
             not (current_platform.is_cpu() or vllm_config.use_v2_model_runner),
             "renumbered positions under Model Runner V1 on GPUs, where they never ran: unset "
@@ -192,7 +188,12 @@ def check_renumbered(vllm_config: VllmConfig, max_position: int | None) -> None:
             f"renumbered positions up to {max_position} for a model that was trained on {trained}: "
             f"set max_position to {trained} or less, or leave it out",
         ),
-    ):
+    )
+
+
+def _refuse_first(*reasons: tuple[bool, str]) -> None:
+    """Raise for the first reason that applies."""
+    for is_unsupported, reason in reasons:
         if is_unsupported:
             raise ValueError(f"sepllm does not support {reason}")
 

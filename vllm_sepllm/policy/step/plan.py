@@ -48,10 +48,8 @@ class Positions:
     renumber: dict[int, Renumbering]
 
     def of(self, order: IntArray) -> "Positions":
-        """Those of the rows in ``order``; few of them renumber."""
-        rows = {old: np.flatnonzero(order == old).tolist() for old in self.renumber}
-        renumber = {row: self.renumber[old] for old, found in rows.items() for row in found}
-        return Positions(self.shift[order], renumber)
+        """Those of the rows in ``order``."""
+        return Positions(self.shift[order], _reordered(self.renumber, order))
 
 
 @dataclass(frozen=True, slots=True)

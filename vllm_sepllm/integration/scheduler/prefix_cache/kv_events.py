@@ -24,7 +24,7 @@ from vllm.v1.core.kv_cache_utils import (
 from vllm.v1.kv_cache_interface import KVCacheSpecKind
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, RequestHashes
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, live_of
 from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import (
     Checkpoint,
     CheckpointRegistry,
@@ -133,8 +133,7 @@ class KvEvents:
 
     def _report_hit(self, request: Request, group_id: int) -> None:
         """Name the blocks of the prefix that a request finds once more, because it asks for it."""
-        assert isinstance(request.block_hashes, RequestHashes), "LiveRequests.add replaces them"
-        number = self._num_found(request.block_hashes.live) // self._size
+        number = self._num_found(live_of(request)) // self._size
         if number:
             self._emit(self._event(request, 0, number), [group_id])
 

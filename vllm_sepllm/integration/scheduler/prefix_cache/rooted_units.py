@@ -14,10 +14,6 @@ class RootedUnits:
         self._children: defaultdict[BlockHash | None, dict[BlockHash, None]] = defaultdict(dict)
         self._rooted: set[BlockHash] = set()
 
-    def __contains__(self, unit: BlockHash) -> bool:
-        """Whether the unit is there, rooted or not."""
-        return unit in self._parents
-
     def add(self, unit: BlockHash, parent: BlockHash | None) -> list[BlockHash]:
         """Add a unit; those that are rooted from now on, each after its predecessor."""
         self._parents[unit] = parent
