@@ -5,6 +5,7 @@ separators of those between. A policy is anything that has a, n and s by their n
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import compress
 from typing import Protocol
 
 
@@ -24,7 +25,7 @@ class Numbers(Protocol):
 def visible(policy: Numbers, is_separator: Sequence[bool | int], query: int) -> list[int]:
     """Positions that the token at position ``query`` reads, ascending."""
     a, n, s = policy.initial_tokens, policy.window, policy.max_separators
-    near = [j for j in range(query + 1) if j < a or query - j < n]
+    near = [*range(min(a, query + 1)), *range(max(a, query - n + 1), query + 1)]
     between = spilled(policy, is_separator, query + 1)
     kept = between if s is None else between[max(0, len(between) - s) :]
     return sorted(near + kept)
@@ -58,7 +59,9 @@ def read_positions(
 
 def spilled(policy: Numbers, is_separator: Sequence[bool | int], num_tokens: int) -> list[int]:
     """Separators behind the window of the last of ``num_tokens`` tokens, bounded or not."""
-    return [j for j in range(policy.initial_tokens, num_tokens - policy.window) if is_separator[j]]
+    first = policy.initial_tokens
+    last = max(first, num_tokens - policy.window)
+    return [*compress(range(first, last), is_separator[first:last])]
 
 
 def num_kept(policy: Numbers, is_separator: Sequence[bool | int], num_tokens: int) -> int:
