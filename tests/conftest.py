@@ -1,7 +1,9 @@
 """Environment that all tests share; their fixtures are in tests/support/."""
 
+import gc
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -14,8 +16,16 @@ pytest_plugins = [
     "tests.support.model_folders",
     "tests.support.measured",
     "tests.support.order",
+    "tests.support.tiers",
 ]
 
+# what tests import lives as long as they do: less of the time goes into looking for garbage there
+gc.set_threshold(100_000, 10, 10)
+# child processes have it, too, and more: see its sitecustomize.py
+CHILDREN = str(Path(__file__).parent / "support" / "children")
+if CHILDREN not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+    path = [CHILDREN, os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
 # before anything imports vllm, transformers or triton; child processes inherit them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")

@@ -98,10 +98,12 @@ def report(tiny_llama_path: Path, files: list[Path]) -> Iterator[dict[str, Any]]
         path = Path(folder) / "job.json"
         path.write_text(json.dumps({"folder": folder, "parts": parts}))
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+        # conftest.py has put a folder there
+        path_of_children = os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT)])
         inner = f"ip link set lo up && exec {sys.executable} -m tests.support.ray_scenario {path}"
         done = subprocess.run(
             [*namespace(), "bash", "-c", inner],
-            env=os.environ | token | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | token | {"PYTHONPATH": path_of_children},
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -1,0 +1,16 @@
+"""Start of every Python process of a test: leaves out what costs time and is not tested.
+
+Python imports this by its name at the start of every process that has the folder on its path, see
+conftest.py.
+"""
+
+import gc
+import os
+import sys
+
+# what vLLM imports lives as long as its process: looking for garbage there is a tenth of the time
+gc.set_threshold(100_000, 10, 10)
+# pytest sets it while a test runs; processes of pytest-xdist, which start before, have all extras
+if "PYTEST_CURRENT_TEST" in os.environ:
+    # brought by the extra `eval` alone, and where transformers sees it, it is imported
+    sys.modules["sklearn"] = None  # type: ignore[assignment]
