@@ -32,6 +32,9 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 # each process of an engine's own imports vLLM for nine seconds; e2e/test_engines.py, test_server.py
 # and test_parallel.py have them all
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# inductor compiles vLLM's sampler for five seconds in each process, eager or not; engines that are
+# to be compiled are, see support/engine.py
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # read when torch loads OpenMP: threads that spin for each other take ten times as long beside a
 # busy neighbour, so they sleep
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")

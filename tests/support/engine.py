@@ -190,6 +190,8 @@ def started(environment: dict[str, str], **arguments: Any) -> Iterator[Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     with patch.dict(os.environ, environment), one_collection():
+        if not arguments.get("enforce_eager"):
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)
         try:
             llm = LLM(**arguments)
             try:
