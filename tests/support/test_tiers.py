@@ -13,8 +13,8 @@ from tests.support.tiers import (
 )
 
 
-def config(expression: str) -> Any:
-    return SimpleNamespace(option=SimpleNamespace(markexpr=expression))
+def config(expression: str, *, writes: bool = False) -> Any:
+    return SimpleNamespace(option=SimpleNamespace(markexpr=expression, write_compatibility=writes))
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,8 @@ def test_files_without_a_slow_test_are_left_out(
     path = tmp_path / name
     path.write_text(f"import pytest\n\n@pytest.{MARKER}\n" if "both" in name else "")
     assert pytest_ignore_collect(path, config(expression)) is is_left_out
+    # the table has rows of all tests
+    assert pytest_ignore_collect(path, config(expression, writes=True)) is None
 
 
 def test_a_slow_test_that_would_be_left_out_is_refused(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ def names_the_marker(path: Path) -> bool:
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave a file out; None: it is for others to say."""
     is_test = collection_path.match("test_*.py")
-    is_needless = is_test and config.option.markexpr == "slow"
-    return True if is_needless and not names_the_marker(collection_path) else None
+    is_slow_tier = config.option.markexpr == "slow" and not config.option.write_compatibility
+    is_needless = is_slow_tier and is_test and not names_the_marker(collection_path)
+    return True if is_needless else None
 
 
 @pytest.hookimpl(tryfirst=True)
