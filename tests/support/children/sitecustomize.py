@@ -10,7 +10,9 @@ import sys
 
 # what vLLM imports lives as long as its process: looking for garbage there is a tenth of the time
 gc.set_threshold(100_000, 10, 10)
-# pytest sets it while a test runs; processes of pytest-xdist, which start before, have all extras
+# pytest sets it while a test runs; processes of pytest-xdist, which start before, are left alone
 if "PYTEST_CURRENT_TEST" in os.environ:
+    # start and end of an engine collect nine times, see support/engine.py; garbage does not pile up
+    gc.collect = lambda generation=2: 0  # type: ignore[assignment]
     # brought by the extra `eval` alone, and where transformers sees it, it is imported
     sys.modules["sklearn"] = None  # type: ignore[assignment]
