@@ -8,7 +8,8 @@ import pytest
 from vllm_sepllm.demo.offline import BLOCK_SIZE, Result
 from vllm_sepllm.processes import run_in_process
 
-# three documents of about 1,000 tokens instead of six of 6,700, and shorter answers
+# three documents of about 1,000 tokens instead of six of 6,700, and shorter answers, of which
+# nobody asks that they be right
 SHORTER = """
 from vllm_sepllm import sample
 from vllm_sepllm.demo import offline
@@ -29,9 +30,9 @@ def measured(backend: str, model: Path, folder: Path) -> Result:
 
 
 @pytest.mark.slow
-def test_both_backends_answer_and_sepllm_holds_less(smollm2_path: Path, tmp_path: Path) -> None:
-    stock = measured("stock", smollm2_path, tmp_path)
-    sepllm = measured("sepllm", smollm2_path, tmp_path)
+def test_both_backends_answer_and_sepllm_holds_less(four_layers_path: Path, tmp_path: Path) -> None:
+    stock = measured("stock", four_layers_path, tmp_path)
+    sepllm = measured("sepllm", four_layers_path, tmp_path)
     for result in (stock, sepllm):
         assert list(result.answers) == ["glow-worm", "redwoods", "revere"]
         assert all(result.answers.values())

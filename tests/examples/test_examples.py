@@ -1,4 +1,7 @@
-"""Every example runs as its first line says, with the model, against real engines."""
+"""Every example runs as its first line says, against real engines.
+
+With the model, or with its first layers where the words of an answer do not count.
+"""
 
 import ast
 import json
@@ -81,11 +84,11 @@ def test_agent_with_tools(base_url: str) -> None:
 
 @pytest.mark.slow
 def test_a_text_beyond_the_trained_length(
-    smollm2_path: Path, document: Path, tmp_path: Path
+    four_layers_path: Path, document: Path, tmp_path: Path
 ) -> None:
     """A short book and few positions: an answer behind every piece, in epochs of its own."""
     policy = {"positions": "renumbered", "max_position": 640, "max_separators": 64}
-    command = [str(EXAMPLES / "serve.sh"), str(smollm2_path), "--enforce-eager"]
+    command = [str(EXAMPLES / "serve.sh"), str(four_layers_path), "--enforce-eager"]
     command += ["--additional-config", json.dumps({"sepllm": policy})]
     command += ["--max-model-len", "1000000", "--max-num-seqs", "2"]
     command += ["--kv-cache-memory-bytes", str(128 * 2**20)]
@@ -104,11 +107,11 @@ def test_server_script_wants_a_model() -> None:
 
 
 @pytest.mark.slow
-def test_offline_batch(smollm2_path: Path, document: Path) -> None:
+def test_offline_batch(four_layers_path: Path, document: Path) -> None:
     short = document.with_name("short.txt")
     short.write_text("Paris is the capital of France.")
     files = [str(document), str(short)]
-    command = (str(EXAMPLES / "offline_batch.py"), str(smollm2_path), *files)
+    command = (str(EXAMPLES / "offline_batch.py"), str(four_layers_path), *files)
     output = run_example(*command, VLLM_CPU_KVCACHE_SPACE="1", **EAGER)
     answers = [line for line in output.splitlines() if line.startswith(str(document.parent))]
     assert [line.partition(": ")[0] for line in answers] == files
