@@ -39,7 +39,7 @@ def test_blocks_are_those_of_the_compact_length_at_every_step(
         with engine(tiny_path, **DUMMY, **SEPLLM, max_num_batched_tokens=chunk) as made:
             for prompt in prompts:
                 watch = Watch()
-                made.generate([prompt], 8, watch=watch)
+                made.generate([prompt], 8, watch=watch, logprobs=None)
                 for token_ids, num_tokens, (held,) in watch.holdings:
                     assert held == compact_blocks(made, token_ids, num_tokens)
                 peak = max(held for *_, (held,) in watch.holdings)
@@ -67,7 +67,7 @@ def most_decoding(path: Path, prompts: list[list[int]], **arguments: Any) -> int
         max_num_batched_tokens=8704,
         max_num_seqs=64,
     ) as made:
-        made.generate(prompts, 400, watch=watch, max_steps=120)
+        made.generate(prompts, 400, watch=watch, max_steps=120, logprobs=None)
     return watch.max_decoding
 
 
