@@ -216,7 +216,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         if request.num_computed_tokens == 0:
             if self.cache.must_wait(self.live[request.request_id]):
                 return None
-            self.cache.restore(self.live[request.request_id])
+            self.cache.restore(self.live[request.request_id], self.kv.watermark_blocks)
             blocks, hit, _ = self.kv.get_computed_blocks(request)
             if hit and not self.cache.fits(self.kv, request, blocks, hit):
                 blocks, hit = self.kv.empty_kv_cache_blocks, 0

@@ -106,10 +106,13 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ a new request
 
-    def restore(self, live: LiveRequest) -> None:
-        """Before a request looks its prefix up: bring it back from host memory."""
+    def restore(self, live: LiveRequest, num_kept_free: int) -> None:
+        """Before a request looks its prefix up: bring it back from host memory.
+
+        ``num_kept_free``: blocks that its admission must leave free.
+        """
         if self._host is not None and not live.request.skip_reading_prefix_cache:
-            self._host.restore(live, self._num_found(live))
+            self._host.restore(live, self._num_found(live), num_kept_free)
 
     def must_wait(self, live: LiveRequest) -> bool:
         """Whether a waiting request should start in a later step, from what a prefill leaves."""
