@@ -302,8 +302,12 @@ class PrefixCache:
         if live.holding.is_loading:  # aborted, or the transfer has failed
             return
         position = request.num_computed_tokens if staged is None else staged.position
-        num_hashes = position // self._pool.hash_block_size
         token_ids = request._all_token_ids
+        if position <= live.policy.num_dense:
+            # no entry is overwritten yet: what was computed beyond the tokens (drafts that were
+            # right but came after the end, a step in flight) lies behind the state
+            position = min(position, len(token_ids))
+        num_hashes = position // self._pool.hash_block_size
         is_known = 0 < num_hashes <= len(request.block_hashes) and position <= len(token_ids)
         # vLLM's hashes say what is behind a placeholder token, the token itself does not
         if not is_known or request.mm_features or position % self._alignment:
