@@ -54,5 +54,7 @@ if find_spec("torch"):
 # wall-clock limits say more about the machine than about the code; with CI set, hypothesis loads
 # a profile of its own that has none either and draws the same examples every time
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# a night's search: pytest --hypothesis-profile=long
+settings.register_profile("long", settings.get_profile("local"), max_examples=4000)
 if "CI" not in os.environ:
     settings.load_profile("local")

@@ -63,6 +63,7 @@ class Setting:
         load_failures: with the NixlConnector, and its policy for states that cannot be loaded.
         events: ZMQ endpoint of the KV events; None: there are none.
         host_blocks: blocks of host memory for what is evicted.
+        watermark: part of the pool that a request's admission leaves free.
     """
 
     model: Path
@@ -76,6 +77,7 @@ class Setting:
     load_failures: Literal["recompute", "fail"] | None = None
     events: str | None = None
     host_blocks: float = 0
+    watermark: float = 0
 
 
 def write_model(folder: Path) -> Path:
@@ -107,6 +109,7 @@ def _config(setting: Setting) -> VllmConfig:
         max_num_batched_tokens=setting.max_num_batched_tokens,
         max_num_seqs=setting.max_num_seqs,
         async_scheduling=setting.kind == "async",
+        watermark=setting.watermark,
         kv_offloading_size=setting.host_blocks * FULL.page_size_bytes / (1 << 30) or None,
         kv_events_config=KVEventsConfig(
             enable_kv_cache_events=setting.events is not None, endpoint=setting.events or ""

@@ -271,7 +271,7 @@ class _SepLLMMixin(Scheduler):
         kv, cache = self.kv_cache_manager, self._prefix_cache
         # vLLM 0.32 knows no limit, and 0.33 has one only for what refusals.py refuses
         limit: Any = () if max_cache_hit_length is None else (max_cache_hit_length,)
-        cache.restore(self._live[request.request_id])
+        cache.restore(self._live[request.request_id], kv.watermark_blocks)
         hit: tuple[KVCacheBlocks, int, int, bool]
         hit = super()._get_local_prefix_cache_hit(request, *limit)
         blocks, num_tokens, _, _ = hit

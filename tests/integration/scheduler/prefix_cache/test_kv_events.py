@@ -13,6 +13,7 @@ import msgspec
 import pytest
 import zmq
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
@@ -161,6 +162,31 @@ def test_blocks_have_the_names_that_vllm_gives_them(model: Path) -> None:
         assert salts == {None, ("sepllm=4,60:",), ("tenant",)}
         tagged, _ = generate_block_hash_extra_keys(requests[2], 0, BLOCK, 0)
         assert tagged == (("cache_salt", "tenant"),), "what the salts are tagged with"
+
+
+def test_two_adapters_with_one_text_are_told_apart(model: Path) -> None:
+    """By the names of blocks, the field of the event, and extra keys that give the names."""
+    prompt = random_tokens(random.Random(1), 300)
+    adapters = [None, LoRARequest("one", 1, "/one"), LoRARequest("two", 2, "/two")]
+    told: dict[str | None, list[Any]] = {}
+    with listening(Setting(model, events="inproc://adapters")) as (run, subscriber):
+        for number, adapter in enumerate(adapters):
+            request = make_request(f"r{number}", prompt, 4, lora_request=adapter)
+            run.scheduler.add_request(request)
+            run.finish()
+            subscriber.listen()
+            name = adapter.lora_name if adapter is not None else None
+            assert {event.lora_name for event in subscriber.events} == {name}
+            keys = {key for event in subscriber.events for key in event.extra_keys or [None]}
+            assert keys == {None if name is None else (name,)}
+            hashes = [maybe_convert_block_hash(each) for each in request.block_hashes]
+            assert subscriber.router.num_found(prompt, request.block_hashes, 300) > 256
+            told[name] = [each for event in subscriber.events for each in event.block_hashes]
+            assert {*hashes} <= {*told[name]}
+            subscriber.events.clear()
+    assert len({each for names in told.values() for each in names}) == sum(
+        len({*names}) for names in told.values()
+    )
 
 
 def test_short_prompts_are_announced_as_by_stock_vllm(model: Path) -> None:

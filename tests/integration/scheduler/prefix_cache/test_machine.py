@@ -216,7 +216,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         if request.num_computed_tokens == 0:
             if self.cache.must_wait(self.live[request.request_id]):
                 return None
-            self.cache.restore(self.live[request.request_id])
+            self.cache.restore(self.live[request.request_id], self.kv.watermark_blocks)
             blocks, hit, _ = self.kv.get_computed_blocks(request)
             if hit and not self.cache.fits(self.kv, request, blocks, hit):
                 blocks, hit = self.kv.empty_kv_cache_blocks, 0
@@ -235,7 +235,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             assert needed > free, "a request was kept out that fits without the cache"
             return None
         request.num_computed_tokens = start
-        return Scheduled(request, start, size)
+        return Scheduled(request, list(request.all_token_ids), start, size)
 
     def epochs_of(self, name: str) -> tuple[Epochs, list[int]]:
         """The epochs of a request, and its tokens."""
@@ -248,14 +248,13 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         copies, retained = self.kv.take_kv_cache_block_copies()
         self.pool.free_blocks(retained)
         # blocks that this step's checkpoints will share are filled by this very step
-        self.worker.sealed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
+        sealed = {b.block_id for b in self.pool.blocks if b.block_hash is not None}
         builder = StepPlanBuilder(self.policy)
         for part in scheduled:
             end = part.start + part.size
             live = self.live[part.name]
             part.checkpoints = self.cache.plan_checkpoints(live, part.start, end)
-            tokens, index = list(part.request.all_token_ids), live.index
-            builder.add(part.name, index, tokens, part.start, part.size, part.checkpoints)
+            builder.add(part.name, live.index, part.tokens, part.start, part.size, part.checkpoints)
         taken = [
             block_id
             for part in scheduled
@@ -265,9 +264,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         ]
         assert len(set(taken)) == len(taken), "two checkpoints of a step got the same block"
         self.pool.free_blocks(self.cache.take_fresh())
-        if (transfers := self.cache.take_transfers()) is not None:
-            self.worker.move(transfers)
-        plan = builder.build()
+        plan = replace(builder.build(), host=self.cache.take_transfers())
         if self.policy.max_position is not None:
             positions = self.live.epochs.step(
                 np.array([self.live[part.name].slot for part in scheduled], dtype=np.int64),
@@ -278,10 +275,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         assert len({c.dst_block_id for c in copies}) == len(copies)
         sources = {c.src_block_id for c in copies}
         assert sources.isdisjoint(c.dst_block_id for c in copies), "a copy of a copy"
-        for copy in copies:
-            self.worker.copy_block(copy.src_block_id, copy.dst_block_id)
-        if scheduled:
-            self.worker.forward(scheduled, plan)
+        self.worker.run(self.worker.launch(scheduled, plan, copies, sealed))
 
     @precondition(lambda self: self.requests)
     @rule(which=st.integers(0, 99))

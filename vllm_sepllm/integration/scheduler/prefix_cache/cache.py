@@ -106,10 +106,13 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ a new request
 
-    def restore(self, live: LiveRequest) -> None:
-        """Before a request looks its prefix up: bring it back from host memory."""
+    def restore(self, live: LiveRequest, num_kept_free: int) -> None:
+        """Before a request looks its prefix up: bring it back from host memory.
+
+        ``num_kept_free``: blocks that its admission must leave free.
+        """
         if self._host is not None and not live.request.skip_reading_prefix_cache:
-            self._host.restore(live, self._num_found(live))
+            self._host.restore(live, self._num_found(live), num_kept_free)
 
     def must_wait(self, live: LiveRequest) -> bool:
         """Whether a waiting request should start in a later step, from what a prefill leaves."""
@@ -299,8 +302,12 @@ class PrefixCache:
         if live.holding.is_loading:  # aborted, or the transfer has failed
             return
         position = request.num_computed_tokens if staged is None else staged.position
-        num_hashes = position // self._pool.hash_block_size
         token_ids = request._all_token_ids
+        if position <= live.policy.num_dense:
+            # no entry is overwritten yet: what was computed beyond the tokens (drafts that were
+            # right but came after the end, a step in flight) lies behind the state
+            position = min(position, len(token_ids))
+        num_hashes = position // self._pool.hash_block_size
         is_known = 0 < num_hashes <= len(request.block_hashes) and position <= len(token_ids)
         # vLLM's hashes say what is behind a placeholder token, the token itself does not
         if not is_known or request.mm_features or position % self._alignment:

@@ -201,11 +201,17 @@ class HostCheckpoints:
                 return max(found, key=lambda each: each[1])
         return None
 
-    def restore(self, live: LiveRequest, num_found: int) -> None:
+    def restore(self, live: LiveRequest, num_found: int, num_kept_free: int) -> None:
         """Put the longest saved prefix of a request back into the pool, where it can be found.
 
-        ``num_found``: tokens that it would find there without. The pool must have room for it and
-        for the request: otherwise one would push the other out.
+        The pool must have room for it and for the request: otherwise one would push the other out.
+        Nothing is held: its blocks are free and have keys, like all that nobody uses.
+
+        Args:
+            live: the request, which waits.
+            num_found: tokens that it would find in the pool without.
+            num_kept_free: blocks that its admission must leave free (vLLM's watermark); without
+                them it could not start from what was loaded.
         """
         request = live.request
         found = self.find(request.block_hashes, request._all_token_ids, request.num_tokens - 1)
@@ -218,7 +224,7 @@ class HostCheckpoints:
         }
         num_blocks = sum(len(group) for group in slots.values())
         most = sum(m.num_blocks(live, request.num_tokens) for m in self._managers)
-        if num_blocks + most > self._pool.get_num_free_blocks():
+        if num_blocks + most + num_kept_free > self._pool.get_num_free_blocks():
             return
         self._saved.move_to_end((saved.source.block_hash, saved.rest))
         held = saved.all_slots
