@@ -1,5 +1,6 @@
 """Two engines in two processes: one computes prompts, the other one goes on from its states."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +10,17 @@ import pytest
 
 from tests.support import process_memory
 from tests.support.engine import Engine, assert_same, engine
+from tests.support.engine_process import MAY_ASK
 from tests.support.prefill_instance import PrefillInstance, prefill_instance
 from tests.support.process_memory import ProcessMemoryAgent
-from tests.support.tiny_engine import ENGINE
+from tests.support.tiny_engine import ENGINE, NUM_TOKENS, check
 from tests.support.tiny_models import tiny_text
 from vllm_sepllm.processes import HOST
 
 pytestmark = pytest.mark.slow
 
-NUM_TOKENS = 12
+# of workers in processes of their own
+FAKE_NIXL = Path(process_memory.__file__).parent / "fake_nixl"
 # shorter than a + n, at its end, beyond it, in several chunks, with settings of the request's own
 LENGTHS = [1, 2, 10, 19, 20, 50, 150, 300, 65, 40]
 CHOICES: list[dict[str, Any]] = [{}] * 7 + [
@@ -25,19 +28,23 @@ CHOICES: list[dict[str, Any]] = [{}] * 7 + [
     {"sepllm": 0},
     {"sepllm_initial_tokens": 30},
 ]
+LONG = 50  # full attention would answer otherwise
 PROMPTS = [tiny_text(400 * i, length) for i, length in enumerate(LENGTHS)]
 
 
 @contextmanager
-def two_instances(model: Path, folder: Path) -> Iterator[tuple[PrefillInstance, Engine]]:
-    """The prefill instance, and the decode instance in this process."""
-    arguments = ENGINE | {"enforce_eager": True, "skip_tokenizer_init": True}
+def two_instances(
+    model: Path, folder: Path, **more: Any
+) -> Iterator[tuple[PrefillInstance, Engine]]:
+    """The prefill instance, and the decode instance whose scheduler is in this process."""
+    arguments = ENGINE | {"enforce_eager": True, "skip_tokenizer_init": True} | more
     transfer = {"kv_connector": "NixlConnector", "kv_load_failure_policy": "recompute"}
+    path = os.pathsep.join([str(FAKE_NIXL), os.environ.get("PYTHONPATH", "")])
     with (
         pytest.MonkeyPatch.context() as patch,
         prefill_instance(
             folder / "prefill.log",
-            channel(),
+            channel() | {"PYTHONPATH": path},
             model=str(model),
             kv_transfer_config=transfer | {"kv_role": "kv_producer"},
             **arguments,
@@ -46,6 +53,7 @@ def two_instances(model: Path, folder: Path) -> Iterator[tuple[PrefillInstance, 
         for name, value in channel().items():
             patch.setenv(name, value)
         process_memory.install(patch.setattr)
+        patch.syspath_prepend(FAKE_NIXL)
         decoding = transfer | {"kv_role": "kv_consumer"}
         with engine(model, kv_transfer_config=decoding, **arguments) as decoder:
             assert prefiller.wait() == "ready"
@@ -102,3 +110,31 @@ def test_the_decode_instance_answers_as_one_process(tiny_llama_path: Path, tmp_p
         prefiller.process.wait()
         assert decoder.llm.reset_prefix_cache()
         assert_same(decoder.generate(PROMPTS[5:7], NUM_TOKENS, choices=given), wanted[5:7])
+
+
+def bytes_read(worker: Any) -> int:
+    """Of one of the decode instance's workers."""
+    return ProcessMemoryAgent.bytes_read
+
+
+@pytest.mark.compatibility(
+    "Prefill/decode disaggregation, tensor parallel", "the tokens of one process"
+)
+def test_tensor_parallel_instances_answer_as_one_process(
+    tiny_llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that each of two tensor-parallel workers moves its own heads, once and whole, and that
+    the answers are one process's.
+    """
+    for name, value in MAY_ASK.items():
+        monkeypatch.setenv(name, value)
+    mine = [i for i, choice in enumerate(CHOICES) if not choice and LENGTHS[i] >= LONG]
+    with two_instances(tiny_llama_path, tmp_path, tensor_parallel_size=2) as (prefiller, decoder):
+        given = prefiller.prefill(PROMPTS, CHOICES)
+        answers = decoder.generate(PROMPTS, NUM_TOKENS, choices=given)
+        moved = bytes_of(decoder, given)
+        assert decoder.llm.collective_rpc(bytes_read) == [moved, moved]
+        assert decoder.llm.reset_prefix_cache()
+        assert_same(answers, decoder.generate(PROMPTS, NUM_TOKENS, choices=CHOICES))
+    for i in mine:
+        check(tiny_llama_path, PROMPTS[i], answers[i].token_ids)

@@ -63,6 +63,7 @@ class Setting:
         load_failures: with the NixlConnector, and its policy for states that cannot be loaded.
         events: ZMQ endpoint of the KV events; None: there are none.
         host_blocks: blocks of host memory for what is evicted.
+        tensor_parallel_size: workers, which no scheduler looks at.
     """
 
     model: Path
@@ -76,6 +77,7 @@ class Setting:
     load_failures: Literal["recompute", "fail"] | None = None
     events: str | None = None
     host_blocks: float = 0
+    tensor_parallel_size: int = 1
 
 
 def write_model(folder: Path) -> Path:
@@ -106,6 +108,7 @@ def _config(setting: Setting) -> VllmConfig:
         block_size=BLOCK,
         max_num_batched_tokens=setting.max_num_batched_tokens,
         max_num_seqs=setting.max_num_seqs,
+        tensor_parallel_size=setting.tensor_parallel_size,
         async_scheduling=setting.kind == "async",
         kv_offloading_size=setting.host_blocks * FULL.page_size_bytes / (1 << 30) or None,
         kv_events_config=KVEventsConfig(

@@ -149,9 +149,9 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "remove enforce_handshake_compat",
     ),
     (
-        {"kv_transfer_config": NIXL, "tensor_parallel_size": 2},
-        "a KV connector between engines of several workers",
-        "set --tensor-parallel-size and --pipeline-parallel-size to 1",
+        {"kv_transfer_config": NIXL, "pipeline_parallel_size": 2},
+        "a KV connector with pipeline parallelism, whose stages vLLM's NixlConnector serves",
+        "use --tensor-parallel-size",
     ),
     (
         {"kv_transfer_config": NIXL, "kv_offloading_size": 1.0},

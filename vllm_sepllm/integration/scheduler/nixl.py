@@ -13,7 +13,6 @@ from vllm.v1.request import Request
 from vllm_sepllm.integration.scheduler.live_requests import live_of
 from vllm_sepllm.integration.scheduler.transfer import StateDescriptions
 from vllm_sepllm.integration.wire import transfer
-from vllm_sepllm.integration.wire.config import read_config
 
 
 class SepLLMNixlScheduler(NixlPullConnectorScheduler):
@@ -23,8 +22,7 @@ class SepLLMNixlScheduler(NixlPullConnectorScheduler):
         self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
-        block_size = vllm_config.cache_config.block_size
-        self._descriptions = StateDescriptions(read_config(vllm_config), block_size)
+        self._descriptions = StateDescriptions(vllm_config)
 
     def _prefill_backoff(self) -> int:
         """Tokens at the end of a prompt that the prefill instance does not compute.

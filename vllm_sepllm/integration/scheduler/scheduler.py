@@ -47,7 +47,7 @@ class _SepLLMMixin(Scheduler):
         num_ahead = getattr(self.vllm_config, "num_hash_lookahead_tokens", 0)
         assert num_ahead == 0, "a checkpoint's key must not depend on the tokens behind it"
         config = read_config(self.vllm_config)
-        self._states = StateDescriptions(config, self.vllm_config.cache_config.block_size)
+        self._states = StateDescriptions(self.vllm_config)
         self._limits = choices.request_limits(self.vllm_config, config)
         self._live = LiveRequests(config.separators, config.policy)
         most_proposed = max_proposed(self.vllm_config)
@@ -132,8 +132,8 @@ class _SepLLMMixin(Scheduler):
         is_computed = self.recompute_kv_load_failures
         logger.warning(
             "sepllm: request %s %s, because it cannot start from the state of the prefill "
-            'instance: %s; give both instances one additional_config["sepllm"] and one block '
-            "size, and each request to both as it is.",
+            'instance: %s; give both instances one additional_config["sepllm"], one block size and '
+            "one --tensor-parallel-size, and each request to both as it is.",
             live.request.request_id,
             "computes its prompt here" if is_computed else "ends with an error",
             reason,

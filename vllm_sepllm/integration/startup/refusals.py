@@ -363,9 +363,9 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "--speculative-config or --kv-transfer-config",
         ),
         (
-            parallel.world_size > 1,
-            "a KV connector between engines of several workers, which was never run: set "
-            "--tensor-parallel-size and --pipeline-parallel-size to 1",
+            parallel.pipeline_parallel_size > 1,
+            "a KV connector with pipeline parallelism, whose stages vLLM's NixlConnector serves "
+            "where all layers keep full attention alone: use --tensor-parallel-size",
         ),
     ]
 

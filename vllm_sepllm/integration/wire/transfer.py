@@ -5,6 +5,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from vllm.config import VllmConfig
+
 from vllm_sepllm.config import ResolvedConfig
 from vllm_sepllm.policy.visibility import Policy
 
@@ -14,7 +16,7 @@ NIXL_MODULE = "vllm_sepllm.integration.wire.nixl"
 KEY = "sepllm"
 
 
-def settings(config: ResolvedConfig, policy: Policy, block_size: int) -> dict[str, Any]:
+def settings(vllm_config: VllmConfig, config: ResolvedConfig, policy: Policy) -> dict[str, Any]:
     """Everything besides the tokens that decides which entry lies where, as JSON values.
 
     ``policy`` is a request's, or the engine's.
@@ -27,5 +29,6 @@ def settings(config: ResolvedConfig, policy: Policy, block_size: int) -> dict[st
         "separators": hashlib.sha256(separators.encode()).hexdigest()[:12],
         "max_position": policy.max_position,
         "full_layers": list(config.full_layers),
-        "block_size": block_size,
+        "block_size": vllm_config.cache_config.block_size,
+        "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
     }
