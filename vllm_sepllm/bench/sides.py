@@ -91,12 +91,25 @@ def running(
         for name in names:
             Console(stderr=True).print(f"starting {name}")
             given = arguments_of(name, model, common) | (own or {}).get(name, {})
-            sides[name] = stack.enter_context(_process(name, given, logs))
+            sides[name] = stack.enter_context(started(name, given, logs))
         yield sides
 
 
 @contextmanager
-def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideProcess]:
+def started(
+    name: str,
+    arguments: dict[str, Any],
+    logs: Path,
+    environment: dict[str, str] | None = None,
+) -> Iterator[SideProcess]:
+    """Start an engine; on leaving it ends, and is waited for.
+
+    Args:
+        name: of its log.
+        arguments: of ``vllm.LLM``.
+        logs: folder.
+        environment: on top of ours.
+    """
     read, write = os.pipe()
     log = logs / f"{name}.log"
     with log.open("w") as output, os.fdopen(read) as answers:
@@ -107,7 +120,7 @@ def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideP
             stderr=output,
             pass_fds=[write],
             # sides take turns, so threads that spin are in nobody's way
-            env=engine_environment(spin=True),
+            env=engine_environment(spin=True) | (environment or {}),
             text=True,
         )
         os.close(write)

@@ -1,0 +1,123 @@
+"""Prefill and decode on two instances of each side: what the second one reads, and how soon.
+
+A prompt's first token comes from a decode instance twice: once it reads the KV of all tokens but
+the last from the prefill instance, once it computes the prompt itself.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vllm_sepllm.bench.results import Results
+from vllm_sepllm.bench.sides import SideProcess, arguments_of, started
+from vllm_sepllm.bench.suites import GATE_TOKENS, Work
+from vllm_sepllm.processes import HOST, free_port
+
+_REMOTE = {"do_remote_decode": True, "do_remote_prefill": False}
+_GATE_ANSWER = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two instances of a side."""
+
+    prefill: SideProcess
+    decode: SideProcess
+
+    def prefilled(self, prompt: list[int]) -> dict[str, Any]:
+        """The prefill instance's answer; its ``transfers`` are for the decode instance."""
+        answer: dict[str, Any] = self.prefill.do(
+            "generate", prompts=[prompt], max_tokens=1, transfers=[_REMOTE]
+        )
+        return answer
+
+    def decoded(
+        self, prompt: list[int], max_tokens: int, transfers: list[dict[str, Any]] | None
+    ) -> dict[str, Any]:
+        """The decode instance's answer; it computes the prompt if ``transfers`` is None."""
+        answer: dict[str, Any] = self.decode.do(
+            "generate", prompts=[prompt], max_tokens=max_tokens, transfers=transfers
+        )
+        return answer
+
+
+@contextmanager
+def pairs(
+    names: list[str], model: str, common: dict[str, Any], logs: Path
+) -> Iterator[dict[str, Pair]]:
+    """Two engines a side, joined by vLLM's NixlConnector.
+
+    Args:
+        names: of the sides.
+        model: folder, or name in the cache.
+        common: arguments of all engines.
+        logs: folder.
+    """
+    with ExitStack() as stack:
+        found = {}
+        for side in names:
+            instances = []
+            for role in ("kv_producer", "kv_consumer"):
+                name = f"{side} as {role}"
+                Console(stderr=True).print(f"starting {name}")
+                transfer = {"kv_connector": "NixlConnector", "kv_role": role}
+                arguments = arguments_of(side, model, common) | {"kv_transfer_config": transfer}
+                channel = {
+                    "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
+                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+                }
+                instances.append(stack.enter_context(started(name, arguments, logs, channel)))
+            found[side] = Pair(*instances)
+        yield found
+
+
+def read_and_compute(found: dict[str, Pair], work: Work, results: Results) -> None:
+    """The first token both ways, all sides in turn.
+
+    CPU seconds of a read are those of both instances: one serves what the other one reads.
+
+    Raises:
+        RuntimeError: if an instance answers short prompts otherwise when it reads them, or if it
+            has read nothing.
+    """
+    for name, pair in found.items():
+        _gate(name, pair, work)
+    for number in range(work.rounds):
+        for length in work.lengths:
+            prompt = work.prompt(number, length)
+            for name, pair in found.items():
+                results.add(f"{length} tokens", name, **_measured(name, pair, prompt))
+
+
+def _gate(name: str, pair: Pair, work: Work) -> None:
+    for number in range(2):
+        prompt = work.prompt(number, GATE_TOKENS)
+        transfers = pair.prefilled(prompt)["transfers"]
+        read, computed = (
+            pair.decoded(prompt, _GATE_ANSWER, given)["token_ids"] for given in (transfers, None)
+        )
+        if read != computed:
+            raise RuntimeError(f"{name} answers {read} to what it read, {computed} to the text")
+
+
+def _measured(name: str, pair: Pair, prompt: list[int]) -> dict[str, float]:
+    prefilled = pair.prefilled(prompt)
+    bytes_before = pair.decode.do("received_bytes")
+    served_before = pair.prefill.do("cpu_seconds")
+    read = pair.decoded(prompt, 1, prefilled["transfers"])
+    served = pair.prefill.do("cpu_seconds") - served_before
+    num_bytes = pair.decode.do("received_bytes") - bytes_before
+    if not num_bytes:
+        raise RuntimeError(f"{name} has read nothing of a prompt of {len(prompt)} tokens")
+    computed = pair.decoded(prompt, 1, None)
+    return {
+        "received_bytes": num_bytes,
+        "read_cpu_s": read["cpu_seconds"] + served,
+        "compute_cpu_s": computed["cpu_seconds"],
+        "read_s": read["seconds"],
+        "compute_s": computed["seconds"],
+    }
