@@ -1,5 +1,7 @@
 """The comparison of reading a prompt's KV with computing it, with instances that answer at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +27,23 @@ class Instance:
         knows_states: whether it answers right to what it has read.
         num_bytes: that it has read.
         cpu_seconds: that it has used.
+        is_awake: whether it may be asked.
     """
 
     reads: bool = True
     knows_states: bool = True
     num_bytes: int = 0
     cpu_seconds: float = 0.0
+    is_awake: bool = False
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self.is_awake = True
+        yield
+        self.is_awake = False
 
     def do(self, command: str, **arguments: Any) -> Any:
+        assert self.is_awake
         if command != "generate":
             return {"received_bytes": self.num_bytes, "cpu_seconds": self.cpu_seconds}[command]
         (prompt,), transfers = arguments["prompts"], arguments["transfers"]
@@ -41,7 +52,7 @@ class Instance:
         if is_read and self.reads:
             self.num_bytes += BYTES * len(prompt)
             token, cost = (7 if self.knows_states else 8), 1.0
-        self.cpu_seconds += cost
+        self.cpu_seconds += 3 * cost
         return {
             "token_ids": [[token] * arguments["max_tokens"]],
             "seconds": 2 * cost,
@@ -64,6 +75,7 @@ def test_each_sample_has_bytes_and_both_ways_of_a_first_token() -> None:
         assert measured == {
             "received_bytes": [BYTES * length] * 3,
             "read_cpu_s": [1.0] * 3,
+            "read_all_cpu_s": [3.0] * 3,
             "compute_cpu_s": [float(length)] * 3,
             "read_s": [2.0] * 3,
             "compute_s": [2.0 * length] * 3,

@@ -193,6 +193,7 @@ def disaggregation(
     common: dict[str, Any] = {
         "dtype": dtype,
         "max_model_len": work.longest() + 64,
+        "hf_overrides": {"max_position_embeddings": work.longest() + 64},
         # prompts wait on the prefill instance until its next step
         "kv_cache_memory_bytes": kv_bytes(model, 3 * work.longest(), None, dtype),
         "enable_prefix_caching": False,

@@ -18,7 +18,7 @@ from vllm_sepllm.bench.suites import GATE_TOKENS, Work
 from vllm_sepllm.processes import HOST, free_port
 
 _REMOTE = {"do_remote_decode": True, "do_remote_prefill": False}
-_GATE_ANSWER = 16
+_GATE_ANSWER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,21 +28,35 @@ class Pair:
     prefill: SideProcess
     decode: SideProcess
 
-    def prefilled(self, prompt: list[int]) -> dict[str, Any]:
-        """The prefill instance's answer; its ``transfers`` are for the decode instance."""
-        answer: dict[str, Any] = self.prefill.do(
-            "generate", prompts=[prompt], max_tokens=1, transfers=[_REMOTE]
-        )
-        return answer
+    def prefilled(self, prompt: list[int]) -> list[dict[str, Any]]:
+        """Compute the prompt; returns what the decode instance needs to read it."""
+        with self.prefill.awake():
+            answer = self.prefill.do(
+                "generate", prompts=[prompt], max_tokens=1, transfers=[_REMOTE]
+            )
+        transfers: list[dict[str, Any]] = answer["transfers"]
+        return transfers
 
     def decoded(
         self, prompt: list[int], max_tokens: int, transfers: list[dict[str, Any]] | None
     ) -> dict[str, Any]:
-        """The decode instance's answer; it computes the prompt if ``transfers`` is None."""
-        answer: dict[str, Any] = self.decode.do(
-            "generate", prompts=[prompt], max_tokens=max_tokens, transfers=transfers
-        )
-        return answer
+        """The decode instance's answer; it computes the prompt if ``transfers`` is None.
+
+        Adds ``received_bytes``, and ``all_cpu_seconds`` of both instances' threads.
+        """
+        with ExitStack() as stack:
+            running = [self.decode] if transfers is None else [self.prefill, self.decode]
+            for instance in running:
+                stack.enter_context(instance.awake())
+            cpu = sum(instance.do("cpu_seconds") for instance in running)
+            num_bytes = self.decode.do("received_bytes")
+            answer: dict[str, Any] = self.decode.do(
+                "generate", prompts=[prompt], max_tokens=max_tokens, transfers=transfers
+            )
+            return answer | {
+                "received_bytes": self.decode.do("received_bytes") - num_bytes,
+                "all_cpu_seconds": sum(instance.do("cpu_seconds") for instance in running) - cpu,
+            }
 
 
 @contextmanager
@@ -70,7 +84,9 @@ def pairs(
                     "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
                     "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
                 }
-                instances.append(stack.enter_context(started(name, arguments, logs, channel)))
+                instance = stack.enter_context(started(name, arguments, logs, channel))
+                with instance.awake():  # and stands still from now on
+                    instances.append(instance)
             found[side] = Pair(*instances)
         yield found
 
@@ -78,10 +94,11 @@ def pairs(
 def read_and_compute(found: dict[str, Pair], work: Work, results: Results) -> None:
     """The first token both ways, all sides in turn.
 
-    CPU seconds of a read are those of both instances: one serves what the other one reads.
+    NIXL's threads poll, so an instance runs only while it has work, and ``read_cpu_s`` is the
+    engine's thread alone; ``read_all_cpu_s`` has all threads of both instances, polling included.
 
     Raises:
-        RuntimeError: if an instance answers short prompts otherwise when it reads them, or if it
+        RuntimeError: if an instance answers a short prompt otherwise when it reads it, or if it
             has read nothing.
     """
     for name, pair in found.items():
@@ -94,29 +111,24 @@ def read_and_compute(found: dict[str, Pair], work: Work, results: Results) -> No
 
 
 def _gate(name: str, pair: Pair, work: Work) -> None:
-    for number in range(2):
-        prompt = work.prompt(number, GATE_TOKENS)
-        transfers = pair.prefilled(prompt)["transfers"]
-        read, computed = (
-            pair.decoded(prompt, _GATE_ANSWER, given)["token_ids"] for given in (transfers, None)
-        )
-        if read != computed:
-            raise RuntimeError(f"{name} answers {read} to what it read, {computed} to the text")
+    prompt = work.prompt(0, GATE_TOKENS)
+    transfers = pair.prefilled(prompt)
+    read, computed = (
+        pair.decoded(prompt, _GATE_ANSWER, given)["token_ids"] for given in (transfers, None)
+    )
+    if read != computed:
+        raise RuntimeError(f"{name} answers {read} to what it read, {computed} to the text")
 
 
 def _measured(name: str, pair: Pair, prompt: list[int]) -> dict[str, float]:
-    prefilled = pair.prefilled(prompt)
-    bytes_before = pair.decode.do("received_bytes")
-    served_before = pair.prefill.do("cpu_seconds")
-    read = pair.decoded(prompt, 1, prefilled["transfers"])
-    served = pair.prefill.do("cpu_seconds") - served_before
-    num_bytes = pair.decode.do("received_bytes") - bytes_before
-    if not num_bytes:
+    transfers = pair.prefilled(prompt)
+    read, computed = (pair.decoded(prompt, 1, given) for given in (transfers, None))
+    if not read["received_bytes"]:
         raise RuntimeError(f"{name} has read nothing of a prompt of {len(prompt)} tokens")
-    computed = pair.decoded(prompt, 1, None)
     return {
-        "received_bytes": num_bytes,
-        "read_cpu_s": read["cpu_seconds"] + served,
+        "received_bytes": read["received_bytes"],
+        "read_cpu_s": read["cpu_seconds"],
+        "read_all_cpu_s": read["all_cpu_seconds"],
         "compute_cpu_s": computed["cpu_seconds"],
         "read_s": read["seconds"],
         "compute_s": computed["seconds"],

@@ -40,9 +40,9 @@ class Side:
     ) -> dict[str, Any]:
         """Greedy answers to all prompts at once, with seconds of the whole and of each request.
 
-        Also CPU seconds of all threads of this process, and tokens from the prefix cache; with
-        ``logprobs`` the log-probabilities of the answers. ``transfers`` are the kv_transfer_params
-        of each prompt; the answer has those for the next instance.
+        Also CPU seconds of this thread, and tokens from the prefix cache; with ``logprobs`` the
+        log-probabilities of the answers. ``transfers`` are the kv_transfer_params of each prompt;
+        the answer has those for the next instance.
         """
         from vllm import SamplingParams
 
@@ -59,11 +59,11 @@ class Side:
             for n, transfer in zip(limits, transfers or [None] * len(prompts), strict=True)
         ]
         inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
-        start, cpu_start = time.perf_counter(), time.process_time()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
         return {
             "seconds": time.perf_counter() - start,
-            "cpu_seconds": time.process_time() - cpu_start,
+            "cpu_seconds": time.thread_time() - cpu_start,
             "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
             "requests": [_times(o.metrics) for o in outputs],
             "num_cached_tokens": [o.num_cached_tokens or 0 for o in outputs],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,6 +56,15 @@ class SideProcess:
             tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
             raise RuntimeError(f"the engine of {self.name} ended; the end of {self._log}:\n{tail}")
         return json.loads(line)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let the process run inside, and stand still outside: its threads may poll."""
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGSTOP)
 
     def do(self, command: str, **arguments: Any) -> Any:
         """Have a method of :class:`vllm_sepllm.bench.side.Side` run, alone on the machine."""
@@ -130,5 +140,6 @@ def started(
             yield side
         finally:
             assert process.stdin is not None, "opened with a pipe"
+            process.send_signal(signal.SIGCONT)
             process.stdin.close()
             process.wait()

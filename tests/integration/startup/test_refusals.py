@@ -162,8 +162,8 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"kv_transfer_config": multi(NIXL, EXAMPLE)},
-        "the KV connector ExampleConnector, which moves blocks by token position",
-        "remove it from the members of MultiConnector",
+        "the KV connector ExampleConnector within MultiConnector, which moves blocks by token",
+        "have a NixlConnector there alone",
     ),
     (
         {"kv_transfer_config": multi(NIXL, NIXL)},

@@ -4,7 +4,6 @@ A row that is missing here is a silent wrong answer, so each states the reason i
 """
 
 import math
-from collections.abc import Sequence
 
 import vllm.config.cache as cache_config
 from vllm import envs
@@ -342,7 +341,11 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "a MultiConnector without members: list a NixlConnector under connectors in "
             "kv_connector_extra_config, or remove --kv-transfer-config",
         ),
-        *(reason for member in members for reason in _member_reasons(member, members)),
+        *(
+            reason
+            for member in members
+            for reason in _member_reasons(member, is_within=member is not given)
+        ),
         (
             len(members) > 1,
             "several NixlConnectors within MultiConnector, which gives them one side channel and "
@@ -361,26 +364,26 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _member_reasons(
-    member: KVTransferConfig, members: Sequence[KVTransferConfig]
-) -> list[tuple[bool, str]]:
+def _member_reasons(member: KVTransferConfig, is_within: bool) -> list[tuple[bool, str]]:
     """Of a connector, alone or within MultiConnector."""
     name, module = member.kv_connector, member.kv_connector_module_path
+    is_other = name != transfer.NIXL or module not in (None, transfer.NIXL_MODULE)
     extra = member.kv_connector_extra_config
     return [
         (
-            name == transfer.MULTI and module is None,
+            name == transfer.MULTI and is_within,
             "a MultiConnector within MultiConnector, where vLLM looks for no NixlConnector: list "
             "its members in the outer one",
         ),
         (
-            name != transfer.NIXL or module not in (None, transfer.NIXL_MODULE),
-            f"the KV connector {name}, which moves blocks by token position: "
-            + (
-                "set kv_connector to NixlConnector, or remove --kv-transfer-config"
-                if len(members) == 1
-                else "remove it from the members of MultiConnector"
-            ),
+            is_other and is_within,
+            f"the KV connector {name} within MultiConnector, which moves blocks by token position: "
+            "have a NixlConnector there alone",
+        ),
+        (
+            is_other,
+            f"the KV connector {name}, which moves blocks by token position: set kv_connector to "
+            "NixlConnector, or remove --kv-transfer-config",
         ),
         (
             bool(extra.get("bidirectional_kv_xfer", False)),
