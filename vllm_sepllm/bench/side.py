@@ -47,6 +47,7 @@ class Side:
         from vllm import SamplingParams
 
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        nothing: list[Any] = [None] * len(prompts)
         sampling = [
             SamplingParams(
                 temperature=0.0,
@@ -56,7 +57,7 @@ class Side:
                 logprobs=0 if logprobs else None,
                 extra_args=None if transfer is None else {"kv_transfer_params": transfer},
             )
-            for n, transfer in zip(limits, transfers or [None] * len(prompts), strict=True)
+            for n, transfer in zip(limits, transfers or nothing, strict=True)
         ]
         inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
         start, cpu_start = time.perf_counter(), time.thread_time()
