@@ -183,6 +183,7 @@ def disaggregation(
     out: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
     rounds: Annotated[int, typer.Option(help="Samples of each case.")] = 5,
+    layers: Annotated[int | None, typer.Option(help="Fewer layers, of random weights.")] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "bfloat16",
 ) -> None:
     """First token of a decode instance that reads the prompt's KV by NIXL, or computes it."""
@@ -190,15 +191,21 @@ def disaggregation(
         raise typer.BadParameter("NIXL moves the KV cache, and is not installed: pip install nixl")
     work = Work(text_ids(model, text), length or [2048, 8192], [1], 1, rounds)
     check_text(work, text)
+    longest = work.longest() + 64
+    overrides: dict[str, Any] = {"max_position_embeddings": longest}
+    if layers is not None:
+        overrides["num_hidden_layers"] = layers
     common: dict[str, Any] = {
         "dtype": dtype,
-        "max_model_len": work.longest() + 64,
-        "hf_overrides": {"max_position_embeddings": work.longest() + 64},
+        "max_model_len": longest,
+        "hf_overrides": overrides,
         # prompts wait on the prefill instance until its next step
-        "kv_cache_memory_bytes": kv_bytes(model, 3 * work.longest(), None, dtype),
+        "kv_cache_memory_bytes": kv_bytes(model, 3 * longest, layers, dtype),
         "enable_prefix_caching": False,
     }
-    results = Results("disaggregation", {"model": Path(model).name, **common})
+    if layers is not None:  # a checkpoint with more layers than the model does not load
+        common["load_format"] = "dummy"
+    results = Results("disaggregation", {"model": Path(model).name, "layers": layers, **common})
     with (
         tempfile.TemporaryDirectory() as logs,
         pairs(["stock", "sepllm"], model, common, Path(logs)) as found,

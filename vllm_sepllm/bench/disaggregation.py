@@ -5,6 +5,7 @@ the last from the prefill instance, once it computes the prompt itself.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,23 +73,25 @@ def pairs(
         logs: folder.
     """
     with ExitStack() as stack:
-        found = {}
-        for side in names:
-            instances = []
-            for role in ("kv_producer", "kv_consumer"):
-                name = f"{side} as {role}"
-                Console(stderr=True).print(f"starting {name}")
-                transfer = {"kv_connector": "NixlConnector", "kv_role": role}
-                arguments = arguments_of(side, model, common) | {"kv_transfer_config": transfer}
-                channel = {
-                    "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
-                    "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
-                }
-                instance = stack.enter_context(started(name, arguments, logs, channel))
-                with instance.awake():  # and stands still from now on
-                    instances.append(instance)
-            found[side] = Pair(*instances)
-        yield found
+
+        def start(side: str, role: str) -> SideProcess:
+            transfer = {"kv_connector": "NixlConnector", "kv_role": role}
+            arguments = arguments_of(side, model, common) | {"kv_transfer_config": transfer}
+            channel = {
+                "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST,
+                "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port()),
+            }
+            instance = stack.enter_context(started(f"{side}-{role}", arguments, logs, channel))
+            with instance.awake():  # and it stands still from now on
+                return instance
+
+        Console(stderr=True).print(f"starting two engines each of {', '.join(names)}")
+        roles = ("kv_producer", "kv_consumer")
+        jobs = [(side, role) for side in names for role in roles]
+        # all at once: most of a start is imports
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            instances = dict(zip(jobs, pool.map(lambda job: start(*job), jobs), strict=True))
+        yield {side: Pair(*(instances[side, role] for role in roles)) for side in names}
 
 
 def read_and_compute(found: dict[str, Pair], work: Work, results: Results) -> None:
