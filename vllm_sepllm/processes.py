@@ -115,7 +115,7 @@ def serving(command: Sequence[str], log: Path, timeout: float) -> Iterator[str]:
         RuntimeError: if it ends early, does not answer in time or has to be killed, with
             the end of its log.
     """
-    port = _free_port()
+    port = free_port()
     with log.open("w") as file:
         server = subprocess.Popen(
             [*command, "--host", HOST, "--port", str(port)],
@@ -163,7 +163,8 @@ def _stop(server: subprocess.Popen[bytes], log: Path) -> None:
         ) from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as sock:
         sock.bind((HOST, 0))
         port: int = sock.getsockname()[1]

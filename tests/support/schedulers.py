@@ -64,6 +64,7 @@ class Setting:
         events: ZMQ endpoint of the KV events; None: there are none.
         host_blocks: blocks of host memory for what is evicted.
         watermark: part of the pool that a request's admission leaves free.
+        tensor_parallel_size: workers, which no scheduler looks at.
     """
 
     model: Path
@@ -78,6 +79,7 @@ class Setting:
     events: str | None = None
     host_blocks: float = 0
     watermark: float = 0
+    tensor_parallel_size: int = 1
 
 
 def write_model(folder: Path) -> Path:
@@ -108,6 +110,7 @@ def _config(setting: Setting) -> VllmConfig:
         block_size=BLOCK,
         max_num_batched_tokens=setting.max_num_batched_tokens,
         max_num_seqs=setting.max_num_seqs,
+        tensor_parallel_size=setting.tensor_parallel_size,
         async_scheduling=setting.kind == "async",
         watermark=setting.watermark,
         kv_offloading_size=setting.host_blocks * FULL.page_size_bytes / (1 << 30) or None,

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
+from vllm_sepllm.bench.disaggregation import pairs, read_and_compute
 from vllm_sepllm.bench.outside import bench_serve
 from vllm_sepllm.bench.plot import plot
 from vllm_sepllm.bench.results import Results, render
@@ -172,6 +174,44 @@ def serve(
     results = Results("serve", {"model": Path(model).name, "length": length, "flags": flags})
     with tempfile.TemporaryDirectory() as folder, reported(results, out):
         bench_serve(names, model, prompts, max_tokens, rounds, flags, Path(folder), results)
+
+
+@app.command()
+def disaggregation(
+    model: Annotated[str, typer.Option(help="A local folder, or a name in the cache.")],
+    text: Annotated[Path, typer.Option(help="A text file or a folder of them.")],
+    out: Annotated[Path | None, typer.Option(help="Append JSON lines to this file.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
+    rounds: Annotated[int, typer.Option(help="Samples of each case.")] = 5,
+    layers: Annotated[int | None, typer.Option(help="Fewer layers, of random weights.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "bfloat16",
+) -> None:
+    """First token of a decode instance that reads the prompt's KV by NIXL, or computes it."""
+    if find_spec("nixl") is None:
+        raise typer.BadParameter("NIXL moves the KV cache, and is not installed: pip install nixl")
+    work = Work(text_ids(model, text), length or [2048, 8192], [1], 1, rounds)
+    check_text(work, text)
+    longest = work.longest() + 64
+    overrides: dict[str, Any] = {"max_position_embeddings": longest}
+    if layers is not None:
+        overrides["num_hidden_layers"] = layers
+    common: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": longest,
+        "hf_overrides": overrides,
+        # prompts wait on the prefill instance until its next step
+        "kv_cache_memory_bytes": kv_bytes(model, 3 * longest, layers, dtype),
+        "enable_prefix_caching": False,
+    }
+    if layers is not None:  # a checkpoint with more layers than the model does not load
+        common["load_format"] = "dummy"
+    results = Results("disaggregation", {"model": Path(model).name, "layers": layers, **common})
+    with (
+        tempfile.TemporaryDirectory() as logs,
+        pairs(["stock", "sepllm"], model, common, Path(logs)) as found,
+        reported(results, out),
+    ):
+        read_and_compute(found, work, results)
 
 
 if __name__ == "__main__":

@@ -36,14 +36,18 @@ class Side:
         max_tokens: int | list[int],
         ignore_eos: bool = True,
         logprobs: bool = False,
+        transfers: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Greedy answers to all prompts at once, with seconds of the whole and of each request.
 
-        Also tokens from the prefix cache; with ``logprobs`` the log-probabilities of the answers.
+        Also CPU seconds of this thread, and tokens from the prefix cache; with ``logprobs`` the
+        log-probabilities of the answers. ``transfers`` are the kv_transfer_params of each prompt;
+        the answer has those for the next instance.
         """
         from vllm import SamplingParams
 
         limits = max_tokens if isinstance(max_tokens, list) else [max_tokens] * len(prompts)
+        nothing: list[Any] = [None] * len(prompts)
         sampling = [
             SamplingParams(
                 temperature=0.0,
@@ -51,20 +55,31 @@ class Side:
                 ignore_eos=ignore_eos,
                 detokenize=False,
                 logprobs=0 if logprobs else None,
+                extra_args=None if transfer is None else {"kv_transfer_params": transfer},
             )
-            for n in limits
+            for n, transfer in zip(limits, transfers or nothing, strict=True)
         ]
         inputs: Any = [{"prompt_token_ids": ids} for ids in prompts]
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.thread_time()
         outputs = self.llm.generate(inputs, sampling, use_tqdm=False)
-        seconds = time.perf_counter() - start
         return {
-            "seconds": seconds,
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.thread_time() - cpu_start,
             "token_ids": [list(o.outputs[0].token_ids) for o in outputs],
             "requests": [_times(o.metrics) for o in outputs],
             "num_cached_tokens": [o.num_cached_tokens or 0 for o in outputs],
             "logprobs": [_logprobs(o.outputs[0]) for o in outputs] if logprobs else None,
+            "transfers": [o.kv_transfer_params for o in outputs],
         }
+
+    def cpu_seconds(self) -> float:
+        """Of all threads of this process, so far."""
+        return time.process_time()
+
+    def received_bytes(self) -> int:
+        """Bytes that NIXL has read so far, by its own count: vLLM's histogram."""
+        metrics: list[Any] = self.llm.get_metrics()  # of several types; histograms have a sum
+        return sum(int(m.sum) for m in metrics if m.name == "vllm:nixl_bytes_transferred")
 
     def counters(self) -> dict[str, int]:
         """vLLM's counters of all that was asked so far, by the names of /metrics."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -56,6 +57,15 @@ class SideProcess:
             raise RuntimeError(f"the engine of {self.name} ended; the end of {self._log}:\n{tail}")
         return json.loads(line)
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let the process run inside, and stand still outside: its threads may poll."""
+        self._process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGSTOP)
+
     def do(self, command: str, **arguments: Any) -> Any:
         """Have a method of :class:`vllm_sepllm.bench.side.Side` run, alone on the machine."""
         assert self._process.stdin is not None, "opened with a pipe"
@@ -91,12 +101,25 @@ def running(
         for name in names:
             Console(stderr=True).print(f"starting {name}")
             given = arguments_of(name, model, common) | (own or {}).get(name, {})
-            sides[name] = stack.enter_context(_process(name, given, logs))
+            sides[name] = stack.enter_context(started(name, given, logs))
         yield sides
 
 
 @contextmanager
-def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideProcess]:
+def started(
+    name: str,
+    arguments: dict[str, Any],
+    logs: Path,
+    environment: dict[str, str] | None = None,
+) -> Iterator[SideProcess]:
+    """Start an engine; on leaving it ends, and is waited for.
+
+    Args:
+        name: of its log.
+        arguments: of ``vllm.LLM``.
+        logs: folder.
+        environment: on top of ours.
+    """
     read, write = os.pipe()
     log = logs / f"{name}.log"
     with log.open("w") as output, os.fdopen(read) as answers:
@@ -107,7 +130,7 @@ def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideP
             stderr=output,
             pass_fds=[write],
             # sides take turns, so threads that spin are in nobody's way
-            env=engine_environment(spin=True),
+            env=engine_environment(spin=True) | (environment or {}),
             text=True,
         )
         os.close(write)
@@ -117,5 +140,6 @@ def _process(name: str, arguments: dict[str, Any], logs: Path) -> Iterator[SideP
             yield side
         finally:
             assert process.stdin is not None, "opened with a pipe"
+            process.send_signal(signal.SIGCONT)
             process.stdin.close()
             process.wait()

@@ -209,6 +209,12 @@ MISMATCHES: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         {},
         "max_position is None here and 4096 there",
     ),
+    (
+        "workers",
+        {"tensor_parallel_size": 2},
+        {},
+        "tensor_parallel_size is 1 here and 2 there",
+    ),
 ]
 
 

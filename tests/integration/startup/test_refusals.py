@@ -109,10 +109,17 @@ def test_sleep_mode(models: Models) -> None:
 
 
 NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
 
 
-def extra(name: str, value: bool) -> dict[str, Any]:
+def extra(name: str, value: Any) -> dict[str, Any]:
     return {"kv_connector_extra_config": {name: value}}
+
+
+def multi(*members: dict[str, Any]) -> dict[str, Any]:
+    return {"kv_connector": "MultiConnector", "kv_role": "kv_both"} | extra(
+        "connectors", [*members]
+    )
 
 
 SETTINGS: list[tuple[dict[str, Any], str, str]] = [
@@ -134,7 +141,7 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "remove --enable-dbo and --ubatch-size",
     ),
     (
-        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        {"kv_transfer_config": EXAMPLE},
         "the KV connector ExampleConnector, which moves blocks by token position",
         "remove --kv-transfer-config",
     ),
@@ -149,9 +156,34 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "remove enforce_handshake_compat",
     ),
     (
-        {"kv_transfer_config": NIXL, "tensor_parallel_size": 2},
-        "a KV connector between engines of several workers",
-        "set --tensor-parallel-size and --pipeline-parallel-size to 1",
+        {"kv_transfer_config": multi()},
+        "a MultiConnector without members",
+        "remove --kv-transfer-config",
+    ),
+    (
+        {"kv_transfer_config": multi(NIXL, EXAMPLE)},
+        "the KV connector ExampleConnector within MultiConnector, which moves blocks by token",
+        "have a NixlConnector there alone",
+    ),
+    (
+        {"kv_transfer_config": multi(NIXL, NIXL)},
+        "several NixlConnectors within MultiConnector, which gives them one side channel",
+        "keep one of them",
+    ),
+    (
+        {"kv_transfer_config": multi(multi(NIXL))},
+        "a MultiConnector within MultiConnector, where vLLM looks for no NixlConnector",
+        "list its members in the outer one",
+    ),
+    (
+        {"kv_transfer_config": multi(NIXL | extra("bidirectional_kv_xfer", True))},
+        "KV transfers back to the prefill instance",
+        "remove bidirectional_kv_xfer",
+    ),
+    (
+        {"kv_transfer_config": NIXL, "pipeline_parallel_size": 2},
+        "a KV connector with pipeline parallelism, whose stages vLLM's NixlConnector serves",
+        "use --tensor-parallel-size",
     ),
     (
         {"kv_transfer_config": NIXL, "kv_offloading_size": 1.0},

@@ -20,6 +20,7 @@ pytest.importorskip("vllm")
 
 from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.cpu import CpuPlatform
@@ -265,6 +266,22 @@ def test_the_connector_becomes_ours_and_the_users_object_stays(llama: str) -> No
     assert config.kv_transfer_config.has_connector("NixlConnector"), "where vLLM looks for the name"
     assert config.kv_transfer_config.engine_id == given.engine_id
     assert given.kv_connector_module_path is None
+
+
+def test_the_connector_within_multi_connector_becomes_ours_and_the_users_object_stays(
+    llama: str,
+) -> None:
+    member = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
+    given = KVTransferConfig(
+        kv_connector="MultiConnector",
+        kv_role="kv_both",
+        kv_connector_extra_config={"connectors": [member]},
+    )
+    config = selected(llama, kv_transfer_config=given).create_engine_config()
+    ((made, _),) = MultiConnector._get_connector_classes_and_configs(config)
+    assert made.__module__.startswith("vllm_sepllm")
+    assert given.kv_connector_extra_config == {"connectors": [member]}
+    assert member == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
 
 
 def test_registering_again_changes_nothing() -> None:

@@ -41,6 +41,9 @@ COUNTERS = {
     "spilled_separators": "Separators that left the window of their request.",
     "unprotected_requests": "Requests whose prompt lacks the token that ends a protected prefix "
     "among its first max_protected tokens; they have initial_tokens alone.",
+    "received_tokens": "Prompt tokens whose state was read from another instance.",
+    "received_bytes": "Bytes of the states that were read from another instance.",
+    "received_bytes_full": "Bytes that full attention has for the received tokens.",
 }
 
 

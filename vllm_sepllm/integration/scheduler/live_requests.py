@@ -56,6 +56,18 @@ class Awaited(NamedTuple):
     position: int
 
 
+class Loading(NamedTuple):
+    """A state that another instance has computed.
+
+    Attributes:
+        num_tokens: of the prompt, which it stands for.
+        num_blocks: that are read, of each KV cache group.
+    """
+
+    num_tokens: int
+    num_blocks: list[int]
+
+
 @dataclass(slots=True)
 class Holding:
     """What is known of a request until it loses its blocks: by its end, or by preemption.
@@ -72,6 +84,7 @@ class Holding:
             (DecodeCheckpoints).
         num_counted: spilled separators that the metrics have counted, or that its hit came with.
         is_loading: its blocks wait for a state that another instance has computed.
+        loading: what is read of that state, once that is known.
     """
 
     groups: defaultdict[int, GroupState] = field(default_factory=lambda: defaultdict(GroupState))
@@ -83,6 +96,7 @@ class Holding:
     last_copies: list[KeyedBlock] = field(default_factory=list)
     num_counted: int = 0
     is_loading: bool = False
+    loading: Loading | None = None
 
 
 @dataclass(slots=True)

@@ -7,13 +7,13 @@ from vllm.distributed.kv_transfer.kv_connector.utils import BlockIds
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import (
     NixlPullConnectorScheduler,
 )
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.live_requests import live_of
+from vllm_sepllm.integration.scheduler.live_requests import Loading, live_of
 from vllm_sepllm.integration.scheduler.transfer import StateDescriptions
 from vllm_sepllm.integration.wire import transfer
-from vllm_sepllm.integration.wire.config import read_config
 
 
 class SepLLMNixlScheduler(NixlPullConnectorScheduler):
@@ -23,8 +23,7 @@ class SepLLMNixlScheduler(NixlPullConnectorScheduler):
         self, vllm_config: VllmConfig, engine_id: str, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, engine_id, kv_cache_config)
-        block_size = vllm_config.cache_config.block_size
-        self._descriptions = StateDescriptions(read_config(vllm_config), block_size)
+        self._descriptions = StateDescriptions(vllm_config)
 
     def _prefill_backoff(self) -> int:
         """Tokens at the end of a prompt that the prefill instance does not compute.
@@ -42,6 +41,20 @@ class SepLLMNixlScheduler(NixlPullConnectorScheduler):
             return 0, False
         found: tuple[int, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
         return found
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        """See the base class; remembers what is about to be read, which is counted once it is here.
+
+        NixlPullConnectorScheduler._reqs_need_recv has the blocks until the step's metadata is made;
+        to be dropped when vLLM counts bytes by request.
+        """
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        read = self._reqs_need_recv.get(request.request_id)
+        if num_external_tokens and read is not None:
+            num_blocks = [len(group) for group in read[1]]
+            live_of(request).holding.loading = Loading(num_external_tokens, num_blocks)
 
     def request_finished(
         self, request: Request, block_ids: BlockIds

@@ -30,7 +30,7 @@ from vllm_sepllm.integration.scheduler.step_planner import StepPlanner
 from vllm_sepllm.integration.scheduler.transfer import StateDescriptions
 from vllm_sepllm.integration.wire import choices
 from vllm_sepllm.integration.wire.config import read_config
-from vllm_sepllm.integration.wire.host_memory import num_host_slots
+from vllm_sepllm.integration.wire.host_memory import block_bytes, num_host_slots
 from vllm_sepllm.integration.wire.plan import attach_plan
 from vllm_sepllm.integration.wire.spec import max_proposed
 from vllm_sepllm.policy.step import staging
@@ -47,7 +47,7 @@ class _SepLLMMixin(Scheduler):
         num_ahead = getattr(self.vllm_config, "num_hash_lookahead_tokens", 0)
         assert num_ahead == 0, "a checkpoint's key must not depend on the tokens behind it"
         config = read_config(self.vllm_config)
-        self._states = StateDescriptions(config, self.vllm_config.cache_config.block_size)
+        self._states = StateDescriptions(self.vllm_config)
         self._limits = choices.request_limits(self.vllm_config, config)
         self._live = LiveRequests(config.separators, config.policy)
         most_proposed = max_proposed(self.vllm_config)
@@ -132,8 +132,8 @@ class _SepLLMMixin(Scheduler):
         is_computed = self.recompute_kv_load_failures
         logger.warning(
             "sepllm: request %s %s, because it cannot start from the state of the prefill "
-            'instance: %s; give both instances one additional_config["sepllm"] and one block '
-            "size, and each request to both as it is.",
+            'instance: %s; give both instances one additional_config["sepllm"], one block size and '
+            "one --tensor-parallel-size, and each request to both as it is.",
             live.request.request_id,
             "computes its prompt here" if is_computed else "ends with an error",
             reason,
@@ -177,10 +177,13 @@ class _SepLLMMixin(Scheduler):
         """See vLLM's Scheduler; a state that has arrived whole is the request's own from now on."""
         has_failed = request.request_id in self.failed_recving_kv_req_ids
         super()._update_waiting_for_remote_kv(request)
-        if not has_failed:
-            holding = self._live[request.request_id].holding
-            holding.is_loading = False
-            holding.keyed_until = 0
+        if has_failed:
+            return
+        live = self._live[request.request_id]
+        live.holding.is_loading = False
+        live.holding.keyed_until = 0
+        if self._usage is not None:
+            self._usage.receives(live, block_bytes(self.vllm_config, self.kv_cache_config))
 
     def _handle_invalid_blocks(
         self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]

@@ -9,24 +9,25 @@ import hashlib
 from typing import Any
 
 import numpy as np
+from vllm.config import VllmConfig
 
-from vllm_sepllm.config import ResolvedConfig
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
 from vllm_sepllm.integration.wire import transfer
+from vllm_sepllm.integration.wire.config import read_config
 
 
 class StateDescriptions:
     """What the instance that reads a state compares before."""
 
-    def __init__(self, config: ResolvedConfig, block_size: int) -> None:
-        self._config = config
-        self._block_size = block_size
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self._vllm_config = vllm_config
+        self._config = read_config(vllm_config)
 
     def of(self, live: LiveRequest, num_tokens: int) -> dict[str, Any]:
         """The request's state after ``num_tokens`` tokens, as JSON values."""
         tokens = np.array(live.request._all_token_ids[:num_tokens], dtype=np.int64)
         return {
-            **transfer.settings(self._config, live.policy, self._block_size),
+            **transfer.settings(self._vllm_config, self._config, live.policy),
             "num_tokens": num_tokens,
             "tokens": hashlib.sha256(tokens.tobytes()).hexdigest()[:12],
         }

@@ -46,18 +46,38 @@ class KvUsage:
         self._requests = requests
         self._block_count = block_count
         self._max_model_len = max_model_len
-        self._block_sizes = [m.block_size for m in managers]
+        self._sizes = {m.kv_cache_group_id: m.block_size for m in managers}
         self._labels: dict[int, str] = {}
         # label -> since the last report, separators that left a window, and requests without a
         # prefix to protect
         self._num_spilled: Counter[str] = Counter()
         self._num_unprotected: Counter[str] = Counter()
+        # label -> what has arrived since the last report
+        self._received: defaultdict[str, PolicyUsage] = defaultdict(PolicyUsage)
         self._next = 0.0
         self._was_busy = False
 
     def arrives_unprotected(self, live: LiveRequest) -> None:
         """The request's prompt has no prefix to protect, though the engine protects one."""
         self._num_unprotected[self._label(live.policy.window)] += 1
+
+    def receives(self, live: LiveRequest, block_bytes: int) -> None:
+        """The state that the request was waiting for has arrived whole.
+
+        Args:
+            live: the request.
+            block_bytes: of a block, of all workers together.
+        """
+        loading = live.holding.loading
+        assert loading is not None, "the connector knows what it reads"
+        full = [
+            -(-loading.num_tokens // self._sizes[group_id]) if group_id in self._sizes else number
+            for group_id, number in enumerate(loading.num_blocks)
+        ]
+        received = self._received[self._label(live.policy.window)]
+        received.received_tokens += loading.num_tokens
+        received.received_bytes += sum(loading.num_blocks) * block_bytes
+        received.received_bytes_full += sum(full) * block_bytes
 
     def leaves(self, live: LiveRequest) -> None:
         """The request is about to lose its blocks."""
@@ -82,14 +102,15 @@ class KvUsage:
             self._count(live, num_spilled)
             rows[self._label(live.policy.window)].append((live, num_spilled))
         num_blocks = self._block_count.count()
-        report = {self._label(window): PolicyUsage() for window in [*self._labels, *num_blocks]}
+        names = dict.fromkeys(self._label(window) for window in [*self._labels, *num_blocks])
+        report = {name: self._received.pop(name, PolicyUsage()) for name in names}
         for name, requests in rows.items():
             policies = [live.policy for live, _ in requests]
             held = usage(
                 BatchPolicy.of(policies, self._requests.engine),
                 np.array([live.request.num_computed_tokens for live, _ in requests]),
                 np.array([num_spilled for _, num_spilled in requests]),
-                self._block_sizes,
+                [*self._sizes.values()],
             )
             report[name].logical_tokens = held.logical_tokens
             report[name].kept_tokens = held.kept_tokens

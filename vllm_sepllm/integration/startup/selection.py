@@ -26,7 +26,7 @@ from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
 from vllm_sepllm.integration.wire.host_memory import write_host_bytes
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
-from vllm_sepllm.integration.wire.transfer import NIXL_MODULE
+from vllm_sepllm.integration.wire.transfer import with_ours
 from vllm_sepllm.policy import trained
 from vllm_sepllm.policy.initial import FixedInitial, protected_end
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
@@ -195,10 +195,7 @@ def _complete(vllm_config: VllmConfig, config: ResolvedConfig) -> None:
         _CPU_WORKER if current_platform.is_cpu() else _GPU_WORKER
     )
     if vllm_config.kv_transfer_config is not None:
-        # the object is the user's
-        vllm_config.kv_transfer_config = replace(
-            vllm_config.kv_transfer_config, kv_connector_module_path=NIXL_MODULE
-        )
+        vllm_config.kv_transfer_config = with_ours(vllm_config.kv_transfer_config)
 
 
 def _warn_of_positions(model_config: ModelConfig) -> None:

@@ -23,7 +23,12 @@ def num_host_slots(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> i
     num_bytes: int = given.get(_KEY, 0)
     if not num_bytes:
         return None
+    return num_bytes // block_bytes(vllm_config, kv_cache_config)
+
+
+def block_bytes(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of a block of the pool, of all workers together."""
     # vLLM allocates once, and each KVCacheTensor is a place in it
     (size,) = {tensor.size for tensor in kv_cache_config.kv_cache_tensors}
     block = size // kv_cache_config.num_blocks
-    return num_bytes // (block * vllm_config.parallel_config.tensor_parallel_size)
+    return block * vllm_config.parallel_config.tensor_parallel_size

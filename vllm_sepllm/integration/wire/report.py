@@ -21,6 +21,9 @@ class PolicyUsage:
         spilled_separators: that have left a window since the last report.
         checkpoint_blocks: blocks of the pool that only checkpoints lead to.
         unprotected_requests: that have arrived since the last report without a prefix to protect.
+        received_tokens: of prompts whose state has arrived from another instance since then.
+        received_bytes: of those states.
+        received_bytes_full: that full attention has for those tokens.
     """
 
     logical_tokens: int = 0
@@ -29,6 +32,9 @@ class PolicyUsage:
     spilled_separators: int = 0
     checkpoint_blocks: int = 0
     unprotected_requests: int = 0
+    received_tokens: int = 0
+    received_bytes: int = 0
+    received_bytes_full: int = 0
 
 
 Report = Mapping[str, PolicyUsage]  # the window, or what else names a policy -> its numbers

@@ -2,19 +2,45 @@
 
 import hashlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
+
+from vllm.config import KVTransferConfig, VllmConfig
 
 from vllm_sepllm.config import ResolvedConfig
 from vllm_sepllm.policy.visibility import Policy
 
+NIXL, MULTI = "NixlConnector", "MultiConnector"
 # has our connector, under vLLM's name
 NIXL_MODULE = "vllm_sepllm.integration.wire.nixl"
 # of kv_transfer_params, which an instance answers with and a proxy hands on to the next one
 KEY = "sepllm"
 
 
-def settings(config: ResolvedConfig, policy: Policy, block_size: int) -> dict[str, Any]:
+def members(given: KVTransferConfig) -> list[KVTransferConfig]:
+    """The connectors of a configuration: those within a MultiConnector, or its only one."""
+    if given.kv_connector != MULTI or given.kv_connector_module_path is not None:
+        return [given]
+    # as vLLM's MultiConnector makes them, but for an engine id, which vLLM lets no member have
+    return [KVTransferConfig(**fields) for fields in _fields(given)]
+
+
+def with_ours(given: KVTransferConfig) -> KVTransferConfig:
+    """The configuration with our connector in the place of vLLM's; the user's object stays."""
+    if given.kv_connector == NIXL:
+        return replace(given, kv_connector_module_path=NIXL_MODULE)
+    ours = [{**fields, "kv_connector_module_path": NIXL_MODULE} for fields in _fields(given)]
+    extra = {**given.kv_connector_extra_config, "connectors": ours}
+    return replace(given, kv_connector_extra_config=extra)
+
+
+def _fields(given: KVTransferConfig) -> list[dict[str, Any]]:
+    """Of the members of a MultiConnector."""
+    found: list[dict[str, Any]] = given.kv_connector_extra_config.get("connectors", [])
+    return found
+
+
+def settings(vllm_config: VllmConfig, config: ResolvedConfig, policy: Policy) -> dict[str, Any]:
     """Everything besides the tokens that decides which entry lies where, as JSON values.
 
     ``policy`` is a request's, or the engine's.
@@ -27,5 +53,6 @@ def settings(config: ResolvedConfig, policy: Policy, block_size: int) -> dict[st
         "separators": hashlib.sha256(separators.encode()).hexdigest()[:12],
         "max_position": policy.max_position,
         "full_layers": list(config.full_layers),
-        "block_size": block_size,
+        "block_size": vllm_config.cache_config.block_size,
+        "tensor_parallel_size": vllm_config.parallel_config.tensor_parallel_size,
     }

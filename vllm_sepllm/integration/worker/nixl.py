@@ -20,8 +20,8 @@ class SepLLMNixlWorker(NixlPullConnectorWorker):
         must be equal is added readably, because vLLM's refusal shows both.
         """
         super().register_kv_caches(kv_caches)
-        config, block_size = read_config(self.vllm_config), self.vllm_config.cache_config.block_size
-        ours = transfer.settings(config, config.policy, block_size)
+        config = read_config(self.vllm_config)
+        ours = transfer.settings(self.vllm_config, config, config.policy)
         self.compat_hash = f"{self.compat_hash} with sepllm {json.dumps(ours)}"
         assert self.xfer_handshake_metadata is not None, "registering makes it"
         self.xfer_handshake_metadata = replace(
