@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, Loading
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.branch_points import BranchPoints
 from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import CheckpointRegistry
@@ -106,10 +106,11 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ a new request
 
-    def restore(self, live: LiveRequest) -> None:
-        """Before a request looks its prefix up: bring it back from host memory."""
-        if self._host is not None and not live.request.skip_reading_prefix_cache:
-            self._host.restore(live, self._num_found(live))
+    def restore(self, live: LiveRequest) -> Loading | None:
+        """Before a request looks its prefix up: bring back what only host memory has of it."""
+        if self._host is None or live.request.skip_reading_prefix_cache:
+            return None
+        return self._host.restore(live, self._num_found(live))
 
     def must_wait(self, live: LiveRequest) -> bool:
         """Whether a waiting request should start in a later step, from what a prefill leaves."""
