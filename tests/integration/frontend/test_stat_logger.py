@@ -72,7 +72,9 @@ def test_reports_of_all_engines_and_policies_are_shown(model: str) -> None:
     manager = StatLoggerManager(selected(model), engine_idxs=[0, 1])
     names = [*stat_logger.GAUGES, *stat_logger.COUNTERS]
     assert shown() == {(name, e, "252"): 0 for name in names for e in "01"}
-    manager.record(sent({"252": PolicyUsage(100, 60, 3, 5, 7, 1, 99, 10, 40, 8, 6)}), None, engine_idx=0)
+    manager.record(
+        sent({"252": PolicyUsage(100, 60, 3, 5, 7, 1, 99, 10, 40, 8, 6)}), None, engine_idx=0
+    )
     manager.record(sent({"252": PolicyUsage(10, 10, 0, 0, 1)}), None, engine_idx=1)
     other = {
         "252": PolicyUsage(200, 90, 4, 2, 7, 3, 1, 2, 3, 4, 5),
