@@ -44,9 +44,8 @@ def test_drafts_are_proved_and_judged(engines: Engines, tmp_path: Path) -> None:
     counters = {ACCEPTED: report.num_accepted}
     answers = Answers([tokens], [logprobs], counters, {"graphs": "NONE"})
     assert path_faults(stage, answers, H100) == []
-    oracle = Oracle(model, POLICY, SEPARATORS)
+    oracle = Oracle(model, SEPARATORS)
     sepllm, control = (
-        errors_of([(logprobs, oracle.scores(prompt, tokens, is_full=is_full))])
-        for is_full in (False, True)
+        errors_of([(logprobs, oracle.scores(prompt, tokens, policy))]) for policy in (POLICY, None)
     )
     assert faults_of(EXACT, sepllm, control) == []

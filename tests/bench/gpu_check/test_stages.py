@@ -28,7 +28,14 @@ def runs_on(machine: Machine) -> set[str]:
 
 
 def test_what_machines_run() -> None:
-    everywhere = {"operations", "exactness", "prefix-hits", "preemption"}
+    everywhere = {
+        "operations",
+        "exactness",
+        "prefix-hits",
+        "preemption",
+        "host-memory",
+        "positions",
+    }
     assert runs_on(Machine("cpu")) == everywhere | {"eager-cpu"}
     on_amd = everywhere | {"eager-triton", "graphs-triton", "compiled", "fp8", "speculative"}
     assert runs_on(Machine("rocm", (9, 4), 1)) == on_amd

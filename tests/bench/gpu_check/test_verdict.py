@@ -63,22 +63,24 @@ def test_a_check_that_could_not_tell_full_attention_is_blind() -> None:
     assert "blind" in faults_of(errors(1.0, 9.0), errors(1.0, 9.0), CONTROL)[0]
 
 
-def test_both_oracles_think_alike(tiny_llama_path: Path) -> None:
-    """They share no code: the tests spell the mask out again and hand it to each layer."""
-    policy, separators = Policy(3, 29, 5), (7, 11, 13)
-    rule = independent.Rule(3, 29, frozenset(separators), 5)
-    ours = Oracle(tiny_llama_path, policy, separators)
-    token_ids = tiny_text(0, 160)
-    prompt, answer = token_ids[:140], token_ids[140:]
-    for is_full in (False, True):
-        found = ours.scores(prompt, answer, is_full=is_full)
-        own_rule = None if is_full else rule
-        every = independent.log_probabilities(tiny_llama_path, token_ids[:-1], own_rule, 139)
+@pytest.mark.parametrize("max_position", [None, 101])
+def test_both_oracles_think_alike(tiny_llama_path: Path, max_position: int | None) -> None:
+    """They share no code: the tests spell the mask out again and hand it to each layer, and rotate
+    each epoch's keys anew from what was projected."""
+    policy, separators = Policy(3, 29, 5, max_position), (7, 11, 13)
+    rule = independent.Rule(3, 29, frozenset(separators), 5, max_position=max_position)
+    ours = Oracle(tiny_llama_path, separators)
+    token_ids = tiny_text(0, 300)
+    prompt, answer = token_ids[:280], token_ids[280:]
+    for ours_of, own_rule in ((policy, rule), (None, None)):
+        found = ours.scores(prompt, answer, ours_of)
+        every = independent.log_probabilities(tiny_llama_path, token_ids[:-1], own_rule, 279)
         chosen = every[torch.arange(20), torch.tensor(answer)]
         torch.testing.assert_close(found.own, chosen, atol=1e-4, rtol=0)
         torch.testing.assert_close(found.best, every.max(-1).values, atol=1e-4, rtol=0)
-    sparse, full = (ours.scores(prompt, answer, is_full=is_full).own for is_full in (False, True))
-    assert float((sparse - full).abs().max()) > 0.1
+    others = [None] if max_position is None else [None, Policy(3, 29, 5)]
+    sparse, *told_apart = (ours.scores(prompt, answer, each).own for each in (policy, *others))
+    assert all(float((sparse - other).abs().max()) > 0.1 for other in told_apart)
 
 
 def test_a_model_with_sliding_windows_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ processes of this one, with logs beside it. Stock vLLM runs first, then sepllm, 
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from vllm_sepllm.bench.gpu_check.stages import (
     CACHED,
     CLASSES,
     DRAFTED,
-    POLICY,
     STAGES,
     Asked,
     Machine,
@@ -25,6 +24,7 @@ from vllm_sepllm.bench.gpu_check.stages import (
 )
 from vllm_sepllm.bench.gpu_check.verdict import errors_of, faults_of
 from vllm_sepllm.bench.sides import SideProcess, running
+from vllm_sepllm.policy.visibility import Policy
 
 KV_BYTES = {"cuda": 2 << 30, "rocm": 2 << 30, "cpu": 256 << 20}
 REPEATED = 40  # tokens with which a repetitive prompt ends once more
@@ -96,11 +96,13 @@ def arguments_of(stage: Stage, side: str, dtype: str, machine: Machine) -> dict[
     if side == "stock":
         own: dict[str, Any] = {} if backend is None else {"attention_backend": backend}
     else:
-        settings: dict[str, Any] = asdict(POLICY) | {"separators": list(SEPARATORS)}
+        settings: dict[str, Any] = asdict(stage.policy) | {"separators": list(SEPARATORS)}
+        if stage.policy.max_position is not None:
+            settings["positions"] = "renumbered"
         if backend is not None:
             settings["decode_backend"] = backend
-        own = {"additional_config": {"sepllm": settings}}
-    return given | own | stage.arguments
+        own = {"additional_config": {"sepllm": settings}} | stage.own
+    return given | stage.arguments | own
 
 
 def ask(side: SideProcess, asked: Asked) -> Answers:
@@ -146,20 +148,22 @@ def engines(stage: Stage, job: Job, machine: Machine) -> dict[str, Any]:
         given = arguments_of(stage, side, job.dtype, machine)
         with running([side], job.model, given, logs) as started:
             answers[side] = ask(started[side], stage.asked)
-    oracle = Oracle(model, POLICY, SEPARATORS)
+    oracle = Oracle(model, SEPARATORS)
+    # what an engine would show that did nothing: forgot nothing, or kept the text's positions
+    idle = None if stage.policy.max_position is None else replace(stage.policy, max_position=None)
     sent = [prompt for each in rounds_of(stage.asked) for prompt in each]
 
-    def errors(side: str, *, is_full: bool) -> Any:
+    def errors(side: str, policy: Policy | None) -> Any:
         found = zip(sent, answers[side].token_ids, answers[side].logprobs, strict=True)
         return errors_of(
-            (logprobs, oracle.scores(prompt, token_ids, is_full=is_full))
+            (logprobs, oracle.scores(prompt, token_ids, policy))
             for prompt, token_ids, logprobs in found
         )
 
     measured = {
-        "stock": errors("stock", is_full=True),
-        "sepllm": errors("sepllm", is_full=False),
-        "control": errors("sepllm", is_full=True),
+        "stock": errors("stock", None),
+        "sepllm": errors("sepllm", stage.policy),
+        "control": errors("sepllm", idle),
     }
     faults = [
         *path_faults(stage, answers["sepllm"], machine),

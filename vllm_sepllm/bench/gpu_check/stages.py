@@ -1,6 +1,6 @@
 """The stages: what each runs, how long it may take, and why a machine leaves it out."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,12 +10,14 @@ from vllm_sepllm.policy.visibility import Policy
 
 # small, so that short prompts leave the window and wrap the tail of separators
 POLICY = Policy(initial_tokens=4, window=60, max_separators=40)
+RENUMBERED = replace(POLICY, max_position=256)  # the longest prompt has positions given anew often
 LENGTHS = (700, 57, 1250, 63, 64, 65)  # below, at and beyond initial tokens and window
 EAGER_SECONDS, COMPILED_SECONDS = 150.0, 240.0
 PREEMPTIONS = "vllm:num_preemptions"
 DRAFTED = "vllm:spec_decode_num_draft_tokens"
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 CACHED = "cached tokens"
+RESTORED = "vllm:sepllm_restored_tokens"
 _EAGER: dict[str, Any] = {"enforce_eager": True}
 # graphs of whole decode steps, and no torch.compile that could fail for reasons of its own
 _GRAPHS: dict[str, Any] = {
@@ -93,6 +95,8 @@ class Stage:
         limit: seconds until it is ended.
         backend: attention backend of stock vLLM, which sepllm wraps; None: vLLM's choice.
         arguments: of vllm.LLM, the same on both sides.
+        own: of sepllm's side alone.
+        policy: of sepllm.
         proof: counter that must not be 0, or nothing of the kind has happened.
         dtype: of the model; None: the command's.
         kinds: of machines that it runs on.
@@ -104,6 +108,8 @@ class Stage:
     limit: float = EAGER_SECONDS
     backend: str | None = None
     arguments: dict[str, Any] = field(default_factory=lambda: dict(_EAGER))
+    own: dict[str, Any] = field(default_factory=dict)
+    policy: Policy = POLICY
     proof: str | None = None
     dtype: str | None = None
     kinds: tuple[str, ...] = ("cuda", "rocm", "cpu")
@@ -140,6 +146,20 @@ STAGES = (
         Asked((60,) * 16, max_tokens=150),
         arguments=_EAGER | {"num_gpu_blocks_override": 24, "max_model_len": 256},
         proof=PREEMPTIONS,
+    ),
+    Stage(
+        "host-memory",
+        "evicted prefixes that come back from host memory",
+        Asked((700, 400, 900, 500, 650, 800), is_again=True),
+        # of six prompts the pool holds the latest
+        own={"num_gpu_blocks_override": 32, "max_num_seqs": 2, "kv_offloading_size": 0.25},
+        proof=RESTORED,
+    ),
+    Stage(
+        "positions",
+        "positions given anew, and keys turned to them",
+        Asked((1250, 700, 255, 64), max_tokens=100),
+        policy=RENUMBERED,
     ),
     Stage(
         "graphs-triton",

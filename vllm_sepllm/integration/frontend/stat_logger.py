@@ -44,6 +44,8 @@ COUNTERS = {
     "received_tokens": "Prompt tokens whose state was read from another instance.",
     "received_bytes": "Bytes of the states that were read from another instance.",
     "received_bytes_full": "Bytes that full attention has for the received tokens.",
+    "restored_tokens": "Prompt tokens whose state came back from host memory.",
+    "restored_bytes": "Bytes of the states that came back from host memory.",
 }
 
 

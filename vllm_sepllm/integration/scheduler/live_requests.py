@@ -57,7 +57,7 @@ class Awaited(NamedTuple):
 
 
 class Loading(NamedTuple):
-    """A state that another instance has computed.
+    """A state that comes from another instance or from host memory.
 
     Attributes:
         num_tokens: of the prompt, which it stands for.

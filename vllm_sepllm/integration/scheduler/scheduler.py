@@ -75,6 +75,11 @@ class _SepLLMMixin(Scheduler):
         self.need_mamba_block_aligned_split = config.max_position is not None
         self._usage = self._coordinator.watch(self.max_model_len) if self.log_stats else None
 
+    @property
+    def _block_bytes(self) -> int:
+        """Of a block of the pool, of all workers together."""
+        return block_bytes(self.vllm_config, self.kv_cache_config)
+
     def make_stats(
         self,
         spec_decoding_stats: SpecDecodingStats | None = None,
@@ -183,7 +188,7 @@ class _SepLLMMixin(Scheduler):
         live.holding.is_loading = False
         live.holding.keyed_until = 0
         if self._usage is not None:
-            self._usage.receives(live, block_bytes(self.vllm_config, self.kv_cache_config))
+            self._usage.receives(live, self._block_bytes)
 
     def _handle_invalid_blocks(
         self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]
@@ -274,12 +279,15 @@ class _SepLLMMixin(Scheduler):
         kv, cache = self.kv_cache_manager, self._prefix_cache
         # vLLM 0.32 knows no limit, and 0.33 has one only for what refusals.py refuses
         limit: Any = () if max_cache_hit_length is None else (max_cache_hit_length,)
-        cache.restore(self._live[request.request_id], kv.watermark_blocks)
+        live = self._live[request.request_id]
+        restored = cache.restore(live, kv.watermark_blocks)
+        if restored is not None and self._usage is not None:
+            self._usage.restores(live, restored, self._block_bytes)
         hit: tuple[KVCacheBlocks, int, int, bool]
         hit = super()._get_local_prefix_cache_hit(request, *limit)
         blocks, num_tokens, _, _ = hit
         # a state is read whole, unless all of it is here
-        is_part = self._live[request.request_id].reads_state and num_tokens < request.num_tokens - 1
+        is_part = live.reads_state and num_tokens < request.num_tokens - 1
         if num_tokens and (is_part or not cache.fits(kv, request, blocks, num_tokens)):
             return kv.empty_kv_cache_blocks, 0, 0, False
         return hit

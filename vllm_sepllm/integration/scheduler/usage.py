@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from vllm.v1.metrics.stats import SchedulerStats
 
-from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests, Loading
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
 from vllm_sepllm.integration.wire.report import PolicyUsage, Report, attach_report
@@ -52,8 +52,8 @@ class KvUsage:
         # prefix to protect
         self._num_spilled: Counter[str] = Counter()
         self._num_unprotected: Counter[str] = Counter()
-        # label -> what has arrived since the last report
-        self._received: defaultdict[str, PolicyUsage] = defaultdict(PolicyUsage)
+        # label -> what has arrived since the last report, from other instances and host memory
+        self._arrived: defaultdict[str, PolicyUsage] = defaultdict(PolicyUsage)
         self._next = 0.0
         self._was_busy = False
 
@@ -74,10 +74,16 @@ class KvUsage:
             -(-loading.num_tokens // self._sizes[group_id]) if group_id in self._sizes else number
             for group_id, number in enumerate(loading.num_blocks)
         ]
-        received = self._received[self._label(live.policy.window)]
+        received = self._arrived[self._label(live.policy.window)]
         received.received_tokens += loading.num_tokens
         received.received_bytes += sum(loading.num_blocks) * block_bytes
         received.received_bytes_full += sum(full) * block_bytes
+
+    def restores(self, live: LiveRequest, loading: Loading, block_bytes: int) -> None:
+        """A state that the request can begin with comes back from host memory; see ``receives``."""
+        restored = self._arrived[self._label(live.policy.window)]
+        restored.restored_tokens += loading.num_tokens
+        restored.restored_bytes += sum(loading.num_blocks) * block_bytes
 
     def leaves(self, live: LiveRequest) -> None:
         """The request is about to lose its blocks."""
@@ -103,7 +109,7 @@ class KvUsage:
             rows[self._label(live.policy.window)].append((live, num_spilled))
         num_blocks = self._block_count.count()
         names = dict.fromkeys(self._label(window) for window in [*self._labels, *num_blocks])
-        report = {name: self._received.pop(name, PolicyUsage()) for name in names}
+        report = {name: self._arrived.pop(name, PolicyUsage()) for name in names}
         for name, requests in rows.items():
             policies = [live.policy for live, _ in requests]
             held = usage(

@@ -24,6 +24,8 @@ class PolicyUsage:
         received_tokens: of prompts whose state has arrived from another instance since then.
         received_bytes: of those states.
         received_bytes_full: that full attention has for those tokens.
+        restored_tokens: of prompts whose state came back from host memory since then.
+        restored_bytes: of those states.
     """
 
     logical_tokens: int = 0
@@ -35,6 +37,8 @@ class PolicyUsage:
     received_tokens: int = 0
     received_bytes: int = 0
     received_bytes_full: int = 0
+    restored_tokens: int = 0
+    restored_bytes: int = 0
 
 
 Report = Mapping[str, PolicyUsage]  # the window, or what else names a policy -> its numbers

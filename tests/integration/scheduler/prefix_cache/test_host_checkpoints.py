@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.schedulers import (
+    FULL,
     Run,
     Setting,
     make_scheduler,
@@ -17,6 +18,7 @@ from tests.support.schedulers import (
     write_model,
 )
 from vllm_sepllm.integration.wire.plan import attached_plan
+from vllm_sepllm.policy.step.plan import HostTransfers
 
 KINDS = ("sync", "async", "drafts")
 
@@ -52,6 +54,29 @@ def test_prompts_find_what_the_pool_has_forgotten(model: Path, kind: str, length
     longest = (length + 35) // 32 * 32
     assert found[1000] >= 20 * longest
     assert found[0] < 0.3 * found[1000]
+
+
+def test_metrics_count_what_comes_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole states, though a prompt finds less than the whole of what it begins with."""
+    run = Run(Setting(model, num_blocks=40, host_blocks=1000))
+    cache, loaded = run.scheduler._prefix_cache, []
+    take = cache.take_transfers
+
+    def take_and_count() -> HostTransfers | None:
+        transfers = take()
+        loaded.extend(transfers.loads if transfers is not None else ())
+        return transfers
+
+    monkeypatch.setattr(cache, "take_transfers", take_and_count)
+    run.scheduler._usage = run.scheduler._coordinator.watch(8192)
+    prompts = [random_tokens(random.Random(n), 900) for n in range(20)]
+    reused(run, prompts)
+    (before,) = run.scheduler._usage.report().values()
+    assert (before.restored_tokens, before.restored_bytes, loaded) == (0, 0, [])
+    found = reused(run, prompts[:3])
+    (after,) = run.scheduler._usage.report().values()
+    assert after.restored_tokens == found > 3 * 700
+    assert after.restored_bytes == len(loaded) * FULL.page_size_bytes > 0
 
 
 def test_a_reset_empties_host_memory(model: Path) -> None:

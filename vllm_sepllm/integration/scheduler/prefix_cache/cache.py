@@ -11,7 +11,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.request import Request
 
-from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, Loading
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.branch_points import BranchPoints
 from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import CheckpointRegistry
@@ -106,13 +106,14 @@ class PrefixCache:
 
     # ------------------------------------------------------------------ a new request
 
-    def restore(self, live: LiveRequest, num_kept_free: int) -> None:
-        """Before a request looks its prefix up: bring it back from host memory.
+    def restore(self, live: LiveRequest, num_kept_free: int) -> Loading | None:
+        """Before a request looks its prefix up: bring back what only host memory has of it.
 
         ``num_kept_free``: blocks that its admission must leave free.
         """
-        if self._host is not None and not live.request.skip_reading_prefix_cache:
-            self._host.restore(live, self._num_found(live), num_kept_free)
+        if self._host is None or live.request.skip_reading_prefix_cache:
+            return None
+        return self._host.restore(live, self._num_found(live), num_kept_free)
 
     def must_wait(self, live: LiveRequest) -> bool:
         """Whether a waiting request should start in a later step, from what a prefill leaves."""

@@ -14,7 +14,7 @@ from math import lcm
 
 from vllm.v1.core.kv_cache_utils import BlockHash, BlockHashWithGroupId, KVCacheBlock
 
-from vllm_sepllm.integration.scheduler.live_requests import LiveRequest
+from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, Loading
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.checkpoint_registry import (
     Checkpoint,
@@ -201,7 +201,7 @@ class HostCheckpoints:
                 return max(found, key=lambda each: each[1])
         return None
 
-    def restore(self, live: LiveRequest, num_found: int, num_kept_free: int) -> None:
+    def restore(self, live: LiveRequest, num_found: int, num_kept_free: int) -> Loading | None:
         """Put the longest saved prefix of a request back into the pool, where it can be found.
 
         The pool must have room for it and for the request: otherwise one would push the other out.
@@ -212,11 +212,14 @@ class HostCheckpoints:
             num_found: tokens that it would find in the pool without.
             num_kept_free: blocks that its admission must leave free (vLLM's watermark); without
                 them it could not start from what was loaded.
+
+        Returns:
+            What is loaded; None: nothing.
         """
         request = live.request
         found = self.find(request.block_hashes, request._all_token_ids, request.num_tokens - 1)
         if found is None or found[1] <= num_found:
-            return
+            return None
         saved, position = found
         slots = {
             m.kv_cache_group_id: saved.slots[m.kv_cache_group_id][: m.num_blocks(live, position)]
@@ -225,7 +228,7 @@ class HostCheckpoints:
         num_blocks = sum(len(group) for group in slots.values())
         most = sum(m.num_blocks(live, request.num_tokens) for m in self._managers)
         if num_blocks + most + num_kept_free > self._pool.get_num_free_blocks():
-            return
+            return None
         self._saved.move_to_end((saved.source.block_hash, saved.rest))
         held = saved.all_slots
         self._num_users.update(held)  # the pool may evict, and what it evicts needs slots
@@ -243,6 +246,7 @@ class HostCheckpoints:
                 if slot in self._num_users:
                     self._name(slot, key)
         self._pool.free_blocks([block for group in state.values() for block in group])
+        return Loading(position, [len(group) for group in slots.values()])
 
     def take_transfers(self) -> HostTransfers | None:
         """What the step that is scheduled now must move; None: nothing."""
