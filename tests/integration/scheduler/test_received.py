@@ -42,10 +42,10 @@ def asked(prefiller: Instance, decoder: Instance, **chosen: Any) -> list[int]:
     there = {"do_remote_decode": True, "do_remote_prefill": False}
     prefiller.arrive("there", prompt, 1, kv_transfer_params=there, **chosen)
     while "there" not in prefiller.params:
-        prefiller.step(5)
+        prefiller.step()
     given = prefiller.params["there"]
     decoder.arrive("here", prompt, 2, kv_transfer_params=given, **chosen)
-    decoder.step(2)
+    decoder.step()
     return prompt
 
 
@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_blocks_that_are_read(
     assert usage.report()["40"].received_tokens == 0, "it is on its way"
     decoder.arrives(decoder.reads.pop(), prefiller)
     while not decoder.tokens["here"]:
-        decoder.step(2)
+        decoder.step()
     received = usage.report()["40"]
     assert received.received_tokens == NUM_TOKENS - 1
     is_separator = [token == SEPARATOR for token in prompt]
@@ -91,5 +91,5 @@ def test_a_state_that_is_lost_is_not_counted(make: Make) -> None:
     asked(prefiller, decoder)
     decoder.is_lost(decoder.reads.pop(), by_block=True)
     while not decoder.tokens["here"]:
-        decoder.step(2)
+        decoder.step()
     assert usage.report()["28"].received_tokens == 0
