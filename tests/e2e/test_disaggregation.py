@@ -142,11 +142,13 @@ def test_tensor_parallel_instances_answer_as_one_process(
     for name, value in MAY_ASK.items():
         monkeypatch.setenv(name, value)
     mine = [i for i, choice in enumerate(CHOICES) if not choice and LENGTHS[i] >= LONG]
-    with two_instances(tiny_llama_path, tmp_path, tensor_parallel_size=2) as (prefiller, decoder):
+    arguments = {"tensor_parallel_size": 2, "disable_log_stats": False}
+    with two_instances(tiny_llama_path, tmp_path, **arguments) as (prefiller, decoder):
         given = prefiller.prefill(PROMPTS, CHOICES)
         answers = decoder.generate(PROMPTS, NUM_TOKENS, choices=given)
         moved = bytes_of(decoder, given)
         assert decoder.llm.collective_rpc(bytes_read) == [moved, moved]
+        assert received(decoder)["bytes"] == 2 * moved
         assert decoder.llm.reset_prefix_cache()
         assert_same(answers, decoder.generate(PROMPTS, NUM_TOKENS, choices=CHOICES))
     for i in mine:

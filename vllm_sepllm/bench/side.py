@@ -19,6 +19,7 @@ COUNTERS = (
     "vllm:num_preemptions",
     "vllm:spec_decode_num_draft_tokens",
     "vllm:spec_decode_num_accepted_tokens",
+    "vllm:sepllm_restored_tokens",
 )
 
 

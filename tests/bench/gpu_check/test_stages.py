@@ -18,6 +18,7 @@ from vllm_sepllm.bench.gpu_check.stages import (
     Machine,
     left_out,
 )
+from vllm_sepllm.bench.side import COUNTERS
 
 BY_NAME = {stage.name: stage for stage in STAGES}
 H100 = Machine("cuda", (9, 0), num_gpus=1, has_flashinfer=True)
@@ -63,6 +64,10 @@ def test_prompts_are_the_same_each_time_and_what_the_stage_says() -> None:
     assert all(len(long) - len(short) > 60 for long, short in zip(second, first, strict=True))
     (repetitive,) = rounds_of(Asked((50,), is_repetitive=True))
     assert repetitive[0][-40:] == repetitive[0][10:50]
+
+
+def test_what_proves_a_stage_is_counted() -> None:
+    assert {stage.proof for stage in STAGES} - {None, CACHED} <= {*COUNTERS}
 
 
 def answers(counters: dict[str, int], **parts: str) -> Answers:

@@ -245,6 +245,22 @@ def test_a_state_of_other_settings_is_not_read(
     assert decoder.tokens["here"] == answer
 
 
+def test_a_producer_reads_no_state(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would free and fill blocks while a transfer writes them: it goes by the role."""
+    warnings = heard(monkeypatch)
+    prefiller, decoder = make(), make()
+    prompt = random_tokens(random.Random(0), 100)
+    params = prefilled(prefiller, "there", prompt)
+    transfers = decoder.scheduler.vllm_config.kv_transfer_config
+    assert transfers is not None
+    monkeypatch.setattr(transfers, "kv_role", "kv_producer")
+    decoder.arrive("here", prompt, MAX_TOKENS, kv_transfer_params=params)
+    finish(decoder, prefiller)
+    (warning,) = warnings
+    assert "kv_role is kv_producer here, which reads no states" in warning
+    assert decoder.tokens["here"] == answer_to(prompt, MAX_TOKENS)
+
+
 def heard(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the scheduler warns of."""
     found: list[str] = []

@@ -175,6 +175,27 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "a MultiConnector within MultiConnector, where vLLM looks for no NixlConnector",
         "list its members in the outer one",
     ),
+    *[
+        ({"kv_transfer_config": given}, f"MultiConnector with {lost}", remedy)
+        for given, lost, remedy in (
+            (
+                multi(NIXL | {"kv_load_failure_policy": "recompute"}),
+                "kv_load_failure_policy of a member",
+                "have kv_load_failure_policy and one kv_role in the outer configuration",
+            ),
+            (multi(NIXL | {"engine_id": "one"}), "engine_id of a member", "no engine_id"),
+            (
+                multi(NIXL | {"kv_role": "kv_consumer"}),
+                "a member's kv_role other than the outer one",
+                "one kv_role in the outer configuration",
+            ),
+            (
+                multi(NIXL) | {"kv_connector_extra_config": {"connectors": [NIXL], "backends": []}},
+                "backends of the outer kv_connector_extra_config",
+                "options of NIXL in the member's kv_connector_extra_config",
+            ),
+        )
+    ],
     (
         {"kv_transfer_config": multi(NIXL | extra("bidirectional_kv_xfer", True))},
         "KV transfers back to the prefill instance",

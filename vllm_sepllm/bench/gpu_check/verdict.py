@@ -55,7 +55,8 @@ def faults_of(stock: Errors, sepllm: Errors, control: Errors) -> list[str]:
     Args:
         stock: stock vLLM against full attention: what the dtype costs.
         sepllm: sepllm against its rule.
-        control: sepllm against full attention: what an engine would show that did nothing.
+        control: sepllm against full attention, or against the rule without what the stage is
+            about: what an engine would show that did nothing.
     """
     mean = MEAN_FACTOR * stock.mean + ATOL
     largest = LARGEST_FACTOR * stock.largest + ATOL
@@ -70,7 +71,7 @@ def faults_of(stock: Errors, sepllm: Errors, control: Errors) -> list[str]:
             faults.append(f"{name} {found:.3g} is more than {limit:.3g} (from stock vLLM's)")
     if not control.mean > mean:
         faults.append(
-            f"the check is blind: full attention is as near ({control.mean:.3g}) to sepllm's "
-            f"answers as stock vLLM's errors allow ({mean:.3g})"
+            f"the check is blind: an engine that did nothing would be as near "
+            f"({control.mean:.3g}) as stock vLLM's errors allow ({mean:.3g})"
         )
     return faults

@@ -88,7 +88,8 @@ class SepLLMManager(SingleTypeKVCacheManager):
         known.first_tokens, known.last_tokens = num_tokens, num_tokens + room
         return known.num_blocks
 
-    def _num_blocks_to_hold(self, live: LiveRequest, num_tokens: int) -> int:
+    def num_blocks_to_hold(self, live: LiveRequest, num_tokens: int) -> int:
+        """The same, and room for drafts beside its entries."""
         if not self.events.num_staging:
             return self.num_blocks(live, num_tokens)
         return cdiv(live.compact_length(num_tokens) + self.events.num_staging, self.block_size)
@@ -112,7 +113,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         """See the base class; a hit also costs copies of the blocks that will be written."""
         live = self.events.requests[request_id]
         held = len(self.req_to_blocks.get(request_id, ())) + len(new_computed_blocks)
-        num_new = max(0, self._num_blocks_to_hold(live, num_tokens) - held)
+        num_new = max(0, self.num_blocks_to_hold(live, num_tokens) - held)
         if new_computed_blocks:
             num_new += len(self.to_own(live, num_local_computed_tokens, new_computed_blocks))
             num_new += self._get_num_evictable_blocks(new_computed_blocks)
@@ -127,7 +128,7 @@ class SepLLMManager(SingleTypeKVCacheManager):
         if self.enable_caching:
             self._note_overwritten(live, num_tokens)
         self.events.takes_part(live)
-        slots = self._num_blocks_to_hold(live, num_tokens) * self.block_size
+        slots = self.num_blocks_to_hold(live, num_tokens) * self.block_size
         return copies + super().allocate_new_blocks(request_id, slots, slots)
 
     # ------------------------------------------------------------------ starting from a prefix

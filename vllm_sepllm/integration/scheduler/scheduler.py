@@ -188,7 +188,12 @@ class _SepLLMMixin(Scheduler):
         live.holding.is_loading = False
         live.holding.keyed_until = 0
         if self._usage is not None:
-            self._usage.receives(live, self._block_bytes)
+            groups = self.kv_cache_config.kv_cache_groups
+            num_workers = self.vllm_config.parallel_config.tensor_parallel_size
+            layer_bytes = [
+                len(g.layer_names) * g.kv_cache_spec.page_size_bytes * num_workers for g in groups
+            ]
+            self._usage.receives(live, self._block_bytes, layer_bytes)
 
     def _handle_invalid_blocks(
         self, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]

@@ -35,6 +35,10 @@ class StateDescriptions:
     def mismatch(self, live: LiveRequest) -> str | None:
         """Why an arriving request cannot start from the state that it names; None: it can."""
         given = live.request.kv_transfer_params or {}
+        transfers = self._vllm_config.kv_transfer_config
+        if transfers is not None and not transfers.is_kv_consumer:
+            # vLLM keeps blocks from a step in flight where the role says that states arrive
+            return f"kv_role is {transfers.kv_role} here, which reads no states"
         if live.request.resumable:
             return "a session of streaming input is computed where it runs"
         theirs = given.get(transfer.KEY)

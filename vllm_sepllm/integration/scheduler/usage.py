@@ -61,12 +61,14 @@ class KvUsage:
         """The request's prompt has no prefix to protect, though the engine protects one."""
         self._num_unprotected[self._label(live.policy.window)] += 1
 
-    def receives(self, live: LiveRequest, block_bytes: int) -> None:
+    def receives(self, live: LiveRequest, block_bytes: int, layer_bytes: Sequence[int]) -> None:
         """The state that the request was waiting for has arrived whole.
 
         Args:
             live: the request.
-            block_bytes: of a block, of all workers together.
+            block_bytes: of a block of the pool, of all workers together.
+            layer_bytes: of what the layers of a KV cache group have in a block; of a group with
+                fewer layers than the largest one that is less.
         """
         loading = live.holding.loading
         assert loading is not None, "the connector knows what it reads"
@@ -77,7 +79,7 @@ class KvUsage:
         received = self._arrived[self._label(live.policy.window)]
         received.received_tokens += loading.num_tokens
         received.received_bytes += sum(loading.num_blocks) * block_bytes
-        received.received_bytes_full += sum(full) * block_bytes
+        received.received_bytes_full += sum(n * b for n, b in zip(full, layer_bytes, strict=True))
 
     def restores(self, live: LiveRequest, loading: Loading, block_bytes: int) -> None:
         """A state that the request can begin with comes back from host memory; see ``receives``."""

@@ -335,6 +335,7 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     if given is None:
         return []
     members = transfer.members(given)
+    lost = transfer.lost_fields(given) if members != [given] else []
     return [
         (
             not members,
@@ -345,6 +346,12 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             reason
             for member in members
             for reason in _member_reasons(member, is_within=member is not given)
+        ),
+        (
+            bool(lost),
+            f"MultiConnector with {', '.join(lost)}, which vLLM passes over: have "
+            "kv_load_failure_policy and one kv_role in the outer configuration, no engine_id in a "
+            "member, and options of NIXL in the member's kv_connector_extra_config",
         ),
         (
             len(members) > 1,

@@ -34,6 +34,20 @@ def with_ours(given: KVTransferConfig) -> KVTransferConfig:
     return replace(given, kv_connector_extra_config=extra)
 
 
+def lost_fields(given: KVTransferConfig) -> list[str]:
+    """What vLLM's MultiConnector would pass over, or die of, by name.
+
+    It reads the policy for failed loads and the role that its scheduler goes by from the outer
+    configuration alone, gives members the outer engine id, and hands them nothing else of it.
+    """
+    own = ("kv_load_failure_policy", "engine_id")
+    found = [f"{name} of a member" for name in own if any(name in f for f in _fields(given))]
+    if any(fields.get("kv_role") != given.kv_role for fields in _fields(given)):
+        found.append("a member's kv_role other than the outer one")
+    outer = sorted(given.kv_connector_extra_config.keys() - {"connectors"})
+    return found + [f"{name} of the outer kv_connector_extra_config" for name in outer]
+
+
 def _fields(given: KVTransferConfig) -> list[dict[str, Any]]:
     """Of the members of a MultiConnector."""
     found: list[dict[str, Any]] = given.kv_connector_extra_config.get("connectors", [])

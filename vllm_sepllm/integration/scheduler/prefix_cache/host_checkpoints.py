@@ -226,7 +226,7 @@ class HostCheckpoints:
             for m in self._managers
         }
         num_blocks = sum(len(group) for group in slots.values())
-        most = sum(m.num_blocks(live, request.num_tokens) for m in self._managers)
+        most = sum(m.num_blocks_to_hold(live, request.num_tokens) for m in self._managers)
         if num_blocks + most + num_kept_free > self._pool.get_num_free_blocks():
             return None
         self._saved.move_to_end((saved.source.block_hash, saved.rest))
