@@ -335,7 +335,7 @@ def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     if given is None:
         return []
     members = transfer.members(given)
-    lost = transfer.lost_fields(given) if members != [given] else []
+    lost = transfer.lost_fields(given)
     return [
         (
             not members,

@@ -19,7 +19,7 @@ KEY = "sepllm"
 
 def members(given: KVTransferConfig) -> list[KVTransferConfig]:
     """The connectors of a configuration: those within a MultiConnector, or its only one."""
-    if given.kv_connector != MULTI or given.kv_connector_module_path is not None:
+    if not _is_multi(given):
         return [given]
     # as vLLM's MultiConnector makes them, but for an engine id, which vLLM lets no member have
     return [KVTransferConfig(**fields) for fields in _fields(given)]
@@ -40,12 +40,18 @@ def lost_fields(given: KVTransferConfig) -> list[str]:
     It reads the policy for failed loads and the role that its scheduler goes by from the outer
     configuration alone, gives members the outer engine id, and hands them nothing else of it.
     """
+    if not _is_multi(given):
+        return []
     own = ("kv_load_failure_policy", "engine_id")
     found = [f"{name} of a member" for name in own if any(name in f for f in _fields(given))]
     if any(fields.get("kv_role") != given.kv_role for fields in _fields(given)):
         found.append("a member's kv_role other than the outer one")
     outer = sorted(given.kv_connector_extra_config.keys() - {"connectors"})
     return found + [f"{name} of the outer kv_connector_extra_config" for name in outer]
+
+
+def _is_multi(given: KVTransferConfig) -> bool:
+    return given.kv_connector == MULTI and given.kv_connector_module_path is None
 
 
 def _fields(given: KVTransferConfig) -> list[dict[str, Any]]:
