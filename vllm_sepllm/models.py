@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-_CHUNK = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Piece:
