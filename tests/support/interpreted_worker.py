@@ -4,7 +4,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 from vllm.v1.worker.worker_base import CompilationTimes
 
-from vllm_sepllm.integration.worker.gpu.worker import GPUWorkerMixin
+from vllm_sepllm.integration.worker.gpu.worker import SepLLMGPUWorker
 
 
 class _WarmCPUWorker(CPUWorker):
@@ -20,5 +20,5 @@ class _WarmCPUWorker(CPUWorker):
         return super().compile_or_warm_up_model()
 
 
-class InterpretedWorker(GPUWorkerMixin, _WarmCPUWorker):
-    """``GPUWorkerMixin`` comes before the worker of the platform, as in SepLLMGPUWorker."""
+class InterpretedWorker(SepLLMGPUWorker, _WarmCPUWorker):
+    """``SepLLMGPUWorker`` comes before the worker of the platform."""

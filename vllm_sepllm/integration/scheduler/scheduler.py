@@ -38,8 +38,8 @@ from vllm_sepllm.policy.step.plan import StepPlan
 from vllm_sepllm.policy.visibility import Policy
 
 
-class _SepLLMMixin(Scheduler):
-    """What the two schedulers share."""
+class SepLLMScheduler(Scheduler):
+    """Schedules by compact entries; as it stands, for platforms without asynchronous scheduling."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -320,11 +320,7 @@ class _SepLLMMixin(Scheduler):
         self._live.forget(request.request_id)
 
 
-class SepLLMScheduler(_SepLLMMixin, Scheduler):
-    """For platforms without asynchronous scheduling."""
-
-
-class SepLLMAsyncScheduler(_SepLLMMixin, AsyncScheduler):
+class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):
     """With asynchronous scheduling: the plan reads tokens that are at least n - 1 steps old."""
 
     def _handle_stopped_request(self, request: Request) -> bool:

@@ -18,7 +18,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_sepllm.integration.worker.gpu import worker as gpu_worker
 from vllm_sepllm.integration.worker.gpu.profile import hold_while_profiling, key_list_bytes
-from vllm_sepllm.integration.worker.gpu.worker import GPUWorkerMixin, check_layout
+from vllm_sepllm.integration.worker.gpu.worker import SepLLMGPUWorker, check_layout
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
@@ -34,7 +34,7 @@ def test_layouts_whose_blocks_hold_every_layer_are_refused(name: str | None) -> 
 
 
 def worker(mode: CUDAGraphMode, speculative_config: Any) -> Any:
-    made: Any = GPUWorkerMixin.__new__(GPUWorkerMixin)
+    made: Any = SepLLMGPUWorker.__new__(SepLLMGPUWorker)
     made.vllm_config = SimpleNamespace(
         speculative_config=speculative_config,
         compilation_config=SimpleNamespace(cudagraph_mode=mode),

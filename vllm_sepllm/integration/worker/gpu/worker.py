@@ -29,7 +29,7 @@ from vllm_sepllm.integration.worker.layers import sepllm_layers
 from vllm_sepllm.integration.worker.rotary import renumber
 
 
-class GPUWorkerMixin(Worker):
+class SepLLMGPUWorker(Worker):
     """Replaces the backend of each SepLLM layer and hands the step's plan to the builders.
 
     The worker keeps nothing per request, so preemption, resumption and aborts need no hook.
@@ -145,7 +145,3 @@ def check_layout(kv_cache_config: KVCacheConfig) -> None:
             "and with which its copies never ran: unset VLLM_KV_CACHE_LAYOUT, or serve this model "
             "without --attention-backend sepllm"
         )
-
-
-class SepLLMGPUWorker(GPUWorkerMixin):
-    """The worker of CUDA and ROCm."""
