@@ -29,6 +29,7 @@ FOLDERS = (".", "docs", "examples", "vllm_sepllm", "vllm_sepllm/integration")
 KINDS = {"python", "json", "text", "html", "yaml", "", "sh", "bash"}
 # files with what is refused, at start-up or of a request: docs/troubleshooting.md has all of it
 REFUSING = (
+    "integration/startup/connectors.py",
     "integration/startup/refusals.py",
     "integration/worker/layers.py",
     "integration/frontend/request_bodies.py",

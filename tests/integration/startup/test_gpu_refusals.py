@@ -14,8 +14,8 @@ from vllm.platforms import current_platform
 from tests.support.compatibility import refused
 from tests.support.refusals import check_sentence
 from tests.support.tiny_models import ARGUMENTS, write
+from vllm_sepllm.integration.startup import connectors
 from vllm_sepllm.integration.startup.refusals import (
-    _connector_reasons,
     _speculative_reasons,
     check_drafts,
     check_vllm_config,
@@ -47,10 +47,10 @@ def test_connectors_that_move_drafts_or_stage_blocks_on_the_host(
         kv_transfer_config={"kv_connector": "NixlConnector", "kv_role": "kv_both"},  # type: ignore[arg-type]
         **ARGUMENTS,
     ).create_engine_config()
-    assert not any(is_unsupported for is_unsupported, _ in _connector_reasons(vllm_config))
+    assert not any(is_unsupported for is_unsupported, _ in connectors.reasons(vllm_config))
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
     vllm_config.speculative_config = make_config().speculative_config
-    found = [text for is_unsupported, text in _connector_reasons(vllm_config) if is_unsupported]
+    found = [text for is_unsupported, text in connectors.reasons(vllm_config) if is_unsupported]
     for text, what, remedy in zip(
         found,
         ("KV transfers through host memory", "speculative decoding with a KV connector"),

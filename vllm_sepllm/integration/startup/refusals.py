@@ -7,15 +7,14 @@ import math
 
 import vllm.config.cache as cache_config
 from vllm import envs
-from vllm.config import KVTransferConfig, VllmConfig
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
-from vllm_sepllm.integration.startup import lengths
-from vllm_sepllm.integration.wire import transfer
+from vllm_sepllm.integration.startup import connectors, lengths
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
 from vllm_sepllm.integration.wire.fp8 import FP8_CACHE_DTYPES, converts_fp8
 from vllm_sepllm.integration.wire.spec import max_proposed
@@ -94,7 +93,7 @@ def check_vllm_config(vllm_config: VllmConfig) -> None:
         *_speculative_reasons(vllm_config),
         *_parallel_reasons(vllm_config),
         *_cache_reasons(vllm_config),
-        *_connector_reasons(vllm_config),
+        *connectors.reasons(vllm_config),
         *_reasons_since_0_33(vllm_config),
     )
 
@@ -326,86 +325,6 @@ def _cache_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             current_platform.is_cpu() and cache.block_size % 32 != 0,
             f"block size {cache.block_size} on CPU, whose kernels read blocks of a multiple of 32 "
             "tokens: set --block-size 32, or leave it out",
-        ),
-    ]
-
-
-def _connector_reasons(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    given = vllm_config.kv_transfer_config
-    if given is None:
-        return []
-    members = transfer.members(given)
-    lost = transfer.lost_fields(given)
-    return [
-        (
-            not members,
-            "a MultiConnector without members: list a NixlConnector under connectors in "
-            "kv_connector_extra_config, or remove --kv-transfer-config",
-        ),
-        *(
-            reason
-            for member in members
-            for reason in _member_reasons(member, is_within=member is not given)
-        ),
-        (
-            bool(lost),
-            f"MultiConnector with {', '.join(lost)}, which vLLM passes over: have "
-            "kv_load_failure_policy and one kv_role in the outer configuration, no engine_id in a "
-            "member, and options of NIXL in the member's kv_connector_extra_config",
-        ),
-        (
-            len(members) > 1,
-            "several NixlConnectors within MultiConnector, which gives them one side channel and "
-            "one set of kv_transfer_params: keep one of them",
-        ),
-        (
-            vllm_config.speculative_config is not None,
-            "speculative decoding with a KV connector, which would move unfinished drafts: remove "
-            "--speculative-config or --kv-transfer-config",
-        ),
-        (
-            vllm_config.parallel_config.pipeline_parallel_size > 1,
-            "a KV connector with pipeline parallelism, whose stages vLLM's NixlConnector serves "
-            "where all layers keep full attention alone: use --tensor-parallel-size",
-        ),
-    ]
-
-
-def _member_reasons(member: KVTransferConfig, is_within: bool) -> list[tuple[bool, str]]:
-    """Of a connector, alone or within MultiConnector."""
-    name, module = member.kv_connector, member.kv_connector_module_path
-    is_other = name != transfer.NIXL or module not in (None, transfer.NIXL_MODULE)
-    extra = member.kv_connector_extra_config
-    return [
-        (
-            name == transfer.MULTI and is_within,
-            "a MultiConnector within MultiConnector, where vLLM looks for no NixlConnector: list "
-            "its members in the outer one",
-        ),
-        (
-            is_other and is_within,
-            f"the KV connector {name} within MultiConnector, which moves blocks by token position: "
-            "have a NixlConnector there alone",
-        ),
-        (
-            is_other,
-            f"the KV connector {name}, which moves blocks by token position: set kv_connector to "
-            "NixlConnector, or remove --kv-transfer-config",
-        ),
-        (
-            bool(extra.get("bidirectional_kv_xfer", False)),
-            "KV transfers back to the prefill instance, which would read a part of a state: remove "
-            "bidirectional_kv_xfer from kv_connector_extra_config",
-        ),
-        (
-            not extra.get("enforce_handshake_compat", True),
-            "a handshake without its check, by which instances with other settings would read "
-            "each other's states: remove enforce_handshake_compat from kv_connector_extra_config",
-        ),
-        (
-            member.kv_buffer_device == "cpu" and not current_platform.is_cpu(),
-            "KV transfers through host memory, where vLLM copies a block once and the window's "
-            "are written again: remove kv_buffer_device from --kv-transfer-config",
         ),
     ]
 

@@ -22,11 +22,11 @@ from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.patch import wrap_once
 from vllm_sepllm.integration.startup import lengths, refusals
 from vllm_sepllm.integration.startup.block_size import CPU_BLOCK_SIZE
+from vllm_sepllm.integration.startup.connectors import with_ours
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS, register_backend_name
 from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, write_config
 from vllm_sepllm.integration.wire.host_memory import write_host_bytes
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
-from vllm_sepllm.integration.wire.transfer import with_ours
 from vllm_sepllm.policy import trained
 from vllm_sepllm.policy.initial import FixedInitial, protected_end
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
