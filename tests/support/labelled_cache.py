@@ -8,8 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from vllm_sepllm.policy.keys.masked_tiles import query_tiles
-from vllm_sepllm.policy.step.batch import BatchStep, Saves
-from vllm_sepllm.policy.step.decode import Moves
+from vllm_sepllm.policy.step.batch import BatchStep, Moves, Saves
 from vllm_sepllm.policy.step.prefill import Chunk
 
 # row of the batch, compact index -> where its label is

@@ -4,7 +4,7 @@ from enum import IntEnum
 
 import numpy as np
 
-from vllm_sepllm.policy.layout import num_tail
+from vllm_sepllm.policy.layout import compact_lengths, num_tail
 from vllm_sepllm.policy.visibility import BoolArray, IntArray, Policy
 
 
@@ -29,9 +29,7 @@ def kept_lengths(policy: Policy, is_separator: BoolArray) -> IntArray:
     counted = is_separator & (np.arange(num_tokens) >= policy.initial_tokens)
     # num_spilled after position i: separators at positions in [a, i-n]
     num_spilled = np.concatenate([np.zeros(policy.window, np.int64), np.cumsum(counted)])
-    dense = np.minimum(np.arange(1, num_tokens + 1), policy.num_dense)
-    lengths: IntArray = dense + num_tail(policy, num_spilled[:num_tokens])
-    return lengths
+    return compact_lengths(policy, np.arange(1, num_tokens + 1), num_spilled[:num_tokens])
 
 
 def token_states(policy: Policy, is_separator: BoolArray, query: int) -> IntArray:

@@ -32,6 +32,11 @@ def compact_length(policy: Policy, num_tokens: int, num_spilled: int) -> int:
     return min(num_tokens, policy.num_dense) + num_tail(policy, num_spilled)
 
 
+def compact_lengths(policy: AnyPolicy, num_tokens: IntArray, num_spilled: IntArray) -> IntArray:
+    """:func:`compact_length` for each element; a row of ``policy`` for each, if it has rows."""
+    return np.minimum(num_tokens, policy.num_dense) + num_tail(policy, num_spilled)
+
+
 def max_compact_length(policy: Policy, num_tokens: int) -> int:
     """The most a request of ``num_tokens`` can hold: every token could be a separator."""
     return compact_length(policy, num_tokens, max(0, num_tokens - policy.num_dense))

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-from vllm_sepllm.policy.step.decode import compact_lengths
+from vllm_sepllm.policy.layout import compact_lengths
 from vllm_sepllm.policy.visibility import AnyPolicy, IntArray
 
 
@@ -40,6 +38,6 @@ def usage(
         num_spilled: [num_requests], separators that left the window in them.
         block_sizes: tokens of a block, for each KV cache group with this policy.
     """
-    kept = compact_lengths(policy, num_tokens, num_spilled, np.zeros(len(num_tokens), np.bool_))
+    kept = compact_lengths(policy, num_tokens, num_spilled)
     saved = sum(int((-(-num_tokens // size) + -kept // size).sum()) for size in block_sizes)
     return Usage(int(num_tokens.sum()), int(kept.sum()), saved)

@@ -23,8 +23,7 @@ from vllm_sepllm.integration.worker.metadata import (
     SepLLMMetadata,
     SlotMoves,
 )
-from vllm_sepllm.policy.step.batch import BatchStep, Rotations, Saves, plan_batch
-from vllm_sepllm.policy.step.decode import Moves
+from vllm_sepllm.policy.step.batch import BatchStep, Moves, Rotations, Saves, plan_batch
 from vllm_sepllm.policy.visibility import IntArray
 
 # tokens of the rows that Model Runner V1 sorts first; V2 always sorts so (policy/step/batch.py)

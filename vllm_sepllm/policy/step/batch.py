@@ -14,13 +14,27 @@ import numpy as np
 
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.keys.tiles import PrefillRequests
-from vllm_sepllm.policy.step import checkpoint, decode, prefill
-from vllm_sepllm.policy.step.decode import Moves
+from vllm_sepllm.policy.step import checkpoint, prefill
 from vllm_sepllm.policy.step.plan import BatchRows
 from vllm_sepllm.policy.step.staging import commit_moves
-from vllm_sepllm.policy.visibility import IntArray
+from vllm_sepllm.policy.visibility import AnyPolicy, BoolArray, IntArray
 
 _NONE = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Copies of entries inside the caches of a batch; all are read before any is written.
+
+    Attributes:
+        rows: [num_moves], row of the batch.
+        source: [num_moves], compact index.
+        target: [num_moves], compact index.
+    """
+
+    rows: IntArray
+    source: IntArray
+    target: IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +167,7 @@ def plan_batch(rows: BatchRows, first: IntArray, num_tokens: int, block_size: in
     moves_after = _write_chunks(chunks, rows, first, target)
 
     policy, end = rows.policy.of_rows(library), rows.start[library] + num_new[library]
-    step = (rows.num_spilled[library], rows.spills[library])
+    num_spilled, spills = rows.num_spilled[library], rows.spills[library]
     commit_spills, commits = _commits(rows)
     saves_before, token_saves, saves_after = _checkpoints(rows, first, block_size)
     return BatchStep(
@@ -161,10 +175,10 @@ def plan_batch(rows: BatchRows, first: IntArray, num_tokens: int, block_size: in
         commit_spills=commit_spills,
         commits=commits,
         saves_before=saves_before,
-        spills=decode.spill_copies(policy, target[first[library]], *step),
+        spills=spill_copies(policy, target[first[library]], num_spilled, spills),
         first=first,
         num_library=num_library,
-        lengths=decode.compact_lengths(policy, end, *step),
+        lengths=layout.compact_lengths(policy, end, num_spilled + spills),
         max_query_len=int(num_new[library].max(initial=0)),
         chunks=chunks,
         moves_after=moves_after,
@@ -177,20 +191,37 @@ def plan_batch(rows: BatchRows, first: IntArray, num_tokens: int, block_size: in
 
 def _plan_decode(rows: BatchRows, first: IntArray, owner: IntArray, target: IntArray) -> BatchStep:
     """The step of rows that list no separators: one token each, as in most steps."""
-    num_rows, step = len(rows.start), (rows.num_spilled, rows.spills)
+    num_rows = len(rows.start)
     assert first[-1] == num_rows, "the plan of a row of several tokens lists its separators"
     entry = layout.ring_index(rows.policy, rows.start)
     owner[:num_rows], target[:num_rows] = np.arange(num_rows), entry
     return BatchStep(
         rotations=_rotations(rows),
-        spills=decode.spill_copies(rows.policy, entry, *step),
+        spills=spill_copies(rows.policy, entry, rows.num_spilled, rows.spills),
         first=first,
         num_library=num_rows,
-        lengths=decode.compact_lengths(rows.policy, rows.start + 1, *step),
+        lengths=layout.compact_lengths(rows.policy, rows.start + 1, rows.num_spilled + rows.spills),
         max_query_len=1,
         rows=owner,
         target=target,
     )
+
+
+def spill_copies(
+    policy: AnyPolicy, entry: IntArray, num_spilled: IntArray, spills: BoolArray
+) -> Moves:
+    """Copies ring -> tail, which come before any write: a new token overwrites the one that leaves.
+
+    Args:
+        policy: a, n and s of the rows.
+        entry: [num_rows], compact index of the new token.
+        num_spilled: [num_rows], separators that left the window before the step.
+        spills: [num_rows], whether one more leaves in it.
+    """
+    leaving = spills.nonzero()[0]  # faster than flatnonzero on so few elements
+    if len(leaving) == 0 or policy.max_separators == 0:
+        return _NO_MOVES
+    return Moves(leaving, entry[leaving], layout.tail_index(policy, num_spilled)[leaving])
 
 
 def _rotations(rows: BatchRows) -> Rotations:
@@ -231,7 +262,7 @@ def _write_chunks(
         kept = prefill.survivors(chunk)
         target[first[row] + kept.tokens] = kept.target
         moved.append(_of_row(row, kept.copy_source, kept.copy_target))
-    return _moves(moved)
+    return Moves(*_joined(moved))
 
 
 def _commits(rows: BatchRows) -> tuple[Moves, Moves]:
@@ -242,7 +273,7 @@ def _commits(rows: BatchRows) -> tuple[Moves, Moves]:
         moves = commit_moves(rows.policy.of_row(row), commit)
         spills.append(_of_row(row, moves.spill_source, moves.spill_target))
         tokens.append(_of_row(row, moves.source, moves.target))
-    return _moves(spills), _moves(tokens)
+    return Moves(*_joined(spills)), Moves(*_joined(tokens))
 
 
 def _checkpoints(
@@ -285,10 +316,6 @@ def _own_slots(blocks: dict[int, int], block_size: int) -> IntArray:
 
 def _of_row(row: int, *columns: IntArray) -> IntArray:
     return np.stack([np.full(len(columns[0]), row), *columns])
-
-
-def _moves(parts: list[IntArray]) -> Moves:
-    return Moves(*_joined(parts)) if parts else _NO_MOVES
 
 
 def _joined(parts: list[IntArray]) -> IntArray:
