@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.integration.worker.current_step import CurrentStep
-from vllm_sepllm.integration.worker.metadata import (
+from vllm_sepllm.integration.worker.impl import (
     CheckpointTokens,
     LibraryRows,
     SepLLMMetadata,

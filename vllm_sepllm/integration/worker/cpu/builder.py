@@ -10,11 +10,11 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
 
 from vllm_sepllm.integration.worker.builder import BuilderMixin
+from vllm_sepllm.integration.worker.cpu.impl import ChunkRows, PrefillRows
 from vllm_sepllm.integration.worker.cpu.kv_layout import copy_elements, probe_layout
 from vllm_sepllm.integration.worker.cpu.masked_tiles import TileTensors
-from vllm_sepllm.integration.worker.cpu.metadata import ChunkRows, PrefillRows
 from vllm_sepllm.integration.worker.cpu.sequences import SequenceKernel
-from vllm_sepllm.integration.worker.metadata import SlotMoves
+from vllm_sepllm.integration.worker.impl import SlotMoves
 from vllm_sepllm.policy.keys.masked_tiles import query_tiles
 from vllm_sepllm.policy.keys.sequences import sequence_tile, tile_sequences
 from vllm_sepllm.policy.step.batch import BatchStep, Rotations

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from vllm_sepllm import ops
 from vllm_sepllm.integration.worker.builder import BuilderMixin
 from vllm_sepllm.integration.worker.gpu.impl import PrefillRows
-from vllm_sepllm.integration.worker.metadata import LibraryRows, SepLLMMetadata, SlotMoves
+from vllm_sepllm.integration.worker.impl import LibraryRows, SepLLMMetadata, SlotMoves
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.step.batch import BatchStep, Rotations
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray

@@ -9,8 +9,7 @@ from vllm.v1.attention.backend import AttentionLayer
 from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from vllm_sepllm import ops
-from vllm_sepllm.integration.worker.impl import SepLLMImpl
-from vllm_sepllm.integration.worker.metadata import SlotMoves
+from vllm_sepllm.integration.worker.impl import SepLLMImpl, SlotMoves
 
 
 @dataclass(frozen=True, slots=True)
