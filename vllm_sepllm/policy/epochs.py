@@ -97,17 +97,13 @@ def renumber(policy: Policy, last: Epoch, new: Epoch, separators: IntArray) -> R
             the window in ``last``, ascending.
     """
     a, n = policy.initial_tokens, policy.window
-    oldest = new.num_spilled - layout.num_tail(policy, new.num_spilled)
-    rank = np.arange(oldest, new.num_spilled)
-    was_oldest = last.num_spilled - layout.num_tail(policy, last.num_spilled)
+    rank, held = (layout.tail_ranks(policy, epoch.num_spilled) for epoch in (new, last))
     # those that were in the tail already have the position of their place in it
-    held = a + np.arange(was_oldest, last.num_spilled) - was_oldest
-    before = np.concatenate([held, separators - last.shift])[oldest - was_oldest :]
-    entries = np.arange(a, policy.num_dense)
+    before = np.concatenate([a + np.arange(len(held)), separators - last.shift])
+    before = before[len(before) - len(rank) :]
+    entries = np.concatenate([np.arange(a, policy.num_dense), layout.tail_index(policy, rank)])
     delta = np.full(n, last.shift - new.shift)
-    if len(rank):
-        entries = np.concatenate([entries, layout.tail_index(policy, rank)])
-        delta = np.concatenate([delta, a + rank - oldest - before])
+    delta = np.concatenate([delta, a + np.arange(len(rank)) - before])
     moves = delta != 0
     return Renumbering(entries[moves], delta[moves])
 

@@ -55,11 +55,29 @@ def tail_index(policy: AnyPolicy, rank: IntArray) -> IntArray:
     """Compact index of the separator that left the window as number ``rank`` (from 0).
 
     A row of ``policy`` for each rank, if it has rows.
-    With ``max_separators`` 0 nothing has a place in the tail; the caller must not ask.
+    With ``max_separators`` 0 nothing has a place in the tail: there must be no rank.
     """
     if policy.max_separators is None:
         return policy.num_dense + rank
     return policy.num_dense + rank % policy.max_separators
+
+
+def tail_ranks(policy: Policy, num_spilled: int) -> IntArray:
+    """Ranks of the separators in the tail once ``num_spilled`` have left the window, ascending."""
+    return np.arange(num_spilled - num_tail(policy, num_spilled), num_spilled)
+
+
+def spilled(policy: Policy, num_spilled: int, separators: IntArray) -> tuple[IntArray, IntArray]:
+    """Positions of the separators that a step leaves in the tail, and their compact indices.
+
+    Args:
+        policy: a, n and s.
+        num_spilled: separators that left the window before the step.
+        separators: positions of those that leave it now, ascending.
+    """
+    first = len(separators) - num_tail(policy, len(separators))
+    rank = num_spilled + np.arange(first, len(separators))
+    return separators[first:], tail_index(policy, rank)
 
 
 def num_left_window(policy: Policy, num_tokens: int) -> int:

@@ -57,12 +57,10 @@ def _keys(chunk: Chunk) -> _Keys:
     position[layout.ring_index(policy, in_ring)] = in_ring
     position[num_cached:] = np.arange(start, end)
 
-    tail = layout.num_tail(policy, chunk.num_spilled)
-    if tail:
-        old = np.arange(chunk.num_spilled - tail, chunk.num_spilled)
-        at = layout.tail_index(policy, old)
-        rank[at] = old
-        is_separator[at] = True
+    old = layout.tail_ranks(policy, chunk.num_spilled)
+    at = layout.tail_index(policy, old)
+    rank[at] = old
+    is_separator[at] = True
     of_chunk = chunk.separators >= start
     at = np.where(
         of_chunk,

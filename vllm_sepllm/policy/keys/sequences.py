@@ -151,12 +151,10 @@ def _staying(chunk: Chunk) -> tuple[IntArray, IntArray]:
     """Key number and position of initial tokens and separators, in order; tail: before all."""
     policy = chunk.policy
     initial = np.arange(min(policy.initial_tokens, chunk.end))
-    num_tail = layout.num_tail(policy, chunk.num_spilled)
-    tail = np.arange(chunk.num_spilled - num_tail, chunk.num_spilled)
-    tail = layout.tail_index(policy, tail) if num_tail else tail
+    tail = layout.tail_index(policy, layout.tail_ranks(policy, chunk.num_spilled))
     keys = (_key_numbers(chunk, initial), tail, _key_numbers(chunk, chunk.separators))
     # separators in the tail: any position before the window will do
-    positions = (initial, np.full(num_tail, policy.initial_tokens), chunk.separators)
+    positions = (initial, np.full(len(tail), policy.initial_tokens), chunk.separators)
     return np.concatenate(keys), np.concatenate(positions)
 
 

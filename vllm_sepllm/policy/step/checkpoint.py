@@ -6,31 +6,14 @@ the checkpoint is taken and when a request starts from it.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.step import prefill
-from vllm_sepllm.policy.visibility import IntArray, Policy
-
-
-@dataclass(frozen=True, slots=True)
-class CheckpointParts:
-    """Where the entries of a checkpoint's own blocks come from while a step runs.
-
-    Attributes:
-        copy_source: [num_copies], compact index in the request's cache as the step begins.
-        copy_target: [num_copies], compact index in the checkpoint.
-        tokens: [num_writes], tokens of the step, counted from its first.
-        target: [num_writes], their compact indices in the checkpoint.
-    """
-
-    copy_source: IntArray
-    copy_target: IntArray
-    tokens: IntArray
-    target: IntArray
+from vllm_sepllm.policy.visibility import Policy
 
 
 def written_blocks(
@@ -69,7 +52,7 @@ def overwritten_blocks(policy: Policy, block_size: int, start: int, end: int) ->
 
 def checkpoint_parts(
     chunk: prefill.Chunk, position: int, block_size: int, blocks: list[int]
-) -> CheckpointParts:
+) -> prefill.Survivors:
     """What ``blocks`` of the state after ``position`` tokens hold, start < position <= end."""
     until = np.searchsorted(chunk.separators, position)
     part = replace(chunk, end=position, separators=chunk.separators[:until])
@@ -87,7 +70,7 @@ def checkpoint_parts(
     is_own_entry = np.repeat(is_own, block_size)[:length]
     copied = np.flatnonzero(is_own_entry & ~is_written)
     written = is_own_entry[kept.target]
-    return CheckpointParts(source[copied], copied, kept.tokens[written], kept.target[written])
+    return prefill.Survivors(source[copied], copied, kept.tokens[written], kept.target[written])
 
 
 def checkpoint_positions(

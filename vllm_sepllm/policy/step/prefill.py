@@ -45,11 +45,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Survivors:
-    """What the cache keeps of a chunk. Copies come before writes.
+    """What the cache keeps of a chunk, or a checkpoint of both. Copies come before writes.
 
     Attributes:
-        copy_source: [num_copies], compact index in the ring of a separator that leaves the window.
-        copy_target: [num_copies], its compact index in the tail.
+        copy_source: [num_copies], compact index in the cache as the step begins: of a separator
+            that leaves the ring, or of what a checkpoint holds.
+        copy_target: [num_copies], its compact index afterwards, or in the checkpoint.
         tokens: [num_writes], chunk tokens that are written, counted from the start of the chunk.
         target: [num_writes], their compact indices.
     """
@@ -65,11 +66,7 @@ def survivors(chunk: Chunk) -> Survivors:
     policy, start, end = chunk.policy, chunk.start, chunk.end
     left = layout.num_left_window(policy, end)
     leaving = chunk.separators[: np.searchsorted(chunk.separators, left)]
-    rank = chunk.num_spilled + np.arange(len(leaving))
-    if policy.max_separators is not None:
-        still = rank >= chunk.num_spilled + len(leaving) - policy.max_separators
-        leaving, rank = leaving[still], rank[still]
-    tail = layout.tail_index(policy, rank) if len(rank) else rank
+    leaving, tail = layout.spilled(policy, chunk.num_spilled, leaving)
     from_ring = leaving < start
 
     position = np.arange(start, end)

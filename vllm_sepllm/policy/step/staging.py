@@ -110,15 +110,11 @@ def propose(
 
 def commit_moves(policy: Policy, commit: Commit) -> CommitMoves:
     """What a commit copies. The window must be longer than the commit."""
-    separators = commit.separators
-    rank = commit.num_spilled + np.arange(len(separators))
-    if policy.max_separators is not None:
-        still = rank >= commit.num_spilled + len(separators) - policy.max_separators
-        separators, rank = separators[still], rank[still]
+    separators, tail = layout.spilled(policy, commit.num_spilled, commit.separators)
     position = np.arange(commit.staged.position, commit.end)
     return CommitMoves(
         spill_source=layout.ring_index(policy, separators),
-        spill_target=layout.tail_index(policy, rank) if len(rank) else rank,
+        spill_target=tail,
         source=commit.staged.entry + position - commit.staged.position,
         target=layout.ring_index(policy, position),
     )
