@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
-from vllm_sepllm.policy.initial import FixedInitial
+from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import IntervalSeparators, TokenSeparators
 from vllm_sepllm.policy.visibility import Policy
 
@@ -85,7 +85,7 @@ def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
         separators=TokenSeparators((7, 9)), num_layers=30, max_model_len=8192, block_size=32
     )
     assert resolved == ResolvedConfig(
-        initial=FixedInitial(4),
+        initial=Initial(4),
         window=60,
         max_separators=2048,
         separators=TokenSeparators((7, 9)),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from vllm_sepllm.policy import epochs
-from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix
+from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import (
     IntervalSeparators,
     Separators,
@@ -184,10 +184,10 @@ class SepLLMConfig(BaseModel):
                 no room below ``max_position``.
         """
         interval = self.interval
-        initial: Initial = FixedInitial(self.initial_tokens)
+        initial = Initial(self.initial_tokens)
         if end_id is not None:
             most = min(self.max_protected, max_model_len)
-            initial = ProtectedPrefix(end_id, most, least=self.initial_tokens)
+            initial = Initial(self.initial_tokens, end_id, most)
         max_position = self._resolved_position(trained_length)
         longest = max_model_len if max_position is None else min(max_model_len, max_position)
         bound = self._resolved_bound(longest)
@@ -295,7 +295,7 @@ class ResolvedConfig:
         else:
             separators = {"separators": list(self.separators.token_ids)}
         protected: dict[str, Any] = {}
-        if isinstance(self.initial, ProtectedPrefix):
+        if self.initial.end_id is not None:
             protected = {
                 "protect": self.initial.end_id,
                 "max_protected": self.initial.max_tokens,
@@ -325,13 +325,9 @@ class ResolvedConfig:
             separators = TokenSeparators(**ids)
         else:
             separators = TokenSeparators(tuple(written["separators"]))
-        initial: Initial = FixedInitial(written["initial_tokens"])
-        if "protect" in written:
-            initial = ProtectedPrefix(
-                written["protect"], written["max_protected"], written["initial_tokens"]
-            )
+        protected = written.get("protect"), written.get("max_protected", 0)
         return cls(
-            initial=initial,
+            initial=Initial(written["initial_tokens"], *protected),
             window=written["window"],
             max_separators=written["max_separators"],
             separators=separators,

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sepllm.policy.choice import RequestLimits, chosen_keys, is_unprotected, request_policy
-from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix
+from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.visibility import Policy
 
 ENGINE = Policy(4, 60, 100)
-LIMITS = RequestLimits(ENGINE, FixedInitial(4), max_model_len=1024, min_window=16)
+LIMITS = RequestLimits(ENGINE, Initial(4), max_model_len=1024, min_window=16)
 
 values = st.one_of(
     st.none(),
@@ -111,7 +111,7 @@ def test_literals() -> None:
 
 
 END = 2
-PROTECTING = replace(LIMITS, initial=ProtectedPrefix(END, max_tokens=50, least=4))
+PROTECTING = replace(LIMITS, initial=Initial(4, END, max_tokens=50))
 PROMPT, PLAIN = [9] * 29 + [END] + [9] * 70, [9] * 100
 
 

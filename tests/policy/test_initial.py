@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix, end_token_id
+from vllm_sepllm.policy.initial import Initial, end_token_id
 from vllm_sepllm.policy.separators.vocabulary import Vocabulary
 
 END = 2
@@ -15,7 +15,7 @@ counts = st.integers(0, 12)
 
 @given(counts, prompts)
 def test_a_fixed_number_is_that_of_every_prompt(tokens: int, prompt: list[int]) -> None:
-    fixed = FixedInitial(tokens)
+    fixed = Initial(tokens)
     assert fixed.of(prompt) == fixed.least == fixed.most == tokens
     assert fixed.is_in(prompt)
 
@@ -25,7 +25,7 @@ def test_a_protected_prefix_ends_with_the_first_end_token(
     prompt: list[int], max_tokens: int, least: int
 ) -> None:
     """Or is of ``least`` tokens, where the first ``max_tokens`` have none."""
-    protected = ProtectedPrefix(END, max_tokens, least)
+    protected = Initial(least, END, max_tokens)
     number = protected.of(prompt)
     assert protected.is_in(prompt) == any(t == END for t in prompt[:max_tokens])
     assert least == protected.least <= number <= protected.most
@@ -42,7 +42,7 @@ def test_what_follows_the_prefix_does_not_change_it(
     system: list[int], one: list[int], other: list[int], max_tokens: int, least: int
 ) -> None:
     """Two chats with one system prompt have one policy, whatever follows; nor do later turns."""
-    protected = ProtectedPrefix(END, max_tokens, least)
+    protected = Initial(least, END, max_tokens)
     system = [token for token in system if token != END] + [END]
     if len(system) <= max_tokens:
         assert protected.of(system) == protected.of(system + one) == protected.of(system + other)
@@ -50,7 +50,7 @@ def test_what_follows_the_prefix_does_not_change_it(
 
 
 def test_literals() -> None:
-    protected = ProtectedPrefix(END, max_tokens=5, least=3)
+    protected = Initial(3, END, max_tokens=5)
     assert protected.of([END]) == protected.of([]) == protected.of([9] * 30) == 3
     assert protected.of([9, 9, 9, END, 9]) == 4
     assert protected.of([9, 9, 9, 9, END, 9]) == 5
@@ -58,7 +58,7 @@ def test_literals() -> None:
     assert protected.of([9, 9, 9, END, END]) == 4
     assert not protected.is_in([9, 9, 9, 9, 9, END])
     assert protected.most == 5
-    assert ProtectedPrefix(END, max_tokens=5, least=8).most == 8
+    assert Initial(8, END, max_tokens=5).most == 8
 
 
 TEMPLATE = "{% for m in messages %}<|start|>{{ m.content }}<|end|>{% endfor %}"

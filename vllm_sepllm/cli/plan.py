@@ -20,7 +20,7 @@ from vllm_sepllm.cli.kv_sizes import (
 )
 from vllm_sepllm.cli.sizes import format_bytes
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
-from vllm_sepllm.policy.initial import FixedInitial
+from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 LABEL = "arithmetic, not a measurement"
@@ -181,7 +181,7 @@ def _resolve(
         block_size=deployment.block_size,
     )
     check_layers(shape, resolved.full_layers)
-    return replace(resolved, initial=FixedInitial(max(config.initial_tokens, protected)))
+    return replace(resolved, initial=Initial(max(config.initial_tokens, protected)))
 
 
 def effects(

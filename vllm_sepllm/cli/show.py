@@ -10,7 +10,7 @@ from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
 from vllm_sepllm.policy.epochs import MIN_EPOCH, epochs_of, has_room
-from vllm_sepllm.policy.initial import FixedInitial, Initial, ProtectedPrefix, protected_end
+from vllm_sepllm.policy.initial import Initial, protected_end
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.rules import RULES, token_separators
 from vllm_sepllm.policy.visibility import BoolArray, Policy
@@ -65,9 +65,9 @@ def show(
     tokens = tokenise(tokenizer, text)
     ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]
     is_separator = _by_rule(separators, tokenizer).mask(ids)
-    initial: Initial = FixedInitial(initial_tokens)
+    initial = Initial(initial_tokens)
     if protect is not None:
-        initial = ProtectedPrefix(_end_id(protect, tokenizer), max_protected, initial_tokens)
+        initial = Initial(initial_tokens, _end_id(protect, tokenizer), max_protected)
     policy = Policy(initial.of(ids), window, max_separators, max_position)
     if max_position is not None and not has_room(policy):
         raise typer.BadParameter(

@@ -12,62 +12,34 @@ from vllm_sepllm.policy.separators.vocabulary import Vocabulary, read_vocabulary
 
 
 @dataclass(frozen=True, slots=True)
-class FixedInitial:
-    """The same number for every request."""
+class Initial:
+    """``least`` tokens, or all up to and including the first occurrence of a token in the prompt.
 
-    tokens: int
+    Attributes:
+        least: tokens of a prompt without a protected prefix, and the fewest that a request has.
+        end_id: the token that ends a protected prefix; None: no prefix is protected.
+        max_tokens: most tokens that are protected; a prompt without ``end_id`` among its first
+            ``max_tokens`` tokens has no protected prefix.
+    """
 
-    @property
-    def least(self) -> int:
-        """The fewest that a request has."""
-        return self.tokens
+    least: int
+    end_id: int | None = None
+    max_tokens: int = 0
 
     @property
     def most(self) -> int:
         """The most that a request can have."""
-        return self.tokens
-
-    def is_in(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt has what the number depends on; a fixed one depends on nothing."""
-        return True
-
-    def of(self, prompt: Sequence[int]) -> int:
-        """The number of a request with this prompt."""
-        return self.tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ProtectedPrefix:
-    """Everything up to and including the first occurrence of a token in the prompt.
-
-    Attributes:
-        end_id: the token that ends the prefix.
-        max_tokens: most tokens that are protected; a prompt without ``end_id`` among its first
-            ``max_tokens`` tokens has no protected prefix.
-        least: initial tokens of a prompt without one, and the fewest that a request has.
-    """
-
-    end_id: int
-    max_tokens: int
-    least: int
-
-    @property
-    def most(self) -> int:
-        """As :attr:`FixedInitial.most`."""
         return max(self.max_tokens, self.least)
 
     def is_in(self, prompt: Sequence[int]) -> bool:
-        """Whether the prompt has a protected prefix."""
-        return self.end_id in prompt[: self.max_tokens]
+        """Whether the prompt has the prefix that is to be protected, if any is."""
+        return self.end_id is None or self.end_id in prompt[: self.max_tokens]
 
     def of(self, prompt: Sequence[int]) -> int:
-        """As :meth:`FixedInitial.of`."""
-        if not self.is_in(prompt):
+        """The number of a request with this prompt."""
+        if self.end_id is None or not self.is_in(prompt):
             return self.least
         return max(self.least, prompt[: self.max_tokens].index(self.end_id) + 1)
-
-
-Initial = FixedInitial | ProtectedPrefix
 
 
 def protected_end(given: str | int, tokenizer: Any, vocab_size: int) -> int:

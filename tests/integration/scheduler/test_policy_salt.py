@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.policy.choice import RequestLimits
-from vllm_sepllm.policy.initial import FixedInitial
+from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.visibility import Policy
 
 POLICY = Policy(initial_tokens=4, window=28, max_separators=100)
@@ -22,7 +22,7 @@ def test_no_two_policies_have_a_cache_salt_in_common(
     one: tuple[int, int, str | None], two: tuple[int, int, str | None]
 ) -> None:
     """Layers of other kinds are found by it; users may write what they like. Empty is none."""
-    limits = RequestLimits(POLICY, FixedInitial(4), max_model_len=99, min_window=4)
+    limits = RequestLimits(POLICY, Initial(4), max_model_len=99, min_window=4)
     a, b = (
         salted(limits, dataclasses.replace(POLICY, initial_tokens=initial, window=window), salt)
         for initial, window, salt in (one, two)

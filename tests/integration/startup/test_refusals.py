@@ -23,7 +23,7 @@ from vllm.v1.kv_cache_interface import KVQuantMode
 
 from vllm_sepllm.integration.startup.refusals import check_renumbered
 from vllm_sepllm.integration.wire.config import read_config
-from vllm_sepllm.policy.initial import ProtectedPrefix
+from vllm_sepllm.policy.initial import Initial
 
 Models = Callable[[str], str]
 
@@ -476,7 +476,7 @@ def test_a_protected_prefix_that_no_token_ends(
         **ARGUMENTS,
     )
     config = read_config(args.create_engine_config())
-    assert config.initial == ProtectedPrefix(tokenizer.convert_tokens_to_ids("<|end|>"), 512, 4)
+    assert config.initial == Initial(4, tokenizer.convert_tokens_to_ids("<|end|>"), 512)
 
 
 @refused("Model Runner V2 on CPUs", "Model Runner V2 on CPU yet", "unset VLLM_USE_V2_MODEL_RUNNER")

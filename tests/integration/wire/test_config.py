@@ -21,7 +21,7 @@ from vllm_sepllm.integration.wire.config import (
     read_config,
     write_config,
 )
-from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix
+from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import IntervalSeparators, TokenSeparators
 
 COUNTS = st.integers(0, 2**30 - 1)
@@ -31,12 +31,12 @@ SEPARATORS = st.one_of(
     st.builds(TokenSeparators, IDS),
     st.builds(TokenSeparators, IDS, IDS.filter(bool), IDS),
 )
-INITIAL = st.builds(FixedInitial, COUNTS) | st.builds(
+INITIAL = st.builds(Initial, COUNTS) | st.builds(
     # no more than max_model_len below
-    ProtectedPrefix,
+    Initial,
+    COUNTS,
     st.integers(0, 200_000),
     st.integers(1, 64),
-    COUNTS,
 )
 CONFIGS = st.builds(
     ResolvedConfig,

@@ -28,7 +28,7 @@ from vllm_sepllm.integration.wire.config import ASYNC_SCHEDULER, SCHEDULER, writ
 from vllm_sepllm.integration.wire.host_memory import write_host_bytes
 from vllm_sepllm.integration.wire.trained_config import check_served_as_trained, is_trained
 from vllm_sepllm.policy import trained
-from vllm_sepllm.policy.initial import FixedInitial, protected_end
+from vllm_sepllm.policy.initial import protected_end
 from vllm_sepllm.policy.separators.definition import IntervalSeparators
 from vllm_sepllm.policy.separators.rules import token_separators
 
@@ -218,7 +218,10 @@ def _warn_of_positions(model_config: ModelConfig) -> None:
 
 
 def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
-    separators = config.separators
+    initial, separators = config.initial, config.separators
+    protected = ""
+    if initial.end_id is not None:
+        protected = f" or all up to the first {given.protect!r} among {initial.max_tokens}"
     if isinstance(separators, IntervalSeparators):
         rule, num_ids = f"every {separators.interval}th token", 0
     else:
@@ -227,8 +230,8 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
     logger.info(
         "sepllm keeps the first %d tokens%s, the last %d and up to %d separators in between "
         "(%s, %d token ids)%s%s; block size %d.",
-        config.initial.least,
-        _protected(given, config),
+        initial.least,
+        protected,
         config.window,
         config.max_separators,
         rule,
@@ -237,13 +240,6 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
         "" if config.max_position is None else f"; positions begin anew at {config.max_position}",
         block_size,
     )
-
-
-def _protected(given: SepLLMConfig, config: ResolvedConfig) -> str:
-    initial = config.initial
-    if isinstance(initial, FixedInitial):
-        return ""
-    return f" or all up to the first {given.protect!r} among {initial.max_tokens}"
 
 
 def _install_in_front_end() -> None:

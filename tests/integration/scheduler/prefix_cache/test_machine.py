@@ -37,7 +37,7 @@ from vllm_sepllm.integration.wire.choices import salted
 from vllm_sepllm.integration.wire.spec import SepLLMSpec
 from vllm_sepllm.policy.choice import RequestLimits
 from vllm_sepllm.policy.epochs import Epochs
-from vllm_sepllm.policy.initial import FixedInitial, ProtectedPrefix
+from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
 from vllm_sepllm.policy.visibility import Policy
@@ -56,7 +56,7 @@ OTHERS: dict[str, list[KVCacheSpec]] = {
 }
 # ends a protected prefix; no separator
 END = 2
-PROTECTED = ProtectedPrefix(END, 12, least=1)
+PROTECTED = Initial(1, END, 12)
 SEPARATORS = TokenSeparators((1,))
 
 
@@ -108,7 +108,7 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.apart: dict[str, int] = {}
         self.policies: dict[str, Policy] = {}
         self.limits = RequestLimits(
-            policy, FixedInitial(policy.initial_tokens), max_model_len=512, min_window=5
+            policy, Initial(policy.initial_tokens), max_model_len=512, min_window=5
         )
         self.counter = 0
         specs = OTHERS[others] + [SepLLMSpec.from_full_attention(FULL, policy)] * num_groups
