@@ -79,9 +79,9 @@ def request_policy(
     is_on = SWITCH_KEY not in given or _switch(given[SWITCH_KEY])
     policy = own if is_on else limits.full
     if WINDOW_KEY in given:
-        policy = replace(policy, window=_window(limits, given[WINDOW_KEY]))
+        policy = replace(policy, window=_tokens(limits, given, WINDOW_KEY, limits.min_window))
     if INITIAL_KEY in given:
-        policy = replace(policy, initial_tokens=_initial_tokens(limits, given[INITIAL_KEY]))
+        policy = replace(policy, initial_tokens=_tokens(limits, given, INITIAL_KEY, 0))
     for key in (WINDOW_KEY, INITIAL_KEY):
         if key in given and not is_on:
             raise ValueError(
@@ -128,22 +128,15 @@ def _switch(given: object) -> bool:
     return bool(given)
 
 
-def _window(limits: RequestLimits, given: object) -> int:
-    return _tokens(limits, WINDOW_KEY, given, limits.min_window)
-
-
-def _initial_tokens(limits: RequestLimits, given: object) -> int:
-    return _tokens(limits, INITIAL_KEY, given, 0)
-
-
-def _tokens(limits: RequestLimits, key: str, given: object, least: int) -> int:
-    if type(given) is not int:  # a bool is an int to isinstance
-        raise ValueError(f"{key} must be an integer number of tokens, got {_shown(given)}")
-    if given < least:
-        raise ValueError(f"{key} must be at least {least} here, got {given}")
-    if given > limits.max_model_len:
+def _tokens(limits: RequestLimits, given: Mapping[str, object], key: str, least: int) -> int:
+    number = given[key]
+    if type(number) is not int:  # a bool is an int to isinstance
+        raise ValueError(f"{key} must be an integer number of tokens, got {_shown(number)}")
+    if number < least:
+        raise ValueError(f"{key} must be at least {least} here, got {number}")
+    if number > limits.max_model_len:
         raise ValueError(
-            f"{key} must be at most max_model_len, which is {limits.max_model_len}, got {given}; "
+            f"{key} must be at most max_model_len, which is {limits.max_model_len}, got {number}; "
             f"full attention is {SWITCH_KEY}: false"
         )
-    return given
+    return number
