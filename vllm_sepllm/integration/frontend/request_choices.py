@@ -84,13 +84,13 @@ def _process_inputs(
 ) -> EngineCoreRequest:
     request = original(self, *args, **kwargs)
     params = request.sampling_params
-    if params is not None and is_selected(self.vllm_config):
-        try:
-            check_prompt_logprobs(self.vllm_config, params)
-        except ValueError as error:
-            raise RequestRefused(str(error)) from None
-    makes_choice = params is not None and bool(chosen_keys(params.extra_args))
-    if makes_choice and is_selected(self.vllm_config):
+    if params is None or not is_selected(self.vllm_config):
+        return request
+    try:
+        check_prompt_logprobs(self.vllm_config, params)
+    except ValueError as error:
+        raise RequestRefused(str(error)) from None
+    if chosen_keys(params.extra_args):
         if self not in _checks:
             _checks[self] = RequestCheck(self.vllm_config)
         _checks[self].check(request)
