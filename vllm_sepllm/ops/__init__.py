@@ -238,21 +238,7 @@ def prefill(
     if impl == "reference":
         from vllm_sepllm.ops import reference
 
-        reference.prefill(query, key, value, cache, metadata, logits, out)
-    else:
-        _prefill_triton(query, key, value, cache, metadata, logits, out, tuning)
-
-
-def _prefill_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: PagedCache,
-    metadata: PrefillMetadata,
-    logits: Logits,
-    out: torch.Tensor,
-    tuning: "Tuning | None",
-) -> None:
+        return reference.prefill(query, key, value, cache, metadata, logits, out)
     from vllm_sepllm.kernels import prefill as kernel
     from vllm_sepllm.kernels.tuning import tuning_for
 
@@ -265,4 +251,6 @@ def _prefill_triton(
         )
     if metadata.keys is None:
         raise ValueError("metadata.keys must be listed before the first layer: ops.list_keys")
-    kernel.launch(query, key, value, cache, metadata.tiles, metadata.keys, logits, out, tuning)
+    return kernel.launch(
+        query, key, value, cache, metadata.tiles, metadata.keys, logits, out, tuning
+    )
