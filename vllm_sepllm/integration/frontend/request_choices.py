@@ -19,10 +19,9 @@ from vllm_sepllm.integration.wire.choices import (
     request_limits,
 )
 from vllm_sepllm.integration.wire.config import is_selected, read_config
-from vllm_sepllm.integration.wire.spec import max_proposed
+from vllm_sepllm.integration.wire.spec import num_staging
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.choice import chosen_keys
-from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.visibility import Policy
 
 
@@ -46,7 +45,7 @@ class RequestCheck:
         config = read_config(vllm_config)
         self._limits = request_limits(vllm_config, config)
         self._cache_config = vllm_config.cache_config
-        self._num_staging = staging.num_entries(max_proposed(vllm_config))
+        self._num_staging = num_staging(vllm_config)
         self._are_layers_alike = _are_layers_alike(vllm_config, config)
 
     def check(self, request: EngineCoreRequest) -> None:

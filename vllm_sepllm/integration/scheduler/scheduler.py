@@ -32,8 +32,7 @@ from vllm_sepllm.integration.wire import choices
 from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.integration.wire.host_memory import block_bytes, num_host_slots
 from vllm_sepllm.integration.wire.plan import attach_plan
-from vllm_sepllm.integration.wire.spec import max_proposed
-from vllm_sepllm.policy.step import staging
+from vllm_sepllm.integration.wire.spec import max_proposed, num_staging
 from vllm_sepllm.policy.step.plan import StepPlan
 from vllm_sepllm.policy.visibility import Policy
 
@@ -55,7 +54,7 @@ class SepLLMScheduler(Scheduler):
             self.kv_cache_manager.coordinator,
             self._live,
             config.checkpoint_interval,
-            num_staging=staging.num_entries(most_proposed),
+            num_staging=num_staging(self.vllm_config),
             most_per_step=max(1, most_proposed),
         )
         self._prefix_cache = self._coordinator.prefix_cache

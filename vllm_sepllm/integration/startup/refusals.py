@@ -17,8 +17,7 @@ from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
 from vllm_sepllm.integration.startup import connectors, lengths
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
 from vllm_sepllm.integration.wire.fp8 import FP8_CACHE_DTYPES, converts_fp8
-from vllm_sepllm.integration.wire.spec import max_proposed
-from vllm_sepllm.policy.step import staging
+from vllm_sepllm.integration.wire.spec import num_staging
 
 # vLLM's own grouping of layers into KV cache groups
 _DEFAULT_GROUPING = "vllm.v1.core.kv_cache_planning.DefaultKVCacheConfigBuilder"
@@ -106,7 +105,7 @@ def check_drafts(vllm_config: VllmConfig, window: int) -> None:
     """
     if vllm_config.speculative_config is None:
         return
-    if staging.num_entries(max_proposed(vllm_config)) > window:
+    if num_staging(vllm_config) > window:
         raise ValueError(
             f"sepllm does not support {vllm_config.num_speculative_tokens} draft tokens with a "
             f"window of {window}: set num_speculative_tokens to {window // 2 - 1} or less, or a "

@@ -13,11 +13,10 @@ from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.request import Request
 
 from vllm_sepllm.config import MIN_WINDOW, ResolvedConfig
-from vllm_sepllm.integration.wire.spec import max_proposed
+from vllm_sepllm.integration.wire.spec import num_staging
 from vllm_sepllm.integration.wire.trained_config import is_trained
 from vllm_sepllm.policy import epochs
 from vllm_sepllm.policy.choice import RequestLimits, is_unprotected, request_policy
-from vllm_sepllm.policy.step import staging
 from vllm_sepllm.policy.visibility import Policy
 
 _SALT = "sepllm="
@@ -29,7 +28,7 @@ def request_limits(vllm_config: VllmConfig, config: ResolvedConfig) -> RequestLi
         config.policy,
         config.initial,
         max_model_len=vllm_config.model_config.max_model_len,
-        min_window=max(MIN_WINDOW, staging.num_entries(max_proposed(vllm_config))),
+        min_window=max(MIN_WINDOW, num_staging(vllm_config)),
         is_trained=is_trained(vllm_config.model_config),
     )
 

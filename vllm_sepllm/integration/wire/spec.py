@@ -61,7 +61,7 @@ class SepLLMSpec(AttentionSpec):
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of this layer that the longest request needs if every token is a separator."""
         longest = max_compact_length(self.policy, vllm_config.model_config.max_model_len)
-        longest += staging.num_entries(max_proposed(vllm_config))
+        longest += num_staging(vllm_config)
         return cdiv(longest, self.block_size) * self.page_size_bytes
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
@@ -70,13 +70,18 @@ class SepLLMSpec(AttentionSpec):
         With renumbered positions no request keeps more entries than there are positions.
         """
         most = max_len if self.policy.max_position is None else self.policy.max_position
-        longest = min(max_len, most) + staging.num_entries(max_proposed(vllm_config))
+        longest = min(max_len, most) + num_staging(vllm_config)
         return super().max_num_blocks_per_req(vllm_config, longest)
 
     @property
     def uses_slot_mapping(self) -> bool:
         """False: vLLM's slot mapping goes by token position, past the end of a compact row."""
         return False
+
+
+def num_staging(vllm_config: VllmConfig) -> int:
+    """Entries of each request beyond its compact length, where drafts wait."""
+    return staging.num_entries(max_proposed(vllm_config))
 
 
 def max_proposed(vllm_config: VllmConfig) -> int:
