@@ -221,18 +221,6 @@ class Batch:
             policy=BatchPolicy.of([one.policy for one in live], engine),
         )
 
-    def subset(self, chosen: list[int]) -> "Batch":
-        """The batch of some of its rows."""
-        ids = [self.ids[row] for row in chosen]
-        return Batch(
-            ids=ids,
-            rows={request_id: row for row, request_id in enumerate(ids)},
-            live=[self.live[row] for row in chosen],
-            requests=[self.requests[row] for row in chosen],
-            slots=self.slots[chosen],
-            policy=self.policy.of_rows(chosen),
-        )
-
 
 class LiveRequests(dict[str, LiveRequest]):
     """Request id -> :class:`LiveRequest`, from arrival to end."""

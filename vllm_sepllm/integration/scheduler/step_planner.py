@@ -11,7 +11,7 @@ from vllm_sepllm.integration.scheduler.live_requests import Batch, LiveRequest, 
 from vllm_sepllm.policy.epochs import Epochs
 from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
 from vllm_sepllm.policy.step.staging import propose
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
 # request, start and end of its step -> checkpoints that the step leaves
 PlanCheckpoints = Callable[[LiveRequest, int, int], tuple[PlannedCheckpoint, ...]]
@@ -60,12 +60,16 @@ class StepPlanner:
             if num_new[batch.ids[row]] == 1 and not self._look_up(batch.live[row]):
                 others.append(row)
         if not others:
-            return self._positioned(self._decodes(batch, start), batch, start)
+            plan = self._decodes(batch.rows, batch.slots, start, batch.policy)
+            return self._positioned(plan, batch, start)
         single = sorted(set(range(len(start))).difference(others))
         builder = StepPlanBuilder(self._live.engine)
         for row in others:
             self._add(builder, batch.live[row], num_new[batch.ids[row]])
-        plan = builder.build_after(self._decodes(batch.subset(single), start[single]))
+        rows = {batch.ids[row]: number for number, row in enumerate(single)}
+        policy = batch.policy.of_rows(single)
+        decodes = self._decodes(rows, batch.slots[single], start[single], policy)
+        plan = builder.build_after(decodes)
         return self._positioned(plan, batch, start, np.array([*single, *others]))
 
     def _positioned(
@@ -95,9 +99,11 @@ class StepPlanner:
         self._live.decodes.look_up(live.slot, live.index, request._all_token_ids, start, stop)
         return True
 
-    def _decodes(self, batch: Batch, start: IntArray) -> StepPlan:
-        num_spilled, spills = self._live.decodes.step(batch.slots, start)
-        return StepPlan(batch.rows, start, num_spilled, spills, batch.policy)
+    def _decodes(
+        self, rows: dict[str, int], slots: IntArray, start: IntArray, policy: BatchPolicy
+    ) -> StepPlan:
+        num_spilled, spills = self._live.decodes.step(slots, start)
+        return StepPlan(rows, start, num_spilled, spills, policy)
 
     def _add(self, plan: StepPlanBuilder, live: LiveRequest, num_new_tokens: int) -> None:
         request = live.request
