@@ -283,8 +283,6 @@ def _checkpoints(
 
     A row of one token saves its blocks once the step is done: a CUDA graph writes each token once.
     """
-    if not rows.checkpoints:
-        return _NO_SAVES, _NO_TOKENS, _NO_SAVES
     before: list[IntArray] = []
     after: list[IntArray] = []
     tokens: list[IntArray] = []
@@ -292,13 +290,15 @@ def _checkpoints(
     for row, planned in rows.checkpoints.items():
         chunk = _chunk(rows, row, first)
         for item in planned:
-            own = _own_slots(item.blocks, block_size)
+            if not (blocks := item.blocks[rows.group_id]):
+                continue
+            own = _own_slots(blocks, block_size)
             if chunk.end - chunk.start == 1:
                 length = layout.compact_length(chunk.policy, chunk.end, chunk.num_spilled_after)
                 entries = np.flatnonzero(own[:length] >= 0)
                 after.append(_of_row(row, entries, own[entries]))
                 continue
-            part = checkpoint.checkpoint_parts(chunk, item.position, block_size, list(item.blocks))
+            part = checkpoint.checkpoint_parts(chunk, item.position, block_size, list(blocks))
             before.append(_of_row(row, part.copy_source, own[part.copy_target]))
             tokens.append(part.tokens + first[row])
             slots.append(own[part.target])

@@ -28,14 +28,6 @@ class PlannedCheckpoint:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupCheckpoint:
-    """A PlannedCheckpoint as one KV cache group sees it: compact block index -> block id."""
-
-    position: int
-    blocks: dict[int, int]
-
-
-@dataclass(frozen=True, slots=True)
 class Positions:
     """Where the positions of rows differ from those in the text (policy/epochs.py).
 
@@ -98,17 +90,14 @@ class StepPlan:
 
     def of(self, order: IntArray, group_id: int) -> "BatchRows":
         """The rows in ``order``, for a KV cache group."""
-        checkpoints = {
-            row: _of_group(planned, group_id)
-            for row, planned in _reordered(self.checkpoints, order).items()
-        }
         return BatchRows(
+            group_id=group_id,
             start=self.start[order],
             num_spilled=self.num_spilled[order],
             spills=self.spills[order],
             policy=self.policy.of_rows(order),
             separators=_reordered(self.separators, order),
-            checkpoints=checkpoints,
+            checkpoints=_reordered(self.checkpoints, order),
             commits=_reordered(self.commits, order),
             staged=_reordered(self.staged, order),
             positions=None if self.positions is None else self.positions.of(order),
@@ -125,21 +114,17 @@ def _reordered(items: dict[int, Item], order: IntArray) -> dict[int, Item]:
     return {row: items[old] for row, old in enumerate(order.tolist()) if old in items}
 
 
-def _of_group(planned: Sequence[PlannedCheckpoint], group_id: int) -> tuple[GroupCheckpoint, ...]:
-    parts = (GroupCheckpoint(p.position, p.blocks[group_id]) for p in planned)
-    return tuple(part for part in parts if part.blocks)
-
-
 @dataclass(frozen=True, slots=True)
 class BatchRows:
     """The plan in the order of a model runner's batch, for one KV cache group; as StepPlan."""
 
+    group_id: int
     start: IntArray
     num_spilled: IntArray
     spills: BoolArray
     policy: BatchPolicy
     separators: dict[int, IntArray]
-    checkpoints: dict[int, tuple[GroupCheckpoint, ...]]
+    checkpoints: dict[int, tuple[PlannedCheckpoint, ...]]
     commits: dict[int, Commit]
     staged: dict[int, Staged]
     positions: Positions | None = None
