@@ -1,15 +1,18 @@
 """GPT-NeoX as the authors' checkpoints name its weights, through vLLM's Transformers backend."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from transformers import AutoModel, GPTNeoXModel
 from vllm.config import VllmConfig
 from vllm.model_executor.models.transformers import TransformersForCausalLM
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_sepllm.integration.wire.trained_config import SepLLMGPTNeoXConfig, check_served_as_trained
 
-_RENAMED = {"sepllm_gpt_neox.": "gpt_neox.", "embed_out.": "lm_head."}
+_RENAMED = WeightsMapper(
+    orig_to_new_prefix={"sepllm_gpt_neox.": "gpt_neox.", "embed_out.": "lm_head."}
+)
 
 
 class SepLLMGPTNeoXModel(GPTNeoXModel):  # type: ignore[misc]  # transformers is not type checked
@@ -31,16 +34,5 @@ class SepLLMGPTNeoXForCausalLM(TransformersForCausalLM):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """See the base class; the names become those of GPT-NeoX first."""
-        loaded: set[str] = super().load_weights(_renamed(weights))
+        loaded: set[str] = super().load_weights(_RENAMED.apply(weights))
         return loaded
-
-
-def _renamed(
-    weights: Iterable[tuple[str, torch.Tensor]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, weight in weights:
-        for theirs, ours in _RENAMED.items():
-            if name.startswith(theirs):
-                name = ours + name.removeprefix(theirs)
-                break
-        yield name, weight
