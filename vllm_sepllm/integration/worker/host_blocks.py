@@ -1,6 +1,6 @@
 """Host memory for blocks of the KV cache: what the pool evicts, until it is needed again."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,15 +51,8 @@ class HostBlocks:
 
     def move(self, transfers: HostTransfers) -> None:
         """Do what a step asks for, before it."""
-        self._save([*transfers.saves.values()], [*transfers.saves])
-        self._load([*transfers.loads.values()], [*transfers.loads])
-
-    def _save(self, blocks: Sequence[int], slots: Sequence[int]) -> None:
         for layer, host in zip(self._blocks, self._host, strict=True):
-            for block, slot in zip(blocks, slots, strict=True):
+            for slot, block in transfers.saves.items():
                 host[slot].copy_(layer[block], non_blocking=True)
-
-    def _load(self, slots: Sequence[int], blocks: Sequence[int]) -> None:
-        for layer, host in zip(self._blocks, self._host, strict=True):
-            for slot, block in zip(slots, blocks, strict=True):
+            for block, slot in transfers.loads.items():
                 layer[block].copy_(host[slot], non_blocking=True)
