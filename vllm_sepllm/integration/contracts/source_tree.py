@@ -85,12 +85,8 @@ class SourceTree:
         """Whether ``module`` is a file or package of the tree."""
         return self.path(module) is not None
 
-    def has(self, module: str, qualname: str) -> bool:
-        """Whether ``module`` has ``qualname``, attributes that methods assign included."""
-        return self.find(module, qualname) is not None
-
     def find(self, module: str, qualname: str) -> Found | None:
-        """The definition of ``qualname``, a name of the module or of its classes."""
+        """The definition of ``qualname``: of the module, of a class, or what a method assigns."""
         owner, _, name = qualname.rpartition(".")
         if not owner:
             return self._top(module, name)

@@ -255,8 +255,8 @@ def test_decodes_of_a_mixed_batch_are_no_graph_to_the_wrapped_builder(
     assert (builder.enable_cuda_graph, builder.max_num_splits) == (True, 32)
     tree = SourceTree(Path(vllm.__file__).parents[1])
     backends = "vllm.v1.attention.backends"
-    assert tree.has(f"{backends}.flashinfer", "FlashInferMetadataBuilder.enable_cuda_graph")
-    assert tree.has(f"{backends}.flash_attn", "FlashAttentionMetadataBuilder.max_num_splits")
+    assert tree.find(f"{backends}.flashinfer", "FlashInferMetadataBuilder.enable_cuda_graph")
+    assert tree.find(f"{backends}.flash_attn", "FlashAttentionMetadataBuilder.max_num_splits")
 
 
 def test_rows_have_windows_of_their_own(builder: Any) -> None:

@@ -48,11 +48,11 @@ class PrefixCache:
         self._pool = managers[0].block_pool
         self.is_enabled = managers[0].enable_caching
         self._alignment = alignment
-        # checkpoints end at multiples of it, except those of requests that end
+        # prefixes end at multiples of it, except checkpoints of requests that end
         self._unit = lcm(alignment, *(m.block_size for m in managers))
         self._interval = checkpoint_interval
         self.registry = CheckpointRegistry(self._pool)
-        self._dense = DensePrefixes(managers, alignment)
+        self._dense = DensePrefixes(managers, self._unit)
         self._branches = BranchPoints()
         self.joint_prefills = JointPrefills(
             self._pool.hash_block_size, self._positions_ahead, self._num_found

@@ -6,7 +6,6 @@ away before that.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from math import lcm
 
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
@@ -23,13 +22,12 @@ from vllm_sepllm.integration.scheduler.prefix_cache.watched_pool import WatchedP
 class DensePrefixes:
     """The first blocks of requests in vLLM's map of cached blocks, for all SepLLM groups."""
 
-    def __init__(self, managers: Sequence[SepLLMManager], alignment: int) -> None:
-        """``alignment``: hits end at multiples of it."""
+    def __init__(self, managers: Sequence[SepLLMManager], unit: int) -> None:
+        """``unit``: a prefix ends at multiples of it."""
         self._managers = managers
         self._pool = managers[0].block_pool
         self._hash_size = self._pool.hash_block_size
-        # a prefix ends at multiples of it
-        self.unit = lcm(alignment, *(m.block_size for m in managers))
+        self.unit = unit
         self.group_ids = tuple(m.kv_cache_group_id for m in managers)
         # told of requests whose full blocks in a range of tokens got their keys
         self.listeners: list[Callable[[LiveRequest, int, int], None]] = []
