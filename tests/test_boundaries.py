@@ -44,8 +44,8 @@ FACADE = f"{US}/__init__.py"
 # between processes is in wire/. Classes that vLLM loads by name are strings, not imports.
 PROCESSES = {
     "wire": set[str](),
-    # EngineArgs are completed in the process that takes requests in; the doctor reads contracts
-    "startup": {"wire", "frontend", "contracts"},
+    # EngineArgs are completed in the process that takes requests in
+    "startup": {"wire", "frontend"},
     "frontend": {"wire"},
     "scheduler": {"wire"},
     "worker": {"wire"},

@@ -107,13 +107,15 @@ def vllm_checks() -> list[Check]:
     """The installed vLLM: does it import, know our name, and keep what we lean on?"""
     quiet_vllm()
     try:
+        from vllm_sepllm.integration.contracts import check
         from vllm_sepllm.integration.startup import diagnosis
     except Exception as error:  # a vLLM that moved a name, or a broken torch
         return [Check("import", False, f"{type(error).__name__}: {error}")]
     is_registered = diagnosis.is_registered()
     known = "--attention-backend sepllm is known" if is_registered else "vLLM does not know sepllm"
-    broken = diagnosis.broken_contracts()
-    kept = f"{diagnosis.num_contracts() - len(broken)} of {diagnosis.num_contracts()} kept"
+    tree = check.installed()
+    broken, num_contracts = check.broken(tree), len(check.contracts(tree))
+    kept = f"{num_contracts - len(broken)} of {num_contracts} kept"
     return [
         Check("platform", None, diagnosis.platform()),
         Check("registered", is_registered, known),

@@ -11,7 +11,6 @@ from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY
-from vllm_sepllm.integration.contracts import check
 from vllm_sepllm.integration.patch import is_wrapped
 from vllm_sepllm.integration.wire.backend_name import BACKEND_NAME
 from vllm_sepllm.integration.wire.config import read_config
@@ -42,16 +41,6 @@ def is_registered() -> bool:
     load_general_plugins()  # type: ignore[no-untyped-call]
     wraps_arguments = is_wrapped(EngineArgs, "create_engine_config")
     return wraps_arguments and BACKEND_NAME in AttentionBackendEnum.__members__
-
-
-def num_contracts() -> int:
-    """Number of contracts of an engine."""
-    return len(check.contracts(check.installed()))
-
-
-def broken_contracts() -> list[str]:
-    """Contracts that the installed vLLM does not keep, one line each."""
-    return check.broken(check.installed())
 
 
 def judge(model: str, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Verdict:
