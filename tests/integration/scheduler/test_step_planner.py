@@ -94,10 +94,11 @@ class Machine:
             assert plan.num_spilled[row] == want.num_spilled[0]
             assert plan.spills[row] == want.spills[0]
             assert plan.policy.of_row(row) == self.own(name)
-            assert plan.checkpoints.get(row, ()) == want.checkpoints.get(0, ())
-            assert (row in plan.separators) == (0 in want.separators)
-            if row in plan.separators:
-                assert plan.separators[row].tolist() == want.separators[0].tolist()
+            assert (row in plan.listed) == (0 in want.listed)
+            if row in plan.listed:
+                listed, wanted = plan.listed[row], want.listed[0]
+                assert listed.checkpoints == wanted.checkpoints
+                assert listed.separators.tolist() == wanted.separators.tolist()
 
 
 @settings(max_examples=120, deadline=None)

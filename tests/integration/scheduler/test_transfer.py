@@ -179,7 +179,7 @@ def test_no_state_arrives_in_a_block_that_a_step_still_writes(make: Make) -> Non
     output = decoder.schedule()
     planned = attached_plan(output)
     assert planned is not None
-    (checkpoint,) = planned.checkpoints[0]
+    (checkpoint,) = planned.listed[0].checkpoints
     filled = [pool.blocks[i] for blocks in checkpoint.blocks.values() for i in blocks.values()]
     assert filled
     assert all(block.ref_cnt for block in filled)

@@ -16,7 +16,7 @@ def chunk_of(cache: Cache, num_new_tokens: int) -> prefill.Chunk:
     plan = builder.build()
     end = cache.num_tokens + num_new_tokens
     return prefill.Chunk(
-        cache.policy, cache.num_tokens, end, int(plan.num_spilled[0]), plan.separators[0]
+        cache.policy, cache.num_tokens, end, int(plan.num_spilled[0]), plan.listed[0].separators
     )
 
 

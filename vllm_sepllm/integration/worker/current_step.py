@@ -9,7 +9,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.integration.wire.plan import attached_plan
 from vllm_sepllm.integration.worker.host_blocks import HostBlocks
-from vllm_sepllm.policy.step.plan import BatchRows, StepPlan
+from vllm_sepllm.policy.step.plan import BatchRows, ListedRow, StepPlan
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
 
 
@@ -124,12 +124,12 @@ def _warm_up_plan(scheduler_output: SchedulerOutput, policy: Policy) -> StepPlan
     start = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
     start |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
     names = list(scheduler_output.num_scheduled_tokens)
-    nothing = np.zeros(0, dtype=np.int64)
+    nothing = ListedRow(separators=np.zeros(0, dtype=np.int64))
     return StepPlan(
         rows={name: row for row, name in enumerate(names)},
         start=np.array([start[name] for name in names], dtype=np.int64),
         num_spilled=np.zeros(len(names), dtype=np.int64),
         spills=np.zeros(len(names), dtype=np.bool_),
         policy=BatchPolicy.of([policy] * len(names), policy),
-        separators=dict.fromkeys(range(len(names)), nothing),
+        listed=dict.fromkeys(range(len(names)), nothing),
     )

@@ -154,7 +154,7 @@ def plan_batch(rows: BatchRows, first: IntArray, num_tokens: int, block_size: in
     """
     owner = np.zeros(num_tokens, dtype=np.int64)
     target = np.full(num_tokens, -1, dtype=np.int64)
-    if not rows.separators:
+    if not rows.listed:
         return _plan_decode(rows, first, owner, target)
     num_rows, num_new = len(first) - 1, np.diff(first)
     owner[: first[-1]] = np.repeat(np.arange(num_rows), num_new)
@@ -239,10 +239,9 @@ def _num_library(rows: BatchRows, num_new: IntArray) -> int:
 def _chunk(rows: BatchRows, row: int, first: IntArray) -> prefill.Chunk:
     start = int(rows.start[row])
     end = start + int(first[row + 1] - first[row])
-    separators = rows.separators.get(row)
-    if separators is None:
-        assert end == 1, "the plan of a row of several tokens lists its separators"
-        separators = _NONE
+    listed = rows.listed.get(row)
+    assert listed or end == 1, "the plan of a row of several tokens lists its separators"
+    separators = listed.separators if listed else _NONE
     num_spilled = int(rows.num_spilled[row])
     return prefill.Chunk(rows.policy.of_row(row), start, end, num_spilled, separators)
 
@@ -256,7 +255,8 @@ def _write_chunks(
     """
     moved: list[IntArray] = []
     for row, chunk in enumerate(chunks, start=len(first) - 1 - len(chunks)):
-        if (staged := rows.staged.get(row)) is not None:
+        listed = rows.listed.get(row)
+        if listed and (staged := listed.staged):
             target[first[row] : first[row + 1]] = staged.entry + np.arange(chunk.end - chunk.start)
             continue
         kept = prefill.survivors(chunk)
@@ -269,8 +269,10 @@ def _commits(rows: BatchRows) -> tuple[Moves, Moves]:
     """Copies of the rows' commits: spills, which come first, and tokens."""
     spills: list[IntArray] = []
     tokens: list[IntArray] = []
-    for row, commit in rows.commits.items():
-        moves = commit_moves(rows.policy.of_row(row), commit)
+    for row, listed in rows.listed.items():
+        if listed.commit is None:
+            continue
+        moves = commit_moves(rows.policy.of_row(row), listed.commit)
         spills.append(_of_row(row, moves.spill_source, moves.spill_target))
         tokens.append(_of_row(row, moves.source, moves.target))
     return Moves(*_joined(spills)), Moves(*_joined(tokens))
@@ -287,11 +289,11 @@ def _checkpoints(
     after: list[IntArray] = []
     tokens: list[IntArray] = []
     slots: list[IntArray] = []
-    for row, planned in rows.checkpoints.items():
-        chunk = _chunk(rows, row, first)
-        for item in planned:
+    for row, listed in rows.listed.items():
+        for item in listed.checkpoints:
             if not (blocks := item.blocks[rows.group_id]):
                 continue
+            chunk = _chunk(rows, row, first)
             own = _own_slots(blocks, block_size)
             if chunk.end - chunk.start == 1:
                 length = layout.compact_length(chunk.policy, chunk.end, chunk.num_spilled_after)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,22 @@ class PlannedCheckpoint:
 
     position: int
     blocks: dict[int, dict[int, int]]
+
+
+class ListedRow(NamedTuple):  # a dataclass takes twice as long to pickle
+    """What the plan of a row lists beside its numbers.
+
+    Attributes:
+        separators: positions of its separators in [max(a, i0-n), i1).
+        checkpoints: that the step leaves.
+        commit: tokens of the step before that turned out right (policy/step/staging.py).
+        staged: where the step leaves its proposals, if it has drafts beyond a + n.
+    """
+
+    separators: IntArray
+    checkpoints: tuple[PlannedCheckpoint, ...] = ()
+    commit: Commit | None = None
+    staged: Staged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +83,8 @@ class StepPlan:
         num_spilled: [num_rows], separators that left the window before the step.
         spills: [num_rows], for a row of one token: whether the token it overwrites is a separator.
         policy: a, n and s of the rows.
-        separators: row -> positions of the separators in [max(a, i0-n), i1), for rows of several
-            tokens and rows with checkpoints; rows of one token may be absent.
-        checkpoints: row -> checkpoints that the step leaves; rows without any are absent.
-        commits: row -> tokens of the step before that turned out right (policy/step/staging.py).
-        staged: row -> where the step leaves its proposals, for rows with drafts beyond a + n.
+        listed: row -> what is listed of it, for rows of several tokens, with checkpoints or in a
+            step with drafts; other rows of one token are absent.
         positions: of an engine that renumbers them; None: those of the text.
         host: what moves to and from host memory; None: nothing.
     """
@@ -81,10 +94,7 @@ class StepPlan:
     num_spilled: IntArray
     spills: BoolArray
     policy: BatchPolicy
-    separators: dict[int, IntArray] = field(default_factory=dict)
-    checkpoints: dict[int, tuple[PlannedCheckpoint, ...]] = field(default_factory=dict)
-    commits: dict[int, Commit] = field(default_factory=dict)
-    staged: dict[int, Staged] = field(default_factory=dict)
+    listed: dict[int, ListedRow] = field(default_factory=dict)
     positions: Positions | None = None
     host: HostTransfers | None = None
 
@@ -96,10 +106,7 @@ class StepPlan:
             num_spilled=self.num_spilled[order],
             spills=self.spills[order],
             policy=self.policy.of_rows(order),
-            separators=_reordered(self.separators, order),
-            checkpoints=_reordered(self.checkpoints, order),
-            commits=_reordered(self.commits, order),
-            staged=_reordered(self.staged, order),
+            listed=_reordered(self.listed, order),
             positions=None if self.positions is None else self.positions.of(order),
         )
 
@@ -123,10 +130,7 @@ class BatchRows:
     num_spilled: IntArray
     spills: BoolArray
     policy: BatchPolicy
-    separators: dict[int, IntArray]
-    checkpoints: dict[int, tuple[PlannedCheckpoint, ...]]
-    commits: dict[int, Commit]
-    staged: dict[int, Staged]
+    listed: dict[int, ListedRow]
     positions: Positions | None = None
 
 
@@ -140,10 +144,7 @@ class StepPlanBuilder:
     _num_spilled: list[int] = field(default_factory=list)
     _policies: list[Policy] = field(default_factory=list)
     _spills: list[bool] = field(default_factory=list)
-    _separators: dict[int, IntArray] = field(default_factory=dict)
-    _checkpoints: dict[int, tuple[PlannedCheckpoint, ...]] = field(default_factory=dict)
-    _commits: dict[int, Commit] = field(default_factory=dict)
-    _staged: dict[int, Staged] = field(default_factory=dict)
+    _listed: dict[int, ListedRow] = field(default_factory=dict)
 
     def add(
         self,
@@ -176,9 +177,7 @@ class StepPlanBuilder:
         leaves = num_new_tokens == 1 and index.count_below(left_after) > num_spilled
         self._spills.append(leaves)
         if needs_all:
-            self._separators[row] = index.positions(num_spilled, num_known)
-        if checkpoints:
-            self._checkpoints[row] = checkpoints
+            self._listed[row] = ListedRow(index.positions(num_spilled, num_known), checkpoints)
 
     def add_proposing(
         self,
@@ -200,11 +199,8 @@ class StepPlanBuilder:
         self.add(request_id, index, token_ids, start, 1)
         first = index.count_below(layout.num_left_window(index.policy, start))
         index.extend(token_ids, known)
-        self._separators[row] = index.positions(first, index.count_below(known))
-        if commit is not None:
-            self._commits[row] = commit
-        if staged is not None:
-            self._staged[row] = staged
+        separators = index.positions(first, index.count_below(known))
+        self._listed[row] = ListedRow(separators, commit=commit, staged=staged)
 
     def build(self) -> StepPlan:
         """The plan of the rows added so far."""
@@ -214,14 +210,11 @@ class StepPlanBuilder:
             num_spilled=np.array(self._num_spilled, dtype=np.int64),
             spills=np.array(self._spills, dtype=np.bool_),
             policy=BatchPolicy.of(self._policies, self.policy),
-            separators=self._separators,
-            checkpoints=self._checkpoints,
-            commits=self._commits,
-            staged=self._staged,
+            listed=self._listed,
         )
 
     def build_after(self, decodes: StepPlan) -> StepPlan:
-        """The rows of ``decodes``, which have neither separators nor checkpoints, then these."""
+        """The rows of ``decodes``, of which nothing is listed, then these."""
         own, offset = self.build(), len(decodes.rows)
         return StepPlan(
             rows=decodes.rows | {name: offset + row for name, row in own.rows.items()},
@@ -229,6 +222,5 @@ class StepPlanBuilder:
             num_spilled=np.concatenate([decodes.num_spilled, own.num_spilled]),
             spills=np.concatenate([decodes.spills, own.spills]),
             policy=decodes.policy.followed_by(own.policy),
-            separators={offset + row: found for row, found in own.separators.items()},
-            checkpoints={offset + row: made for row, made in own.checkpoints.items()},
+            listed={offset + row: listed for row, listed in own.listed.items()},
         )
