@@ -113,8 +113,7 @@ def num_keys(position: int, policy: Policy | None, density: float) -> float:
     if policy is None:
         return position + 1
     far = max(0, position + 1 - policy.num_dense) * density
-    if policy.max_separators is not None:
-        far = min(far, policy.max_separators)
+    far = min(far, policy.bound)
     return min(position + 1, policy.num_dense) + far
 
 

@@ -15,7 +15,6 @@ from vllm_sepllm.kernels.arguments import CacheTable, KeyLists, Logits, PagedCac
 from vllm_sepllm.ops import checks
 from vllm_sepllm.ops.rotation import KeyRotation
 from vllm_sepllm.ops.tables import PrefillMetadata
-from vllm_sepllm.policy.keys.tiles import rank_bound
 
 if TYPE_CHECKING:
     from vllm_sepllm.kernels.tuning import Tuning
@@ -193,7 +192,7 @@ def list_keys(
             metadata.until,
             block_table,
             block_size,
-            rank_bound(metadata.max_separators),
+            metadata.bound,
             metadata.longest_list,
             keys,
         )

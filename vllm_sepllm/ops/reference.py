@@ -8,7 +8,7 @@ from vllm_sepllm.kernels.arguments import KeyLists, Logits, PagedCache
 from vllm_sepllm.ops.rotation import KeyRotation
 from vllm_sepllm.ops.tables import PrefillMetadata
 from vllm_sepllm.policy.keys.columns import REQUEST
-from vllm_sepllm.policy.keys.tiles import NEVER, rank_bound
+from vllm_sepllm.policy.keys.tiles import NEVER
 from vllm_sepllm.policy.visibility import Policy
 
 
@@ -90,7 +90,7 @@ def _requests(metadata: PrefillMetadata) -> Iterator[dict[str, int]]:
 
 
 def _policy(request: dict[str, int], metadata: PrefillMetadata) -> Policy:
-    return Policy(request["initial_tokens"], request["window"], metadata.max_separators)
+    return Policy(request["initial_tokens"], request["window"], metadata.bound)
 
 
 def _separators(request: dict[str, int], metadata: PrefillMetadata) -> list[int]:
@@ -110,8 +110,7 @@ def list_keys(
         start, end = request["chunk_start"], request["chunk_end"]
         if start == end:
             continue
-        a, n, bound = request["initial_tokens"], request["window"], metadata.max_separators
-        bound = max(1, rank_bound(bound))
+        a, n, bound = request["initial_tokens"], request["window"], max(1, metadata.bound)
         listed = _separators(request, metadata)
         blocks = block_table[request["table_row"]]
 
@@ -152,8 +151,8 @@ def _keys_of_request(
     a, n = policy.initial_tokens, policy.window
     rank = {position: num_spilled + i for i, position in enumerate(separators)}
     initial = [(p, -1, p) for p in range(min(a, start))]
-    size = num_spilled if policy.max_separators is None else policy.max_separators
-    tail = [(-1, r, a + n + r % size) for r in range(max(0, num_spilled - size), num_spilled)]
+    s = policy.bound
+    tail = [(-1, r, a + n + r % s) for r in range(max(0, num_spilled - s), num_spilled)]
     ring = [(p, rank.get(p, -1), a + (p - a) % n) for p in range(max(a, start - n), start)]
     # position start - n is there for its spill alone: queries may read it only as a separator
     ring = [entry for entry in ring if entry[0] > start - n or entry[1] >= 0]
@@ -170,14 +169,14 @@ def _visible(
     keys: list[tuple[int, int, int]],
 ) -> torch.Tensor:
     """[num_queries, num_keys] of the rule, bounded extension included."""
-    a, n, s = policy.initial_tokens, policy.window, policy.max_separators
+    a, n, s = policy.initial_tokens, policy.window, policy.bound
     mask = torch.zeros(end - start, len(keys), dtype=torch.bool)
     for row, i in enumerate(range(start, end)):
         num_far = num_spilled + sum(p <= i - n for p in separators)
         for col, (p, rank, _) in enumerate(keys):
             in_tail = p < 0
             is_near = not in_tail and (p < a or i - p < n)
-            is_far_separator = rank >= 0 and (s is None or rank >= num_far - s)
+            is_far_separator = rank >= max(0, num_far - s)
             mask[row, col] = p <= i and (is_near or is_far_separator)
     return mask
 

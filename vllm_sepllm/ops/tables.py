@@ -21,7 +21,7 @@ class PrefillMetadata:
         separators: [num_separators] int32.
         until: [num_positions] int32.
         tile_tokens: tokens of a full tile.
-        max_separators: the engine's; a and n of each request are in its row.
+        bound: of the separators, the engine's; a and n of each request are in its row.
         num_keys: keys in the lists of all requests.
         longest_list: keys in the longest of them.
         keys: the lists, from :func:`vllm_sepllm.ops.list_keys`; None: not listed yet.
@@ -32,7 +32,7 @@ class PrefillMetadata:
     separators: torch.Tensor
     until: torch.Tensor
     tile_tokens: int
-    max_separators: int | None
+    bound: int
     num_keys: int
     longest_list: int
     keys: KeyLists | None = None
@@ -56,7 +56,7 @@ class PrefillMetadata:
         return cls(
             **parts,
             tile_tokens=tables.tile_tokens,
-            max_separators=tables.max_separators,
+            bound=tables.bound,
             num_keys=int(num_keys.sum()),
             longest_list=int(num_keys.max(initial=0)),
         )

@@ -66,9 +66,7 @@ class Renumbering:
 def has_room(policy: Policy) -> bool:
     """Whether every epoch of a request, however long, has ``MIN_EPOCH`` tokens."""
     assert policy.max_position is not None, "asked of renumbered positions"
-    if policy.max_separators is None:
-        return False
-    return policy.num_dense + policy.max_separators + MIN_EPOCH <= policy.max_position
+    return policy.num_dense + policy.bound + MIN_EPOCH <= policy.max_position
 
 
 def first_epoch(policy: Policy) -> Epoch:

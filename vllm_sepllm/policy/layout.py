@@ -20,11 +20,9 @@ Index = TypeVar("Index", int, IntArray)
 
 def num_tail(policy: AnyPolicy, num_spilled: Index) -> Index:
     """Entries in the tail once ``num_spilled`` separators have left the window."""
-    if policy.max_separators is None:
-        return num_spilled
     if isinstance(num_spilled, int):
-        return min(num_spilled, policy.max_separators)
-    return np.minimum(num_spilled, policy.max_separators)
+        return min(num_spilled, policy.bound)
+    return np.minimum(num_spilled, policy.bound)
 
 
 def compact_length(policy: Policy, num_tokens: int, num_spilled: int) -> int:
@@ -57,9 +55,7 @@ def tail_index(policy: AnyPolicy, rank: IntArray) -> IntArray:
     A row of ``policy`` for each rank, if it has rows.
     With ``max_separators`` 0 nothing has a place in the tail: there must be no rank.
     """
-    if policy.max_separators is None:
-        return policy.num_dense + rank
-    return policy.num_dense + rank % policy.max_separators
+    return policy.num_dense + rank % policy.bound
 
 
 def tail_ranks(policy: Policy, num_spilled: int) -> IntArray:

@@ -18,6 +18,9 @@ import numpy.typing as npt
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
 
+# as a bound of separators; with any number of them it fits the kernels' 32 bits
+UNBOUNDED = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class Policy:
@@ -45,6 +48,11 @@ class Policy:
             raise ValueError(f"max_separators must be >= 0 or None, got {self.max_separators}")
 
     @property
+    def bound(self) -> int:
+        """s as a number: more separators than any request has, if none has to go."""
+        return UNBOUNDED if self.max_separators is None else self.max_separators
+
+    @property
     def num_dense(self) -> int:
         """a + n: up to here every token is kept and the layout is vLLM's own."""
         return self.initial_tokens + self.window
@@ -70,6 +78,11 @@ class BatchPolicy:
         initial_tokens = np.array([policy.initial_tokens for policy in policies], dtype=np.int64)
         window = np.array([policy.window for policy in policies], dtype=np.int64)
         return cls(initial_tokens, window, engine.max_separators)
+
+    @property
+    def bound(self) -> int:
+        """As in :class:`Policy`."""
+        return UNBOUNDED if self.max_separators is None else self.max_separators
 
     @property
     def num_dense(self) -> IntArray:
@@ -112,10 +125,7 @@ def is_visible(policy: Policy, is_separator: Sequence[bool], query: int, key: in
         return True
     if not is_separator[key]:
         return False
-    if policy.max_separators is None:
-        return True
-    later = sum(is_separator[key + 1 : query - policy.window + 1])
-    return later < policy.max_separators
+    return sum(is_separator[key + 1 : query - policy.window + 1]) < policy.bound
 
 
 def visible_mask(policy: Policy, is_separator: BoolArray) -> BoolArray:

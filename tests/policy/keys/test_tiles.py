@@ -11,7 +11,6 @@ from vllm_sepllm.policy.keys.tiles import (
     PrefillRequests,
     PrefillTiles,
     plan_tiles,
-    rank_bound,
 )
 from vllm_sepllm.policy.visibility import BatchPolicy, Policy, is_visible
 
@@ -100,7 +99,7 @@ def list_of(
         return p, int(tables.until[row["until_start"] + p]) if leaves else NEVER
 
     def far(rank: int) -> tuple[int, int]:
-        later = rank + rank_bound(policy.max_separators) - row["num_spilled"]
+        later = rank + policy.bound - row["num_spilled"]
         return positions[rank], listed[later] + policy.window if later < count else NEVER
 
     assert row["window_start"] > start - policy.window  # nothing that the ring no longer holds

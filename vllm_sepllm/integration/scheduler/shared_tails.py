@@ -25,7 +25,7 @@ class SharedTails:
     def __init__(self, requests: LiveRequests, most_per_step: int) -> None:
         """``most_per_step``: tokens that a request can gain in a step."""
         self._requests = requests
-        self._limit = requests.engine.max_separators
+        self._limit = requests.engine.bound
         self._slack = _STEPS * _MARGIN * most_per_step
         self._num_steps = 0
 
@@ -34,8 +34,6 @@ class SharedTails:
 
         Nor is the tail shared of a request that may renumber its positions: all keys are turned.
         """
-        if self._limit is None:
-            return False
         if live.may_renumber:
             return True
         # a request that did not share from the start is not looked at
@@ -48,7 +46,6 @@ class SharedTails:
         Tokens that it may generate until the next look count as separators. Once all that it may
         ever generate fits, it always will.
         """
-        assert self._limit is not None, "asked of a tail with a bound"
         request = live.request
         unknown = max(0, request.num_prompt_tokens + request.max_tokens - request.num_tokens)
         num_separators = live.count_below(request.num_tokens)
@@ -56,7 +53,7 @@ class SharedTails:
 
     def takes_part(self, live: LiveRequest) -> None:
         """The request is in the step that is being scheduled."""
-        if self._limit is not None and live.holding.next_look is None:
+        if live.holding.next_look is None:
             is_near = self.may_wrap(live)
             live.holding.next_look = _NEVER if is_near else self._next_look(live)
 
@@ -66,7 +63,7 @@ class SharedTails:
     def near_the_bound(self, running: Iterable[Request]) -> list[Request]:
         """The running requests that must not share any longer; asked before each step."""
         self._num_steps += 1
-        if self._limit is None or self._num_steps % _STEPS:
+        if self._num_steps % _STEPS:
             return []
         found = []
         for request in running:

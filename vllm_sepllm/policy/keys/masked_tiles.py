@@ -92,8 +92,7 @@ def _query_tile(chunk: Chunk, keys: _Keys, first: int, last: int) -> QueryTile:
         chunk.separators, query - policy.window, side="right"
     )
     # lowest rank that a far separator needs to be visible, [num_queries, 1]
-    lowest = np.zeros_like(oldest) if policy.max_separators is None else oldest
-    lowest = lowest - (policy.max_separators or 0)
+    lowest = oldest - policy.bound
 
     is_far_kept = keys.is_separator & (keys.rank >= lowest[0, 0])
     is_near = keys.position > first - policy.window

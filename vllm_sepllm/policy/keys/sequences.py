@@ -63,11 +63,9 @@ def sequence_tile(chunk: Chunk, most: int, block_size: int) -> int:
 
     Keys that leave during a tile must all come before it, and no separator may be given up.
     """
-    policy = chunk.policy
-    bound = policy.max_separators
-    if bound is not None and chunk.num_spilled_after > bound:
+    if chunk.num_spilled_after > chunk.policy.bound:
         return 0
-    return min(most, max(0, policy.window // block_size - 1) * block_size)
+    return min(most, max(0, chunk.policy.window // block_size - 1) * block_size)
 
 
 def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequences:

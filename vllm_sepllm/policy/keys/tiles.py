@@ -23,7 +23,6 @@ from vllm_sepllm.policy.keys.columns import REQUEST, TILE
 from vllm_sepllm.policy.visibility import BatchPolicy, IntArray
 
 NEVER = 2**31 - 1
-UNBOUNDED = 2**30  # as max_separators: more than any request has, and UNBOUNDED + rank fits int32
 _WORD = 4  # bytes
 _ALIGN = 4  # int32 words; each table starts on 16 bytes, as Triton specialises on pointer alignment
 
@@ -72,7 +71,7 @@ class PrefillTiles:
             chunk, [chunk_start - window + 1, chunk_end - window) of each request, from 0 at the
             lowest.
         tile_tokens: tokens of a full tile.
-        max_separators: of the policy that the tables were made for.
+        bound: of the separators, of the policy that the tables were made for.
     """
 
     packed: NDArray[np.int32]
@@ -81,7 +80,7 @@ class PrefillTiles:
     separators: NDArray[np.int32]
     until: NDArray[np.int32]
     tile_tokens: int
-    max_separators: int | None
+    bound: int
 
     @property
     def tables(self) -> dict[str, NDArray[Any]]:
@@ -106,8 +105,7 @@ def plan_tiles(requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int)
     Raises:
         ValueError: if a separator lies outside the positions that matter in this step.
     """
-    bound = rank_bound(policy.max_separators)
-    rows = _request_rows(requests, policy)
+    rows, bound = _request_rows(requests, policy), policy.bound
     _check_separators(requests, rows)
     cuts = _cut(requests, rows, bound, tile_tokens)
     _lay_out_lists(rows, cuts)
@@ -125,14 +123,7 @@ def plan_tiles(requests: PrefillRequests, policy: BatchPolicy, tile_tokens: int)
         words[:] = table.view(np.int32)
         views[name] = words.view(table.dtype)
         first += _padded(table)
-    return PrefillTiles(
-        packed, **views, tile_tokens=tile_tokens, max_separators=policy.max_separators
-    )
-
-
-def rank_bound(max_separators: int | None) -> int:
-    """A bound of separators as a number: :data:`UNBOUNDED` stands for none."""
-    return UNBOUNDED if max_separators is None else max_separators
+    return PrefillTiles(packed, **views, tile_tokens=tile_tokens, bound=bound)
 
 
 def _padded(table: NDArray[Any]) -> int:
