@@ -270,28 +270,22 @@ class PrefixCache:
         num_own = sum(len(numbers) for numbers in own)
         if not 0 < num_own <= self._pool.get_num_free_blocks():
             return None
-        fresh = []
+        state, block_ids = {}, {}
         for manager, numbers in zip(self._managers, own, strict=True):
-            blocks = self._pool.get_new_blocks(len(numbers))
-            self._fresh.extend(blocks)
-            fresh.append(dict(zip(numbers, blocks, strict=True)))
-            for number, block in fresh[-1].items() if is_dense else ():
+            fresh = dict(zip(numbers, self._pool.get_new_blocks(len(numbers)), strict=True))
+            self._fresh.extend(fresh.values())
+            group_id = manager.kv_cache_group_id
+            block_ids[group_id] = {number: block.block_id for number, block in fresh.items()}
+            if not is_dense:
+                state[group_id] = manager.state(live, position, fresh)
+                continue
+            for number, block in fresh.items():
                 self._dense.add(manager, hashes, number, block)
         if is_dense:
             self._dense.added(live, 0, position)
         else:
-            state = {
-                m.kv_cache_group_id: m.state(live, position, blocks)
-                for m, blocks in zip(self._managers, fresh, strict=True)
-            }
             self.registry.add(live, position, state)
-        return PlannedCheckpoint(
-            position,
-            {
-                m.kv_cache_group_id: {i: block.block_id for i, block in blocks.items()}
-                for m, blocks in zip(self._managers, fresh, strict=True)
-            },
-        )
+        return PlannedCheckpoint(position, block_ids)
 
     # ------------------------------------------------------------------ a request that ends
 
