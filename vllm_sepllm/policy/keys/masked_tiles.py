@@ -51,22 +51,15 @@ def _keys(chunk: Chunk) -> _Keys:
     rank = np.zeros(num_keys, dtype=np.int64)
     is_separator = np.zeros(num_keys, dtype=np.bool_)
 
-    cached = np.arange(min(start, policy.initial_tokens))
-    position[cached] = cached
-    in_ring = np.arange(layout.num_left_window(policy, start), start)
-    position[layout.ring_index(policy, in_ring)] = in_ring
-    position[num_cached:] = np.arange(start, end)
+    left = min(start, layout.num_left_window(policy, start))
+    known = np.concatenate([np.arange(min(start, policy.initial_tokens)), np.arange(left, end)])
+    position[chunk.key_numbers(known)] = known
 
     old = layout.tail_ranks(policy, chunk.num_spilled)
     at = layout.tail_index(policy, old)
     rank[at] = old
     is_separator[at] = True
-    of_chunk = chunk.separators >= start
-    at = np.where(
-        of_chunk,
-        num_cached + chunk.separators - start,
-        layout.ring_index(policy, chunk.separators),
-    )
+    at = chunk.key_numbers(chunk.separators)
     rank[at] = chunk.num_spilled + np.arange(len(at))
     is_separator[at] = True
     is_initial = (position >= 0) & (position < policy.initial_tokens)

@@ -88,7 +88,7 @@ def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequenc
     empty = chunk.num_cached + end - start
     num_window = -(-(end - origin) // block_size)
     window = np.full(num_window * block_size, empty)
-    window[: end - origin] = _key_numbers(chunk, np.arange(origin, end))
+    window[: end - origin] = chunk.key_numbers(np.arange(origin, end))
     leaving = window.copy()
     in_window = (stay_positions >= origin) & (stay_positions < end)
     leaving[stay_positions[in_window] - origin] = empty
@@ -150,15 +150,7 @@ def _staying(chunk: Chunk) -> tuple[IntArray, IntArray]:
     policy = chunk.policy
     initial = np.arange(min(policy.initial_tokens, chunk.end))
     tail = layout.tail_index(policy, layout.tail_ranks(policy, chunk.num_spilled))
-    keys = (_key_numbers(chunk, initial), tail, _key_numbers(chunk, chunk.separators))
+    keys = (chunk.key_numbers(initial), tail, chunk.key_numbers(chunk.separators))
     # separators in the tail: any position before the window will do
     positions = (initial, np.full(len(tail), policy.initial_tokens), chunk.separators)
     return np.concatenate(keys), np.concatenate(positions)
-
-
-def _key_numbers(chunk: Chunk, positions: IntArray) -> IntArray:
-    """Key numbers of positions in the ring, among the initial tokens or in the chunk."""
-    in_chunk = chunk.num_cached + positions - chunk.start
-    cached = layout.ring_index(chunk.policy, positions)
-    numbers: IntArray = np.where(positions >= chunk.start, in_chunk, cached)
-    return numbers

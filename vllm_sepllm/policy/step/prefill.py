@@ -36,6 +36,13 @@ class Chunk:
         """Compact length when the step begins."""
         return layout.compact_length(self.policy, self.start, self.num_spilled)
 
+    def key_numbers(self, positions: IntArray) -> IntArray:
+        """Key numbers of initial tokens, of positions in the ring and in the chunk."""
+        in_chunk = self.num_cached + positions - self.start
+        return np.where(
+            positions >= self.start, in_chunk, layout.ring_index(self.policy, positions)
+        )
+
     @property
     def num_spilled_after(self) -> int:
         """Separators that have left the window when the step ends."""
