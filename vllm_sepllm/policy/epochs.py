@@ -133,9 +133,8 @@ class Epochs:
         """
         policy, index = self._index.policy, self._index
         while (last := self._epochs[-1]).end <= position:
-            left = layout.num_left_window(policy, last.end)
-            index.extend(token_ids, left)
-            self._epochs.append(next_epoch(policy, last, index.count_below(left)))
+            index.extend(token_ids, layout.num_left_window(policy, last.end))
+            self._epochs.append(next_epoch(policy, last, index.num_spilled(last.end)))
         return last if last.start <= position else self._epochs[self._number(position)]
 
     def renumbering(self, epoch: Epoch) -> Renumbering:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separators.definition import Separators
 from vllm_sepllm.policy.visibility import IntArray, Policy
 
@@ -60,6 +61,10 @@ class SeparatorIndex:
     def count_below(self, position: int) -> int:
         """Separators at positions in [a, position). They must have been taken in."""
         return bisect_left(self._positions, position)
+
+    def num_spilled(self, num_tokens: int) -> int:
+        """Separators that left the window in ``num_tokens`` tokens; they must have been seen."""
+        return self.count_below(layout.num_left_window(self.policy, num_tokens))
 
     def positions(self, first: int, last: int) -> IntArray:
         """Positions of separators number ``first`` to ``last`` (exclusive), ascending."""

@@ -164,20 +164,18 @@ class StepPlanBuilder:
         policy = index.policy
         row = len(self._rows)
         self._rows[request_id] = row
-        left_before = layout.num_left_window(policy, start)
-        left_after = layout.num_left_window(policy, start + num_new_tokens)
+        end = start + num_new_tokens
         needs_all = num_new_tokens > 1 or bool(checkpoints)
-        last = start + num_new_tokens if needs_all else left_after
-        index.extend(token_ids, last)
-        num_spilled = index.count_below(left_before)
-        num_known = index.count_below(last)
+        index.extend(token_ids, end if needs_all else layout.num_left_window(policy, end))
+        num_spilled = index.num_spilled(start)
         self._start.append(start)
         self._num_spilled.append(num_spilled)
         self._policies.append(policy)
-        leaves = num_new_tokens == 1 and index.count_below(left_after) > num_spilled
+        leaves = num_new_tokens == 1 and index.num_spilled(end) > num_spilled
         self._spills.append(leaves)
         if needs_all:
-            self._listed[row] = ListedRow(index.positions(num_spilled, num_known), checkpoints)
+            separators = index.positions(num_spilled, index.count_below(end))
+            self._listed[row] = ListedRow(separators, checkpoints)
 
     def add_proposing(
         self,
@@ -197,9 +195,8 @@ class StepPlanBuilder:
         row = len(self._rows)
         known = min(len(token_ids), start + 1)
         self.add(request_id, index, token_ids, start, 1)
-        first = index.count_below(layout.num_left_window(index.policy, start))
         index.extend(token_ids, known)
-        separators = index.positions(first, index.count_below(known))
+        separators = index.positions(index.num_spilled(start), index.count_below(known))
         self._listed[row] = ListedRow(separators, commit=commit, staged=staged)
 
     def build(self) -> StepPlan:

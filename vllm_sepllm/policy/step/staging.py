@@ -97,10 +97,10 @@ def propose(
         cache directly, as in stock vLLM.
     """
     policy = index.policy
-    num_spilled = index.count_below(layout.num_left_window(policy, start))
+    num_spilled = index.num_spilled(start)
     commit = staged = None
     if last is not None:
-        before = index.count_below(layout.num_left_window(policy, last.position))
+        before = index.num_spilled(last.position)
         commit = Commit(last, start, before, index.positions(before, num_spilled))
     if num_drafts and start + 1 + num_drafts > policy.num_dense:
         entry = layout.compact_length(policy, start, num_spilled) + max_tokens
