@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sepllm.demo.offline import BLOCK_SIZE, Result
+from vllm_sepllm.demo.offline import BLOCK_SIZE, Result, precision
 from vllm_sepllm.processes import run_in_process
 
 # three documents of about 1,000 tokens instead of six of 6,700, and shorter answers, of which
@@ -42,3 +42,14 @@ def test_both_backends_answer_and_sepllm_holds_less(four_layers_path: Path, tmp_
     # stock vLLM holds every token; the separators and the window are under half of them here
     assert stock.blocks_per_request * BLOCK_SIZE >= stock.num_prompt_tokens / 3
     assert sepllm.blocks_per_request < stock.blocks_per_request / 2
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "num_bytes"),
+    [("AVX512", "bfloat16", 165 << 20), ("AVX2", "float32", 330 << 20)],
+)
+def test_bfloat16_where_it_is_not_emulated(
+    capability: str, dtype: str, num_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    assert precision() == {"dtype": dtype, "kv_cache_memory_bytes": num_bytes}

@@ -12,15 +12,14 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_sepllm.demo.corpus import QUESTIONS, chat
-from vllm_sepllm.demo.offline import KV_CACHE_BYTES, MAX_ANSWER_TOKENS, MAX_MODEL_LEN, Result
+from vllm_sepllm.demo.offline import MAX_ANSWER_TOKENS, MAX_MODEL_LEN, Result, precision
 from vllm_sepllm.demo.report import comparison
 from vllm_sepllm.models import QWEN_SMALL, ensure_model
 from vllm_sepllm.processes import run_in_process, serving
 from vllm_sepllm.sample import documents
 
 TITLE = "revere"
-SERVE_OPTIONS = ["--attention-backend", "sepllm", "--dtype", "bfloat16", "--enforce-eager"]
-SERVE_OPTIONS += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
+SERVE_OPTIONS = ["--attention-backend", "sepllm", "--enforce-eager"]
 SERVE_OPTIONS += ["--max-model-len", str(MAX_MODEL_LEN)]
 START_SECONDS = 300.0
 
@@ -76,6 +75,8 @@ def main() -> None:
     console.print(comparison(stock, sepllm))
     console.rule("4/4 vllm serve --attention-backend sepllm, one streaming question")
     command = ["vllm", "serve", str(model), *SERVE_OPTIONS]
+    for name, value in precision().items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
     with serving(command, folder / "serve.log", START_SECONDS) as base_url:
         ask(base_url, model)
         console.print("  stopping the server")
