@@ -34,7 +34,7 @@ ALLOWED = {
     | {f"{US}.{part}" for part in ("__version__", "config", "policy", "sample", "eval")}
     | {f"{US}.integration"},
     f"{US}/__main__.py": {f"{US}.cli"},
-    f"{US}/demo": {"rich", "openai", "transformers", *PUBLIC_VLLM}
+    f"{US}/demo": {"rich", "openai", "torch", "transformers", *PUBLIC_VLLM}
     | {f"{US}.{part}" for part in ("processes", "models", "sample")},
 }
 # the plugin's entry points import the integration when vLLM calls them
