@@ -276,7 +276,11 @@ class _SepLLMMixin(Scheduler):
             # at once, unless a state could arrive in them before this step has written them
             self._free_cow_retained_blocks(fresh, self.sched_step_seq)
         transfers = self._prefix_cache.take_transfers()
-        return plan if transfers is None else replace(plan, host=transfers)
+        if transfers is None:
+            return plan
+        if self._usage is not None:
+            self._usage.saves(transfers.saves, self._block_bytes)
+        return replace(plan, host=transfers)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, max_cache_hit_length: int | None = None

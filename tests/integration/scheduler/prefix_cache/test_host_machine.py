@@ -57,7 +57,7 @@ class HostMachine(RuleBasedStateMachine):
                 watermark=watermark,
             )
         )
-        host = self.instance.scheduler._prefix_cache._host
+        host = self.instance.scheduler._prefix_cache.host
         assert host is not None
         self.host = host
         self.asked: dict[str, tuple[list[int], int]] = {}
@@ -111,6 +111,8 @@ class HostMachine(RuleBasedStateMachine):
         self.instance.check_blocks()
         saved = {slot for each in self.host._saved.values() for slot in each.all_slots}
         assert sorted([*saved, *self.host._free]) == list(range(self.host._num_slots))
+        usage = sum(self.host.usage().values())
+        assert usage == pytest.approx(len(saved) / self.host._num_slots), "of the metrics"
 
     def teardown(self) -> None:
         """All requests end, and nothing stays of them but what the cache may find."""
