@@ -17,8 +17,8 @@ from tests.support.schedulers import (
     Setting,
     answer,
     make_request,
+    make_scheduler,
     random_tokens,
-    starts,
     write_model,
 )
 from vllm_sepllm.integration.wire.plan import attached_plan
@@ -171,7 +171,7 @@ def test_no_state_arrives_in_a_block_that_a_step_still_writes(make: Make) -> Non
     """A transfer is not ordered against the steps in flight: vLLM defers what they free, as on GPUs
     with asynchronous scheduling, and a checkpoint's blocks are filled by a step, too.
     """
-    decoder = make(kind="async").scheduler
+    decoder = make_scheduler(make(kind="async").setting)
     decoder.defer_block_free = True
     prompt = random_tokens(random.Random(0), 150)
     decoder.add_request(make_request("here", prompt, MAX_TOKENS))
@@ -297,8 +297,7 @@ def test_without_a_connector_a_request_is_computed_where_it_is(
     prefiller, decoder = make(), make(failures=None)
     prompt = random_tokens(random.Random(0), 100)
     params = prefilled(prefiller, "there", prompt)
-    request = make_request("here", prompt, 1, extra_args={"kv_transfer_params": params})
-    decoder.scheduler.add_request(request)
-    output = decoder.scheduler.schedule()
-    assert starts(output) == {"here": 0}
+    decoder.arrive("here", prompt, 1, kv_transfer_params=params)
+    decoder.step()
+    assert decoder.first_start == {"here": 0}
     assert not warnings
