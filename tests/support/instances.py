@@ -196,7 +196,9 @@ class Instance:
         stay = before.keys() - self._handed_out  # others may have got the keys again that they had
         sealed = {i for i in stay if self.pool.blocks[i].block_hash == before[i]}
         if not self._ran_out and self.pool.get_num_free_blocks():
-            self._findable.check_moved(before[i] for i in stay - sealed)
+            # a second block with the key may have been evicted since
+            evicted = {before[i] for i in before.keys() & self._handed_out}
+            self._findable.check_moved({before[i] for i in stay - sealed} - evicted)
         found = starts(output)
         self.first_start |= {new.req_id: found[new.req_id] for new in output.scheduled_new_reqs}
         plan = attached_plan(output)
