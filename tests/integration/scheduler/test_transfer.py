@@ -150,6 +150,26 @@ def test_a_lost_state_is_computed_anew_or_ends_the_request(
     finish(decoder, prefiller)
 
 
+def test_a_lost_state_does_not_keep_those_that_have_arrived_waiting(make: Make) -> None:
+    """To compute a prompt takes more blocks of a sliding window than to read its state: more than
+    are free, until the request behind it, whose state is here, has ended.
+    """
+    prefiller, decoder = make(with_sliding=True), make(with_sliding=True, num_blocks=14)
+    for number, name in enumerate(("lost", "here")):
+        prompt = random_tokens(random.Random(number), 190)
+        params = prefilled(prefiller, f"{name} there", prompt)
+        decoder.arrive(name, prompt, MAX_TOKENS, kv_transfer_params=params)
+    decoder.step()
+    lost, arrived = decoder.reads
+    decoder.reads.clear()
+    decoder.is_lost(lost, by_block=False)
+    decoder.arrives(arrived, prefiller)
+    for read in (lost, arrived):
+        prefiller.was_read(read.source)
+    finish(decoder, prefiller)
+    assert decoder.ended == {"lost", "here"}
+
+
 def test_nothing_is_found_of_a_state_whose_request_was_aborted(make: Make) -> None:
     prefiller, decoder = make(), make()
     prompt = random_tokens(random.Random(0), 200)

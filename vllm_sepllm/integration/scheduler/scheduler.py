@@ -20,7 +20,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.perf import PerfStats
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request, StreamingUpdate
+from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_sepllm.integration.log import logger
@@ -172,7 +172,12 @@ class _SepLLMMixin(Scheduler):
         if live.refusal is not None:
             self._end_with_error(request, live.refusal)
             return False
+        was_loading = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
         is_ready: bool = super()._handle_blocked_waiting_request(request)
+        if is_ready and was_loading and not self._holds_kv_blocks(request):
+            # its state is lost: skipped, it goes to the requests without blocks. Where it is, those
+            # behind it would keep the blocks that it needs until it has got them
+            return False
         looks_up = self._prefix_cache.is_enabled and request.num_computed_tokens == 0
         if not is_ready or not looks_up or live.reads_state:
             return is_ready
