@@ -1,5 +1,6 @@
 """Prefix caching: checkpoints change how fast an answer comes, never the answer."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from tests.support.measured import Number
 from tests.support.tiny_engine import tiny_sepllm
 from tests.support.tiny_models import tiny_text
 from tests.support.workload import workload
+from vllm_sepllm.integration.worker.host_blocks import HostBlocks
+from vllm_sepllm.policy.step.plan import HostTransfers
 
 pytestmark = pytest.mark.slow
 
@@ -54,12 +57,27 @@ def test_answers_are_those_without_caching(
 @pytest.mark.compatibility(
     "Host memory for evicted prefixes (`--kv-offloading-size`)", "the answers without it"
 )
-def test_evicted_prefixes_come_back_from_host_memory(tiny_llama_path: Path) -> None:
-    """Proves it where 23 blocks forget nearly everything between two rounds, and a tail wraps."""
+def test_evicted_prefixes_come_back_from_host_memory(
+    tiny_llama_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves it where 23 blocks forget nearly everything between two rounds, and a tail wraps.
+
+    The metrics count the bytes that the worker moves.
+    """
+    moved, move = Counter[str](), HostBlocks.move
+
+    def count_and_move(self: HostBlocks, transfers: HostTransfers) -> None:
+        size = sum(host[0].nbytes for host in self._host)
+        moved["saved"] += len(transfers.saves) * size
+        moved["restored"] += len(transfers.loads) * size
+        move(self, transfers)
+
+    monkeypatch.setattr(HostBlocks, "move", count_and_move)
     rounds = workload(seed=1)
     common = tiny_sepllm(window=60, max_separators=30) | {"max_model_len": 1024}
     common |= {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 128}
-    results, hits = {}, {}
+    common |= {"disable_log_stats": False}
+    results, hits, metrics = {}, {}, {}
     for size in (None, 0.05):
         caching = size is not None
         arguments = common | {"enable_prefix_caching": caching, "kv_offloading_size": size}
@@ -68,6 +86,10 @@ def test_evicted_prefixes_come_back_from_host_memory(tiny_llama_path: Path) -> N
             hits[caching] = sum(a.num_cached_tokens for each in results[caching] for a in each)
             pool = made.scheduler.kv_cache_manager.block_pool
             assert pool.get_num_free_blocks() == pool.num_gpu_blocks - 1
+            metrics = {m.name: m.value for m in made.llm.get_metrics() if hasattr(m, "value")}
+    assert metrics["vllm:sepllm_saved_bytes"] == moved["saved"] > 0
+    assert metrics["vllm:sepllm_restored_bytes"] == moved["restored"] > 0
+    assert 0 < metrics["vllm:sepllm_host_memory_usage_perc"] <= 1
     total = sum(len(p) for prompts in rounds for p in prompts)
     print(f"{hits[True]} of {total} prompt tokens were hits")
     assert hits[True] > 0.3 * total

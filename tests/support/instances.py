@@ -13,10 +13,12 @@ from itertools import chain
 from typing import Any
 from zlib import crc32
 
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
+from tests.support.findable import Findable
 from tests.support.labelled_worker import LabelledWorker, Launch, Scheduled
 from tests.support.schedulers import (
     BLOCK,
@@ -136,6 +138,19 @@ class Instance:
         self._apart: dict[str, int] = {}
         ours = [manager.kv_cache_group_id for manager in self._managers]
         self.worker = LabelledWorker(self._policies, kv, ours, self._apart, BLOCK)
+        self._findable = Findable(self.scheduler, self.worker)
+        # of the step that was scheduled last: blocks that the pool gave, and whether it had no more
+        self._handed_out: set[int] = set()
+        self._ran_out = False
+        get_new_blocks = self.pool.get_new_blocks
+
+        def hand_out(num_blocks: int) -> list[KVCacheBlock]:
+            blocks: list[KVCacheBlock] = get_new_blocks(num_blocks)
+            self._handed_out.update(block.block_id for block in blocks)
+            self._ran_out |= self.pool.get_num_free_blocks() == 0
+            return blocks
+
+        self.pool.get_new_blocks = hand_out
         # prompts, and what the model makes of them, as far as it was computed
         self._texts: dict[str, list[int]] = {}
         self._news = KVConnectorOutput(finished_sending=set(), finished_recving=set())
@@ -175,8 +190,15 @@ class Instance:
     def launch(self) -> None:
         """Schedule a step, and begin its transfers: they wait for no step."""
         before = {b.block_id: b.block_hash for b in self.pool.blocks if b.block_hash is not None}
+        self._handed_out.clear()
+        self._ran_out = False
         output = self.scheduler.schedule()
-        sealed = {i for i, key in before.items() if self.pool.blocks[i].block_hash == key}
+        stay = before.keys() - self._handed_out  # others may have got the keys again that they had
+        sealed = {i for i in stay if self.pool.blocks[i].block_hash == before[i]}
+        if not self._ran_out and self.pool.get_num_free_blocks():
+            # a second block with the key may have been evicted since
+            evicted = {before[i] for i in before.keys() & self._handed_out}
+            self._findable.check_moved({before[i] for i in stay - sealed} - evicted)
         found = starts(output)
         self.first_start |= {new.req_id: found[new.req_id] for new in output.scheduled_new_reqs}
         plan = attached_plan(output)
@@ -217,7 +239,9 @@ class Instance:
             if not step.has_run:
                 step.has_run = True
                 self.worker.run(step.launch)
-                return
+                break
+        if all(step.has_run for step in self.in_flight):
+            self._findable.check()
 
     def answer(self) -> None:
         """Hand in the oldest step."""

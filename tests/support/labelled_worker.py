@@ -227,13 +227,16 @@ class LabelledWorker(LabelledCache):
                     wanted = self.texts[part.name].wanted(query.number - 1)
                     assert sorted(next(reads)) == wanted, part.name
 
+    def text(self, name: str, tokens: Sequence[int]) -> Text:
+        """Of the request that has that name, with these tokens at least."""
+        if name not in self.texts:
+            self.texts[name] = Text(self.policies[name], hash((self.apart[name],)))
+        self.texts[name].extend(tokens)
+        return self.texts[name]
+
     def labels(self, part: Scheduled, plan: StepPlan) -> list[Label]:
         """Of the tokens that the request computes."""
-        if part.name not in self.texts:
-            root = hash((self.apart[part.name],))
-            self.texts[part.name] = Text(self.policies[part.name], root)
-        text = self.texts[part.name]
-        text.extend(part.tokens)
+        text = self.text(part.name, part.tokens)
         shift = 0 if plan.positions is None else int(plan.positions.shift[plan.rows[part.name]])
         return [text.label(i, i - shift) for i in range(part.start, part.start + part.size)]
 

@@ -72,21 +72,21 @@ def test_reports_of_all_engines_and_policies_are_shown(model: str) -> None:
     manager = StatLoggerManager(selected(model), engine_idxs=[0, 1])
     names = [*stat_logger.GAUGES, *stat_logger.COUNTERS]
     assert shown() == {(name, e, "252"): 0 for name in names for e in "01"}
-    manager.record(
-        sent({"252": PolicyUsage(100, 60, 3, 5, 7, 1, 99, 10, 40, 8, 6)}), None, engine_idx=0
-    )
+    first = PolicyUsage(100, 60, 3, 5, 7, 1, 99, 10, 40, 8, 6, 13, 0.25)
+    manager.record(sent({"252": first}), None, engine_idx=0)
     manager.record(sent({"252": PolicyUsage(10, 10, 0, 0, 1)}), None, engine_idx=1)
     other = {
-        "252": PolicyUsage(200, 90, 4, 2, 7, 3, 1, 2, 3, 4, 5),
+        "252": PolicyUsage(200, 90, 4, 2, 7, 3, 1, 2, 3, 4, 5, 6, 0.5),
         "full": PolicyUsage(50, 50, 0, 0, 0, 0),
     }
     manager.record(sent(other), None, engine_idx=0)
     manager.record(sent(None), None, engine_idx=0)
     manager.record(None, None, engine_idx=0)
     found = shown()
-    assert [found[name, "0", "252"] for name in names] == [200, 90, 4, 7, 7, 4, 100, 12, 43, 12, 11]
-    assert [found[name, "1", "252"] for name in names] == [10, 10, 0, 1, 0, 0, 0, 0, 0, 0, 0]
-    assert [found[name, "0", "full"] for name in names] == [50, 50, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    gauges, counters = [200, 90, 4, 7, 0.5], [7, 4, 100, 12, 43, 12, 11, 19]
+    assert [found[name, "0", "252"] for name in names] == gauges + counters
+    assert [found[name, "1", "252"] for name in names] == [10, 10, 0, 1, 0, *[0] * 8]
+    assert [found[name, "0", "full"] for name in names] == [50, 50, 0, 0, 0, *[0] * 8]
     page = generate_latest(REGISTRY).decode()
     assert 'vllm:sepllm_spilled_separators_total{engine="0",' in page
     assert f'model_name="{model}",window="252"' in page

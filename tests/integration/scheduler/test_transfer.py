@@ -17,8 +17,8 @@ from tests.support.schedulers import (
     Setting,
     answer,
     make_request,
+    make_scheduler,
     random_tokens,
-    starts,
     write_model,
 )
 from vllm_sepllm.integration.wire.plan import attached_plan
@@ -150,6 +150,26 @@ def test_a_lost_state_is_computed_anew_or_ends_the_request(
     finish(decoder, prefiller)
 
 
+def test_a_lost_state_does_not_keep_those_that_have_arrived_waiting(make: Make) -> None:
+    """To compute a prompt takes more blocks of a sliding window than to read its state: more than
+    are free, until the request behind it, whose state is here, has ended.
+    """
+    prefiller, decoder = make(with_sliding=True), make(with_sliding=True, num_blocks=14)
+    for number, name in enumerate(("lost", "here")):
+        prompt = random_tokens(random.Random(number), 190)
+        params = prefilled(prefiller, f"{name} there", prompt)
+        decoder.arrive(name, prompt, MAX_TOKENS, kv_transfer_params=params)
+    decoder.step()
+    lost, arrived = decoder.reads
+    decoder.reads.clear()
+    decoder.is_lost(lost, by_block=False)
+    decoder.arrives(arrived, prefiller)
+    for read in (lost, arrived):
+        prefiller.was_read(read.source)
+    finish(decoder, prefiller)
+    assert decoder.ended == {"lost", "here"}
+
+
 def test_nothing_is_found_of_a_state_whose_request_was_aborted(make: Make) -> None:
     prefiller, decoder = make(), make()
     prompt = random_tokens(random.Random(0), 200)
@@ -171,7 +191,7 @@ def test_no_state_arrives_in_a_block_that_a_step_still_writes(make: Make) -> Non
     """A transfer is not ordered against the steps in flight: vLLM defers what they free, as on GPUs
     with asynchronous scheduling, and a checkpoint's blocks are filled by a step, too.
     """
-    decoder = make(kind="async").scheduler
+    decoder = make_scheduler(make(kind="async").setting)
     decoder.defer_block_free = True
     prompt = random_tokens(random.Random(0), 150)
     decoder.add_request(make_request("here", prompt, MAX_TOKENS))
@@ -297,8 +317,7 @@ def test_without_a_connector_a_request_is_computed_where_it_is(
     prefiller, decoder = make(), make(failures=None)
     prompt = random_tokens(random.Random(0), 100)
     params = prefilled(prefiller, "there", prompt)
-    request = make_request("here", prompt, 1, extra_args={"kv_transfer_params": params})
-    decoder.scheduler.add_request(request)
-    output = decoder.scheduler.schedule()
-    assert starts(output) == {"here": 0}
+    decoder.arrive("here", prompt, 1, kv_transfer_params=params)
+    decoder.step()
+    assert decoder.first_start == {"here": 0}
     assert not warnings

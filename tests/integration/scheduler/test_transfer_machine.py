@@ -1,7 +1,8 @@
 """A prefill and a decode instance, driven at random, with a step of each in flight.
 
 Workers have labels instead of KV (tests/support/instances.py): every read is compared with the
-rule, every answer with the text that the model makes of its prompt.
+rule, and all that could be read (findable.py), every answer with the text that the model makes of
+its prompt.
 """
 
 import random
@@ -23,11 +24,11 @@ from tests.support.schedulers import Setting, random_tokens, write_model
 # ends a protected prefix; no separator, and in no answer
 PROTECT = 101
 POLICY = (
-    *(("initial_tokens", 3), ("window", 28), ("max_separators", 60), ("checkpoint_interval", 96)),
+    *(("initial_tokens", 3), ("window", 50), ("max_separators", 60), ("checkpoint_interval", 96)),
     *(("protect", PROTECT), ("max_protected", 60)),
 )
 RENUMBERED = (
-    *(("initial_tokens", 3), ("window", 28), ("max_separators", 20), ("checkpoint_interval", 96)),
+    *(("initial_tokens", 3), ("window", 33), ("max_separators", 20), ("checkpoint_interval", 96)),
     *(("positions", "renumbered"), ("max_position", 120)),
 )
 LAYERS: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "renumbered": {"policy": RENUMBERED},
 }
 OWN: list[dict[str, Any]] = [
-    *[{}, {}, {}, {"sepllm_window": 16}, {"sepllm_window": 50}],
+    *[{}, {}, {}, {"sepllm_window": 16}, {"sepllm_window": 28}],
     *[{"sepllm_initial_tokens": 40}, {"sepllm": False}],
 ]
 TEXTS = [random_tokens(random.Random(seed), 200) for seed in range(2)]
@@ -102,7 +103,7 @@ class TransferMachine(RuleBasedStateMachine):
         news = random_tokens(random.Random(self.counter), num_own)
         if follows is not None and self.asked:
             before, _, extra = [*self.asked.values()][-1 - follows % len(self.asked)]
-            prompt = before[:200] + news
+            prompt = before[:180] + news  # full attention needs no more than the smallest pool
         else:
             prompt = TEXTS[text][:num_shared] + news
             if self.layers == "renumbered":
@@ -170,11 +171,14 @@ class TransferMachine(RuleBasedStateMachine):
         self.was_read(read.source)
 
     @precondition(lambda self: self.prefiller.scheduler.requests | self.decoder.scheduler.requests)
-    @rule(which=st.integers(0, 99), knows_both=st.booleans())
-    def abort(self, which: int, knows_both: bool) -> None:
-        """A client goes; the proxy may tell the instance it is waiting for, or both."""
+    @rule(which=st.integers(0, 99), knows_both=st.booleans(), reads=st.booleans())
+    def abort(self, which: int, knows_both: bool, reads: bool) -> None:
+        """A client goes, of a request whose state is on its way if there is one and ``reads``; the
+        proxy may tell the instance it is waiting for, or both.
+        """
         requests = self.prefiller.scheduler.requests | self.decoder.scheduler.requests
-        name = list(requests)[which % len(requests)]
+        names = [read.name for read in self.decoder.reads if reads] or list(requests)
+        name = names[which % len(names)]
         if name in self.decoder.scheduler.requests:
             self.decoder.abort(name)
             self.given_up.add(name)
@@ -263,7 +267,7 @@ def run_long(seed: int) -> int:
         if num_alive < 6 and chance < 0.3:
             machine.ask(
                 text=pick.randrange(2),
-                num_shared=pick.choice([0, 20, 60, 100, 130, 180]),
+                num_shared=pick.choice([0, 20, 40, 60, 100, 130, 180]),
                 num_own=pick.randrange(1, 20),
                 is_protected=pick.random() < 0.2,
                 own=pick.choice(OWN),
@@ -279,11 +283,11 @@ def run_long(seed: int) -> int:
                 is_lost = pick.random() < 0.3
                 machine.end_read(which, is_lost, by_block=pick.random() < 0.5)
                 num_arrived += not is_lost
-        elif chance < 0.52 and num_alive:
-            machine.abort(which, knows_both=pick.random() < 0.5)
-        elif chance < 0.525 and machine.num_deaths < 2:
+        elif chance < 0.54 and num_alive:
+            machine.abort(which, knows_both=pick.random() < 0.5, reads=pick.random() < 0.7)
+        elif chance < 0.545 and machine.num_deaths < 2:
             machine.die(is_prefiller=pick.random() < 0.5)
-        elif chance < 0.53:
+        elif chance < 0.55:
             machine.reset(of_both=True)
         else:
             machine.turn("".join(pick.choices("PPDDDDpd", k=pick.randrange(1, 12))))

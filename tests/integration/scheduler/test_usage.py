@@ -208,7 +208,7 @@ def test_no_statistics_no_reports(model: Path) -> None:
 def test_clients_cannot_make_labels_without_end() -> None:
     manager: Any = SimpleNamespace(req_to_blocks={}, block_size=BLOCK, kv_cache_group_id=0)
     requests = LiveRequests(TokenSeparators(()), Policy(4, 16))
-    watch = usage.KvUsage([manager], requests, CheckpointBlockCount(), 18)
+    watch = usage.KvUsage([manager], requests, CheckpointBlockCount(), None, 18)
     labels = [watch._label(16 + number) for number in range(100)]
     assert labels[:3] == ["16", "17", "full"]
     assert len(watch._labels) == 100

@@ -36,6 +36,8 @@ GAUGES = {
     "fill.",
     "checkpoint_blocks": "KV blocks that hold checkpoints of the prefix cache; most can be reused "
     "at any time.",
+    "host_memory_usage_perc": "Part of host memory that holds checkpoints. 1 means 100 percent "
+    "usage.",
 }
 COUNTERS = {
     "spilled_separators": "Separators that left the window of their request.",
@@ -46,6 +48,7 @@ COUNTERS = {
     "received_bytes_full": "Bytes that full attention has for the received tokens.",
     "restored_tokens": "Prompt tokens whose state came back from host memory.",
     "restored_bytes": "Bytes of the states that came back from host memory.",
+    "saved_bytes": "Bytes that were copied to host memory when the KV cache evicted them.",
 }
 
 

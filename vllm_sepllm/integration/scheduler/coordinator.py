@@ -66,8 +66,10 @@ class SepLLMCoordinator:
 
     def watch(self, max_model_len: int) -> KvUsage:
         """Follow what requests and checkpoints hold from now on, for the metrics."""
-        block_count = self.prefix_cache.registry.block_count
-        self._usage = KvUsage(self.managers, self.requests, block_count, max_model_len)
+        cache = self.prefix_cache
+        self._usage = KvUsage(
+            self.managers, self.requests, cache.registry.block_count, cache.host, max_model_len
+        )
         return self._usage
 
     def most_blocks(self, policy: Policy, request: Request, num_tokens: int) -> int:

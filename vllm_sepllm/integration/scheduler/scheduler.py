@@ -20,7 +20,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.metrics.perf import PerfStats
 from vllm.v1.metrics.stats import SchedulerStats
-from vllm.v1.request import Request, StreamingUpdate
+from vllm.v1.request import Request, RequestStatus, StreamingUpdate
 from vllm.v1.spec_decode.metrics import SpecDecodingStats
 
 from vllm_sepllm.integration.log import logger
@@ -171,7 +171,12 @@ class SepLLMScheduler(Scheduler):
         if live.refusal is not None:
             self._end_with_error(request, live.refusal)
             return False
+        was_loading = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
         is_ready: bool = super()._handle_blocked_waiting_request(request)
+        if is_ready and was_loading and not self._holds_kv_blocks(request):
+            # its state is lost: skipped, it goes to the requests without blocks. Where it is, those
+            # behind it would keep the blocks that it needs until it has got them
+            return False
         looks_up = self._prefix_cache.is_enabled and request.num_computed_tokens == 0
         if not is_ready or not looks_up or live.reads_state:
             return is_ready
@@ -275,7 +280,11 @@ class SepLLMScheduler(Scheduler):
             # at once, unless a state could arrive in them before this step has written them
             self._free_cow_retained_blocks(fresh, self.sched_step_seq)
         transfers = self._prefix_cache.take_transfers()
-        return plan if transfers is None else replace(plan, host=transfers)
+        if transfers is None:
+            return plan
+        if self._usage is not None:
+            self._usage.saves(transfers.saves, self._block_bytes)
+        return replace(plan, host=transfers)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, max_cache_hit_length: int | None = None

@@ -6,7 +6,7 @@ look at the clock.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from vllm.v1.metrics.stats import SchedulerStats
@@ -14,6 +14,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from vllm_sepllm.integration.scheduler.live_requests import LiveRequest, LiveRequests, Loading
 from vllm_sepllm.integration.scheduler.manager import SepLLMManager
 from vllm_sepllm.integration.scheduler.prefix_cache.block_count import CheckpointBlockCount
+from vllm_sepllm.integration.scheduler.prefix_cache.host_checkpoints import HostCheckpoints
 from vllm_sepllm.integration.wire.report import PolicyUsage, Report, attach_report
 from vllm_sepllm.policy.usage import label, usage
 from vllm_sepllm.policy.visibility import BatchPolicy
@@ -32,6 +33,7 @@ class KvUsage:
         managers: Sequence[SepLLMManager],
         requests: LiveRequests,
         block_count: CheckpointBlockCount,
+        host: HostCheckpoints | None,
         max_model_len: int,
     ) -> None:
         """Watch the requests of one scheduler.
@@ -40,11 +42,13 @@ class KvUsage:
             managers: of the SepLLM groups.
             requests: of the scheduler.
             block_count: blocks of the checkpoints.
+            host: checkpoints in host memory; None: it is off.
             max_model_len: tokens of the longest request; a window as long is full attention.
         """
         self._held = managers[0].req_to_blocks
         self._requests = requests
         self._block_count = block_count
+        self._host = host
         self._max_model_len = max_model_len
         self._sizes = {m.kv_cache_group_id: m.block_size for m in managers}
         self._labels: dict[int, str] = {}
@@ -52,8 +56,8 @@ class KvUsage:
         # prefix to protect
         self._num_spilled: Counter[str] = Counter()
         self._num_unprotected: Counter[str] = Counter()
-        # label -> what has arrived since the last report, from other instances and host memory
-        self._arrived: defaultdict[str, PolicyUsage] = defaultdict(PolicyUsage)
+        # label -> what was moved since the last report
+        self._moved: defaultdict[str, PolicyUsage] = defaultdict(PolicyUsage)
         self._next = 0.0
         self._was_busy = False
 
@@ -76,16 +80,22 @@ class KvUsage:
             -(-loading.num_tokens // self._sizes[group_id]) if group_id in self._sizes else number
             for group_id, number in enumerate(loading.num_blocks)
         ]
-        received = self._arrived[self._label(live.policy.window)]
+        received = self._moved[self._label(live.policy.window)]
         received.received_tokens += loading.num_tokens
         received.received_bytes += sum(loading.num_blocks) * block_bytes
         received.received_bytes_full += sum(n * b for n, b in zip(full, layer_bytes, strict=True))
 
     def restores(self, live: LiveRequest, loading: Loading, block_bytes: int) -> None:
         """A state that the request can begin with comes back from host memory; see ``receives``."""
-        restored = self._arrived[self._label(live.policy.window)]
+        restored = self._moved[self._label(live.policy.window)]
         restored.restored_tokens += loading.num_tokens
         restored.restored_bytes += sum(loading.num_blocks) * block_bytes
+
+    def saves(self, slots: Iterable[int], block_bytes: int) -> None:
+        """The step that is scheduled now copies blocks to these slots of host memory."""
+        assert self._host is not None, "only host memory has slots"
+        for slot in slots:
+            self._moved[self._label(self._host.windows[slot])].saved_bytes += block_bytes
 
     def leaves(self, live: LiveRequest) -> None:
         """The request is about to lose its blocks."""
@@ -110,8 +120,10 @@ class KvUsage:
             self._count(live, num_spilled)
             rows[self._label(live.policy.window)].append((live, num_spilled))
         num_blocks = self._block_count.count()
-        names = dict.fromkeys(self._label(window) for window in [*self._labels, *num_blocks])
-        report = {name: self._arrived.pop(name, PolicyUsage()) for name in names}
+        on_host = {} if self._host is None else self._host.usage()
+        windows = [*self._labels, *num_blocks, *on_host]
+        names = dict.fromkeys(self._label(window) for window in windows)
+        report = {name: self._moved.pop(name, PolicyUsage()) for name in names}
         for name, requests in rows.items():
             policies = [live.policy for live, _ in requests]
             held = usage(
@@ -125,6 +137,8 @@ class KvUsage:
             report[name].blocks_saved = held.blocks_saved
         for window, number in num_blocks.items():
             report[self._label(window)].checkpoint_blocks += number
+        for window, part in on_host.items():
+            report[self._label(window)].host_memory_usage_perc += part
         for name, number in self._num_spilled.items():
             report[name].spilled_separators = number
         for name, number in self._num_unprotected.items():

@@ -26,6 +26,8 @@ class PolicyUsage:
         received_bytes_full: that full attention has for those tokens.
         restored_tokens: of prompts whose state came back from host memory since then.
         restored_bytes: of those states.
+        saved_bytes: that were copied to host memory since then.
+        host_memory_usage_perc: part of host memory that holds checkpoints, between 0 and 1.
     """
 
     logical_tokens: int = 0
@@ -39,6 +41,8 @@ class PolicyUsage:
     received_bytes_full: int = 0
     restored_tokens: int = 0
     restored_bytes: int = 0
+    saved_bytes: int = 0
+    host_memory_usage_perc: float = 0.0
 
 
 Report = Mapping[str, PolicyUsage]  # the window, or what else names a policy -> its numbers

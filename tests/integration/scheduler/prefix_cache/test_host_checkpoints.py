@@ -18,6 +18,7 @@ from tests.support.schedulers import (
     write_model,
 )
 from vllm_sepllm.integration.wire.plan import attached_plan
+from vllm_sepllm.integration.wire.report import PolicyUsage
 from vllm_sepllm.policy.step.plan import HostTransfers
 
 KINDS = ("sync", "async", "drafts")
@@ -56,15 +57,19 @@ def test_prompts_find_what_the_pool_has_forgotten(model: Path, kind: str, length
     assert found[0] < 0.3 * found[1000]
 
 
-def test_metrics_count_what_comes_back(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_count_what_goes_and_comes_back(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whole states, though a prompt finds less than the whole of what it begins with."""
     run = Run(Setting(model, num_blocks=40, host_blocks=1000))
-    cache, loaded = run.scheduler._prefix_cache, []
+    cache, saved, loaded = run.scheduler._prefix_cache, [], []
     take = cache.take_transfers
 
     def take_and_count() -> HostTransfers | None:
         transfers = take()
-        loaded.extend(transfers.loads if transfers is not None else ())
+        if transfers is not None:
+            saved.extend(transfers.saves)
+            loaded.extend(transfers.loads)
         return transfers
 
     monkeypatch.setattr(cache, "take_transfers", take_and_count)
@@ -73,10 +78,38 @@ def test_metrics_count_what_comes_back(model: Path, monkeypatch: pytest.MonkeyPa
     reused(run, prompts)
     (before,) = run.scheduler._usage.report().values()
     assert (before.restored_tokens, before.restored_bytes, loaded) == (0, 0, [])
+    assert before.saved_bytes == len(saved) * FULL.page_size_bytes > 0
+    assert before.host_memory_usage_perc == len({*saved}) / 1000
+    saved.clear()
     found = reused(run, prompts[:3])
     (after,) = run.scheduler._usage.report().values()
     assert after.restored_tokens == found > 3 * 700
     assert after.restored_bytes == len(loaded) * FULL.page_size_bytes > 0
+    assert after.saved_bytes == len(saved) * FULL.page_size_bytes > 0
+
+
+@pytest.mark.parametrize("host_blocks", [12, 60])
+def test_metrics_know_how_full_host_memory_is_and_by_whom(model: Path, host_blocks: int) -> None:
+    """Where checkpoints of two windows push each other out, and none is left after a reset."""
+    pick = random.Random(0)
+    run = Run(Setting(model, num_blocks=40, host_blocks=host_blocks))
+    host, total = run.scheduler._prefix_cache.host, 0.0
+    usage = run.scheduler._coordinator.watch(8192)
+    assert host is not None
+    for number in range(40):
+        run.arrive(random_tokens(pick, 900), 4, sepllm_window=50 if number % 3 else 28)
+        run.finish()
+        report = usage.report()
+        slots = {window: set[int]() for window in (28, 50)}
+        for each in host._saved.values():
+            slots[each.source.window] |= each.all_slots
+        for window, held in slots.items():
+            found = report.get(str(window), PolicyUsage()).host_memory_usage_perc
+            assert found == len(held) / host_blocks
+            total += found
+    assert total > 5, "it was in use"
+    assert run.scheduler.reset_prefix_cache()
+    assert [each.host_memory_usage_perc for each in usage.report().values()] == [0, 0]
 
 
 def test_a_reset_empties_host_memory(model: Path) -> None:

@@ -1,8 +1,9 @@
 """Host memory under an instance with a step in flight, driven at random.
 
 The worker has labels instead of KV (tests/support/instances.py): every read is compared with the
-rule, every answer with the text that the model makes of its prompt. test_machine.py has KV events
-and several groups of layers, and answers its steps at once.
+rule, and all that could be read (findable.py), every answer with the text that the model makes of
+its prompt. test_machine.py has KV events and several groups of layers, and answers its steps at
+once.
 """
 
 import random
@@ -22,13 +23,13 @@ from tests.support.leftovers import mentioned
 from tests.support.schedulers import Setting, random_tokens, write_model
 
 POLICY = (
-    *(("initial_tokens", 3), ("window", 28), ("max_separators", 60), ("checkpoint_interval", 96)),
+    *(("initial_tokens", 3), ("window", 50), ("max_separators", 60), ("checkpoint_interval", 96)),
 )
 RENUMBERED = (
-    *(("initial_tokens", 3), ("window", 28), ("max_separators", 20), ("checkpoint_interval", 96)),
+    *(("initial_tokens", 3), ("window", 33), ("max_separators", 20), ("checkpoint_interval", 96)),
     *(("positions", "renumbered"), ("max_position", 120)),
 )
-OWN: list[dict[str, Any]] = [{}, {}, {}, {"sepllm_window": 50}, {"sepllm_initial_tokens": 40}]
+OWN: list[dict[str, Any]] = [{}, {}, {}, {"sepllm_window": 28}, {"sepllm_initial_tokens": 40}]
 TEXTS = [random_tokens(random.Random(seed), 200) for seed in range(4)]
 
 
@@ -57,7 +58,7 @@ class HostMachine(RuleBasedStateMachine):
                 watermark=watermark,
             )
         )
-        host = self.instance.scheduler._prefix_cache._host
+        host = self.instance.scheduler._prefix_cache.host
         assert host is not None
         self.host = host
         self.asked: dict[str, tuple[list[int], int]] = {}
@@ -111,6 +112,8 @@ class HostMachine(RuleBasedStateMachine):
         self.instance.check_blocks()
         saved = {slot for each in self.host._saved.values() for slot in each.all_slots}
         assert sorted([*saved, *self.host._free]) == list(range(self.host._num_slots))
+        usage = sum(self.host.usage().values())
+        assert usage == pytest.approx(len(saved) / self.host._num_slots), "of the metrics"
 
     def teardown(self) -> None:
         """All requests end, and nothing stays of them but what the cache may find."""
@@ -148,7 +151,7 @@ def run_long(seed: int) -> int:
         if num_alive < 3 and chance < 0.5:
             machine.ask(
                 text=pick.randrange(4),
-                num_shared=pick.choice([0, 20, 60, 100, 130, 180]),
+                num_shared=pick.choice([0, 20, 40, 60, 100, 130, 180]),
                 num_own=pick.randrange(1, 20),
                 own=pick.randrange(10),
                 max_tokens=pick.choice([1, 6, 40]),

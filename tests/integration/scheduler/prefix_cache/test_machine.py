@@ -362,7 +362,7 @@ def run_long(seed: int) -> int:
         announces=pick.random() < 0.5,
         host_slots=pick.choice([20, 60, 200]),
     )
-    host = machine.cache._host
+    host = machine.cache.host
     assert host is not None
     for _ in range(250):
         chance = pick.random()

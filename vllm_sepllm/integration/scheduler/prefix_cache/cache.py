@@ -61,7 +61,7 @@ class PrefixCache:
         self._decoding = (
             DecodeCheckpoints(managers, self.registry, self._unit) if alignment > 1 else None
         )
-        self._host: HostCheckpoints | None = None
+        self.host: HostCheckpoints | None = None
         # blocks of this step's checkpoints, held so that two of them do not get the same block
         self._fresh: list[KVCacheBlock] = []
 
@@ -98,11 +98,11 @@ class PrefixCache:
                 f"sepllm's host memory would hold {num_slots} KV blocks, fewer than the {smallest} "
                 "of a checkpoint: set a larger --kv-offloading-size, or remove it"
             )
-        self._host = HostCheckpoints(self._managers, self.registry, num_slots)
+        self.host = HostCheckpoints(self._managers, self.registry, num_slots)
 
     def take_transfers(self) -> HostTransfers | None:
         """What the step that is scheduled now must move between device and host; None: nothing."""
-        return None if self._host is None else self._host.take_transfers()
+        return None if self.host is None else self.host.take_transfers()
 
     # ------------------------------------------------------------------ a new request
 
@@ -111,9 +111,9 @@ class PrefixCache:
 
         ``num_kept_free``: blocks that its admission must leave free.
         """
-        if self._host is None or live.request.skip_reading_prefix_cache:
+        if self.host is None or live.request.skip_reading_prefix_cache:
             return None
-        return self._host.restore(live, self._num_found(live), num_kept_free)
+        return self.host.restore(live, self._num_found(live), num_kept_free)
 
     def must_wait(self, live: LiveRequest) -> bool:
         """Whether a waiting request should start in a later step, from what a prefill leaves."""

@@ -33,10 +33,12 @@ class _Source:
         block_hash: of its last whole hash block.
         dense: positions of block boundaries -> hashes there, if it has at most a + n tokens: each
             of its beginnings is the state there.
+        window: of its request; the metrics tell slots apart by it.
     """
 
     block_hash: BlockHash
     dense: dict[int, BlockHash]
+    window: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +62,11 @@ class _Saved:
 
 
 class HostCheckpoints:
-    """Decides which blocks a step moves between device and host, before all else that it does."""
+    """Decides which blocks a step moves between device and host, before all else that it does.
+
+    Attributes:
+        windows: host slot -> window of the checkpoint that was saved there last.
+    """
 
     def __init__(
         self, managers: Sequence[SepLLMManager], registry: CheckpointRegistry, num_slots: int
@@ -93,6 +99,9 @@ class HostCheckpoints:
         self._num_users: Counter[int] = Counter()
         self._slot_of: dict[BlockHashWithGroupId, int] = {}
         self._keys: dict[int, set[BlockHashWithGroupId]] = {}
+        self.windows: dict[int, int] = {}
+        # window -> slots that hold checkpoints
+        self._num_held: Counter[int] = Counter()
         # of the step that is being scheduled: host slot -> block, block -> host slot
         self._saves: dict[int, int] = {}
         self._loads: dict[int, int] = {}
@@ -107,7 +116,7 @@ class HostCheckpoints:
             # every group must have a whole number of blocks
             unit = lcm(*(manager.block_size for manager in self._managers)) // size
             dense = {n * size: hashes[n - 1] for n in range(unit, last + 1, unit)}
-        self._sources.add(checkpoint, _Source(hashes[last - 1], dense))
+        self._sources.add(checkpoint, _Source(hashes[last - 1], dense, live.policy.window))
 
     def lost(self, key: BlockHashWithGroupId) -> None:
         """See PoolListener: the other blocks of a checkpoint are still as they were."""
@@ -140,6 +149,8 @@ class HostCheckpoints:
             self._name(slot, key)
             self._num_users[slot] += 1
             self._saves[slot] = blocks[key].block_id
+            self.windows[slot] = source.window
+        self._num_held[source.window] += len(new)
         slots = {
             group_id: tuple(self._slot_of[key] for _, key in group)
             for group_id, group in checkpoint.blocks.items()
@@ -171,6 +182,7 @@ class HostCheckpoints:
             if self._num_users[slot]:
                 continue
             del self._num_users[slot]
+            self._num_held[self.windows[slot]] -= 1
             for key in self._keys.pop(slot, ()):
                 del self._slot_of[key]
             # a save of this step would overwrite what the step loads
@@ -247,6 +259,10 @@ class HostCheckpoints:
                     self._name(slot, key)
         self._pool.free_blocks([block for group in state.values() for block in group])
         return Loading(position, [len(group) for group in slots.values()])
+
+    def usage(self) -> dict[int, float]:
+        """Window -> part of host memory that its checkpoints hold; windows that held any stay."""
+        return {window: number / self._num_slots for window, number in self._num_held.items()}
 
     def take_transfers(self) -> HostTransfers | None:
         """What the step that is scheduled now must move; None: nothing."""
