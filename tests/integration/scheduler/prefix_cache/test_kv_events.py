@@ -6,6 +6,7 @@ test_machine.py has random traffic, step by step, beside other kinds of layers, 
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import zmq
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
     BlockHash,
     generate_block_hash_extra_keys,
@@ -162,6 +164,30 @@ def test_blocks_have_the_names_that_vllm_gives_them(model: Path) -> None:
         assert salts == {None, ("sepllm=4,60:",), ("tenant",)}
         tagged, _ = generate_block_hash_extra_keys(requests[2], 0, BLOCK, 0)
         assert tagged == (("cache_salt", "tenant"),), "what the salts are tagged with"
+
+
+def test_a_pool_that_wants_tokens_behind_blocks_is_given_none(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BlockPool since vLLM 0.33: hashes may cover tokens behind a block, and events tell them."""
+    build = BlockPool._build_block_stored_event
+    is_known = "lookahead_token_ids" in signature(build).parameters
+    told = []
+
+    def as_since_0_33(self: BlockPool, *given: Any, lookahead_token_ids: Any, **more: Any) -> Any:
+        told.append(lookahead_token_ids)
+        known = {"lookahead_token_ids": lookahead_token_ids} if is_known else {}
+        return build(self, *given, **more, **known)
+
+    monkeypatch.setattr(BlockPool, "_build_block_stored_event", as_since_0_33)
+    monkeypatch.setattr(BlockPool, "num_hash_lookahead_tokens", 0, raising=False)
+    with listening(Setting(model, events="inproc://ahead")) as (run, subscriber):
+        run.arrive(random_tokens(random.Random(1), 300), 4)
+        run.finish()
+        subscriber.listen()
+        assert subscriber.events
+    assert told
+    assert set(told) == {None}
 
 
 def test_two_adapters_with_one_text_are_told_apart(model: Path) -> None:

@@ -236,6 +236,9 @@ class KvEvents:
         """An event as vLLM builds it, of blocks of ``size`` tokens; the first has that number."""
         extra_keys = [generate_block_hash_extra_keys(request, i, i + size, 0)[0] for i in starts]
         parent = request.block_hashes[number - 1] if number else None
+        # since vLLM 0.33; scheduler.py makes sure that no hash covers tokens behind its block
+        is_told = hasattr(self._pool, "num_hash_lookahead_tokens")
+        ahead: dict[str, Any] = {"lookahead_token_ids": None} if is_told else {}
         event: BlockStored = self._pool._build_block_stored_event(
             request,
             block_hashes=[maybe_convert_block_hash(block_hash) for block_hash in hashes],
@@ -245,6 +248,7 @@ class KvEvents:
             block_size=size,
             kv_cache_group_id=self._ends_group,
             extra_keys_list=extra_keys,
+            **ahead,
         )
         return event
 
