@@ -45,11 +45,16 @@ def test_both_backends_answer_and_sepllm_holds_less(four_layers_path: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "num_bytes"),
-    [("AVX512", "bfloat16", 165 << 20), ("AVX2", "float32", 330 << 20)],
+    ("capability", "is_gpu_build", "dtype", "num_bytes"),
+    [
+        ("AVX512", False, "bfloat16", 165 << 20),
+        ("AVX2", False, "float32", 330 << 20),
+        ("AVX2", True, "bfloat16", 165 << 20),
+    ],
 )
 def test_bfloat16_where_it_is_not_emulated(
-    capability: str, dtype: str, num_bytes: int, monkeypatch: pytest.MonkeyPatch
+    capability: str, is_gpu_build: bool, dtype: str, num_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: is_gpu_build)
     assert precision() == {"dtype": dtype, "kv_cache_memory_bytes": num_bytes}

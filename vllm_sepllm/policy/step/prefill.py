@@ -52,7 +52,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Survivors:
-    """What the cache keeps of a chunk, or a checkpoint of both. Copies come before writes.
+    """What a cache keeps of a chunk, or a checkpoint of cache and chunk. Copies precede writes.
 
     Attributes:
         copy_source: [num_copies], compact index in the cache as the step begins: of a separator
