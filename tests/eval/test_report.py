@@ -190,6 +190,24 @@ def test_no_interval_is_drawn_as_no_bar(tmp_path: Path) -> None:
     assert len(draw(tmp_path, found)) == 2
 
 
+def test_texts_of_several_names_are_told_apart(tmp_path: Path) -> None:
+    """Their contexts may be the same."""
+    pytest.importorskip("matplotlib", reason="an extra")
+    from vllm_sepllm.eval.plots import draw
+
+    values = dict.fromkeys(("perplexity", "ratio", "kl"), report.Estimate(2.0, 1.5, 4.0))
+    found = [
+        report.Result("text", f"{name}-{n}", n, 1, 1, "sepllm", {}, 300.0, 0.5, values)
+        for name in ("books", "code")
+        for n in (9, 99)
+    ]
+    parts = report.markdown(found).split("\n\n")
+    assert [parts[0], parts[2]] == ["**books**", "**code**"]
+    assert [part.count("| sepllm |") for part in parts] == [0, 2, 0, 2]
+    names = [path.name for path in draw(tmp_path, found)]
+    assert names == ["books.png", "books-kv.png", "code.png", "code-kv.png"]
+
+
 def test_plots_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="an extra")
     from vllm_sepllm.eval.plots import draw

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vllm_sepllm.eval.methods import FIXED, SEPLLM, STREAMING
 from vllm_sepllm.eval.needle import Needles
-from vllm_sepllm.eval.report import Result, read
+from vllm_sepllm.eval.report import Result, by_name, read
 from vllm_sepllm.eval.statistics import Estimate
 from vllm_sepllm.eval.text import Texts
 
@@ -20,7 +20,7 @@ _KINDS = {SEPLLM: "C1", STREAMING: "C2", FIXED: "C3"}
 
 
 def draw(folder: Path, found: Sequence[Result]) -> list[Path]:
-    """``text.png``, ``kv.png`` and ``needle.png``, for the suites that have rows.
+    """``NAME.png`` of each task; of texts also ``kv.png``, or ``NAME-kv.png`` where there are several.
 
     Raises:
         ImportError: without matplotlib.
@@ -29,13 +29,13 @@ def draw(folder: Path, found: Sequence[Result]) -> list[Path]:
 
     matplotlib.use("Agg")
     drawn = []
-    text = [row for row in found if row.kind == Texts.kind]
-    if text:
-        drawn.append(_draw_lines(folder / "text.png", text, _PANELS))
-        drawn.append(_draw_budgets(folder / "kv.png", text))
-    needle = [row for row in found if row.kind == Needles.kind]
-    if needle:
-        drawn.append(_draw_lines(folder / "needle.png", needle, (("found", "needles found"),)))
+    texts = by_name([row for row in found if row.kind == Texts.kind])
+    for name, text in texts.items():
+        drawn.append(_draw_lines(folder / f"{name}.png", text, _PANELS))
+        drawn.append(_draw_budgets(folder / (f"{name}-" * (len(texts) > 1) + "kv.png"), text))
+    for name, needle in by_name([row for row in found if row.kind == Needles.kind]).items():
+        panels = (("found", "needles found"),)
+        drawn.append(_draw_lines(folder / f"{name}.png", needle, panels))
     return drawn
 
 

@@ -214,13 +214,26 @@ def markdown(found: Sequence[Result]) -> str:
     parts = []
     for kind, table in _TABLES.items():
         own = [result for result in found if result.kind == kind]
-        if own:
+        if kind in (Texts.kind, Needles.kind):  # whose tables have a context, but no name
+            named = by_name(own)
+            for name, results_of_name in named.items():
+                parts += [f"**{name}**"] * (len(named) > 1)
+                parts.append("\n".join(table(results_of_name)))
+        elif own:
             parts.append("\n".join(table(own)))
     unfinished = {r.task: f"{r.num_items:,} of {r.num_asked:,}" for r in found if _is_partial(r)}
     if unfinished:
         tasks = ", ".join(f"{task}: {share}" for task, share in unfinished.items())
         parts.append(f"Not finished; items that all methods have answered: {tasks}.")
     return "\n\n".join(parts) + "\n"
+
+
+def by_name(found: Sequence[Result]) -> dict[str, list[Result]]:
+    """Name that a suite gives a task -> its results, of all contexts."""
+    named: dict[str, list[Result]] = {}
+    for result in found:
+        named.setdefault(result.task.removesuffix(f"-{result.length}"), []).append(result)
+    return named
 
 
 def _is_partial(result: Result) -> bool:
