@@ -92,7 +92,9 @@ def bytes_of(decoder: Engine, given: list[dict[str, Any]]) -> int:
 @pytest.mark.compatibility(
     "Prefill/decode disaggregation (NixlConnector)", "tokens and log-probabilities of one process"
 )
-@pytest.mark.compatibility("A prefill instance that dies, `recompute`", "its requests are computed anew")
+@pytest.mark.compatibility(
+    "A prefill instance that dies, `recompute`", "its requests are computed anew"
+)
 def test_the_decode_instance_answers_as_one_process(tiny_llama_path: Path, tmp_path: Path) -> None:
     """Proves it for prompts shorter and longer than a + n, in several chunks, with settings of the
     request's own; that each state is moved once and whole; that a peer is refused whose handshake

@@ -20,7 +20,7 @@ _KINDS = {SEPLLM: "C1", STREAMING: "C2", FIXED: "C3"}
 
 
 def draw(folder: Path, found: Sequence[Result]) -> list[Path]:
-    """``NAME.png`` of each task; of texts also ``kv.png``, or ``NAME-kv.png`` where there are several.
+    """``NAME.png`` of each task; of texts ``kv.png`` as well, ``NAME-kv.png`` if there are several.
 
     Raises:
         ImportError: without matplotlib.
