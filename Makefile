@@ -18,9 +18,8 @@ DEMO_MODEL ?= $(MODELS)/Qwen2.5-Coder-0.5B-Instruct
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.vllm-sepllm-ready
-# processes of one thread: an engine of a small model keeps no more than one core busy. Of quick
-# tests one a core; of slow ones, which start processes and wait for them, one more on two cores
-PYTEST := $(BIN)/python -m pytest --durations=10 --dist loadfile --no-loadscope-reorder
+# two processes of one thread: an engine of a small model keeps no more than one core busy
+PYTEST := $(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help env model demo picture test test-quick test-slow lint check-next test-next format clean
 .DELETE_ON_ERROR:
@@ -75,11 +74,11 @@ test: test-quick
 
 test-quick: $(READY)
 	@echo "[test] quick tier"
-	@$(PYTEST) -n 2 -m 'not slow'
+	@$(PYTEST) -m 'not slow'
 
 test-slow: $(READY)
 	@echo "[test] slow tier: vLLM engines"
-	@$(PYTEST) -n 3 -m slow
+	@$(PYTEST) -m slow
 
 lint: $(READY)
 	$(BIN)/ruff check .
