@@ -32,8 +32,6 @@ ENVIRONMENT = {
     "VLLM_USE_AOT_COMPILE": "0",
     "OMP_NUM_THREADS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # at Ray's 15 they would wait for the end of other tests' engines
-    "RAY_worker_niceness": "0",
 }
 
 
