@@ -290,10 +290,12 @@ def _checkpoints(
     tokens: list[IntArray] = []
     slots: list[IntArray] = []
     for row, listed in rows.listed.items():
+        if not listed.checkpoints:
+            continue
+        chunk = _chunk(rows, row, first)
         for item in listed.checkpoints:
             if not (blocks := item.blocks[rows.group_id]):
                 continue
-            chunk = _chunk(rows, row, first)
             own = _own_slots(blocks, block_size)
             if chunk.end - chunk.start == 1:
                 length = layout.compact_length(chunk.policy, chunk.end, chunk.num_spilled_after)
