@@ -31,8 +31,9 @@ def draw(folder: Path, found: Sequence[Result]) -> list[Path]:
     drawn = []
     texts = by_name([row for row in found if row.kind == Texts.kind])
     for name, text in texts.items():
+        budgets = "kv.png" if len(texts) == 1 else f"{name}-kv.png"
         drawn.append(_draw_lines(folder / f"{name}.png", text, _PANELS))
-        drawn.append(_draw_budgets(folder / (f"{name}-" * (len(texts) > 1) + "kv.png"), text))
+        drawn.append(_draw_budgets(folder / budgets, text))
     for name, needle in by_name([row for row in found if row.kind == Needles.kind]).items():
         panels = (("found", "needles found"),)
         drawn.append(_draw_lines(folder / f"{name}.png", needle, panels))

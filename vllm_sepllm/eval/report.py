@@ -214,13 +214,13 @@ def markdown(found: Sequence[Result]) -> str:
     parts = []
     for kind, table in _TABLES.items():
         own = [result for result in found if result.kind == kind]
-        if kind in (Texts.kind, Needles.kind):  # whose tables have a context, but no name
-            named = by_name(own)
-            for name, results_of_name in named.items():
-                parts += [f"**{name}**"] * (len(named) > 1)
+        # the other tables have a column for the name
+        named = by_name(own) if kind in (Texts.kind, Needles.kind) else {kind: own}
+        for name, results_of_name in named.items():
+            if len(named) > 1:
+                parts.append(f"**{name}**")
+            if results_of_name:
                 parts.append("\n".join(table(results_of_name)))
-        elif own:
-            parts.append("\n".join(table(own)))
     unfinished = {r.task: f"{r.num_items:,} of {r.num_asked:,}" for r in found if _is_partial(r)}
     if unfinished:
         tasks = ", ".join(f"{task}: {share}" for task, share in unfinished.items())
