@@ -72,13 +72,13 @@ class SepLLMConfig(BaseModel):
     initial_tokens: Count = 4
     protect: Annotated[str, Field(strict=True, min_length=1)] | StrictInt | None = None
     max_protected: Annotated[StrictInt, Field(ge=1, le=_MAX_TOKENS)] = _MAX_PROTECTED
-    window: Annotated[StrictInt, Field(ge=MIN_WINDOW, le=_MAX_TOKENS)] = 252
+    window: Annotated[StrictInt, Field(ge=MIN_WINDOW, le=_MAX_TOKENS)] = 508
     separators: (
         SeparatorRule
         | TokenSeparators
         | tuple[StrictInt, ...]
         | tuple[Annotated[str, Field(strict=True, min_length=1)], ...]
-    ) = "extended"
+    ) = "sentences"
     preset: Literal["streaming-llm", "fixed-interval"] | None = None
     interval: Annotated[StrictInt, Field(ge=1)] | None = None
     max_separators: Count | None = None
