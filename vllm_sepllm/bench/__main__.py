@@ -21,10 +21,15 @@ from vllm_sepllm.bench.outside import bench_serve
 from vllm_sepllm.bench.plot import plot
 from vllm_sepllm.bench.results import Results, render
 from vllm_sepllm.bench.shapes.command import shapes
-from vllm_sepllm.bench.sides import SIDES, running
+from vllm_sepllm.bench.sides import SIDES, USUAL_SIDES, running
 from vllm_sepllm.bench.suites import GATE_TOKENS, SUITES, Work, gate
 
 KV_TOKENS_MARGIN = 1.1  # a block a request is never full
+
+Sides = Annotated[
+    list[str] | None,
+    typer.Option(help=f"Of {', '.join(SIDES)}; default: {', '.join(USUAL_SIDES)}."),
+]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
 app.command("plot")(plot)
@@ -59,11 +64,11 @@ def check_text(work: Work, text: Path) -> None:
 
 
 def checked_sides(given: list[str] | None) -> list[str]:
-    """Names of sides; all of them if none is given."""
+    """Names of sides; the usual ones if none is given."""
     unknown = [name for name in given or () if name not in SIDES]
     if unknown:
         raise typer.BadParameter(f"no side {unknown[0]!r}; there are {', '.join(SIDES)}")
-    return list(given or SIDES)
+    return list(given or USUAL_SIDES)
 
 
 def kv_bytes(model: str, num_tokens: int, num_layers: int | None, dtype: str) -> int:
@@ -100,9 +105,7 @@ def run(
     batch: Annotated[list[int] | None, typer.Option(help="Requests at once.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Tokens of an answer.")] = None,
     rounds: Annotated[int, typer.Option(help="Samples of each case.")] = 5,
-    side: Annotated[list[str] | None, typer.Option(help="Default: all of " + ", ".join(SIDES))] = (
-        None
-    ),
+    side: Sides = None,
     layers: Annotated[int | None, typer.Option(help="Fewer layers, of random weights.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="KV budget, in full tokens.")] = None,
     block_size: Annotated[
@@ -155,9 +158,7 @@ def serve(
     requests: Annotated[int, typer.Option(help="Requests, sent at once.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
     rounds: Annotated[int, typer.Option(help="Samples of each side.")] = 3,
-    side: Annotated[list[str] | None, typer.Option(help="Default: all of " + ", ".join(SIDES))] = (
-        None
-    ),
+    side: Sides = None,
     kv_tokens: Annotated[int, typer.Option(help="KV budget, in full tokens.")] = 16384,
     dtype: Annotated[str, typer.Option(help="Of weights and KV.")] = "bfloat16",
 ) -> None:

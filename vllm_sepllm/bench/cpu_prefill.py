@@ -22,7 +22,6 @@ from vllm_sepllm import register
 from vllm_sepllm.policy.kept import kept_lengths
 from vllm_sepllm.policy.visibility import Policy
 
-POLICY = Policy(initial_tokens=4, window=252)
 TILE = 128  # queries, as the builder cuts them
 Row = dict[str, Any]
 
@@ -41,18 +40,20 @@ def interleaved(
     return {name: median(values) for name, values in taken.items()}
 
 
-def measure(heads: tuple[int, int, int], length: int, density: float, rounds: int) -> Row:
+def measure(
+    heads: tuple[int, int, int], length: int, policy: Policy, density: float, rounds: int
+) -> Row:
     """One row of the table."""
     # vLLM takes 10 s to import and needs the plugin first
     register()
     from vllm_sepllm.integration.rigs.prefill_rig import PrefillRig
 
     is_separator = np.random.default_rng(0).random(length) < density
-    rig = PrefillRig(heads, is_separator, POLICY, TILE)
+    rig = PrefillRig(heads, is_separator, policy, TILE)
     actions = {"stock": rig.stock, "sepllm": rig.sepllm, "fill": rig.fill}
     times = interleaved(actions, torch.empty_like(rig.query), rounds)
     read = {"stock": length * (length + 1) // 2}
-    read["sepllm"] = int(kept_lengths(POLICY, is_separator).sum())
+    read["sepllm"] = int(kept_lengths(policy, is_separator).sum())
     ns = {name: times[name] * 1e6 / pairs / heads[0] for name, pairs in read.items()}
     return {
         "tokens": length,
@@ -67,7 +68,8 @@ def measure(heads: tuple[int, int, int], length: int, density: float, rounds: in
 
 def main(
     length: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
-    density: Annotated[float, typer.Option(help="Share of separators.")] = 0.17,
+    density: Annotated[float, typer.Option(help="Share of separators.")] = 0.045,
+    window: Annotated[int, typer.Option(help="Most recent tokens.")] = 508,
     num_heads: Annotated[int, typer.Option(help="Query heads; default: SmolLM2-135M's.")] = 9,
     num_kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 3,
     head_size: Annotated[int, typer.Option(help="Elements a head.")] = 64,
@@ -76,7 +78,8 @@ def main(
 ) -> None:
     """Time one layer and print a table."""
     heads = (num_heads, num_kv_heads, head_size)
-    rows = [measure(heads, n, density, rounds) for n in length or (1024, 8192, 32768)]
+    policy = Policy(initial_tokens=4, window=window)
+    rows = [measure(heads, n, policy, density, rounds) for n in length or (1024, 8192, 32768)]
     if as_json:
         for row in rows:
             print(json.dumps(row))

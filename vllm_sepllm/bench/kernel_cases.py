@@ -14,7 +14,7 @@ from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 DEVICE = "cuda"
 BLOCK_SIZE = 16
-DENSITY = 0.13  # separators among the tokens of English text
+DENSITY = 0.13  # of the rule "extended" among the tokens of English text
 POLICY = Policy(initial_tokens=4, window=252)
 
 

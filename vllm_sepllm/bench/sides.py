@@ -14,7 +14,6 @@ from rich.console import Console
 
 from vllm_sepllm.processes import engine_environment
 
-SIDES = ("stock", "sepllm", "streaming-llm")
 # arguments of all sides; those of one side are in _DIFFERENCES
 _DEFAULTS: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": False, "seed": 0}
 _DIFFERENCES: dict[str, dict[str, Any]] = {
@@ -24,7 +23,14 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
         "attention_backend": "sepllm",
         "additional_config": {"sepllm": {"preset": "streaming-llm"}},
     },
+    # all separators, nearly as in the paper
+    "extended": {
+        "attention_backend": "sepllm",
+        "additional_config": {"sepllm": {"separators": "extended", "window": 252}},
+    },
 }
+SIDES = tuple(_DIFFERENCES)
+USUAL_SIDES = SIDES[:3]
 
 
 def server_flags(side: str) -> list[str]:

@@ -104,9 +104,10 @@ def _others(sides: Sides, prompts: list[list[int]]) -> dict[str, list[list[int]]
     if "stock" not in sides:
         return {}
     found = {f"stock at {GATE_TOKENS} tokens": [p[:GATE_TOKENS] for p in prompts]}
-    if "sepllm" in sides:
+    compact = next((side for name, side in sides.items() if name != "stock"), None)
+    if compact is not None:
         found["stock at the compact length"] = [
-            p[: sides["sepllm"].do("compact_length", prompt=p)] for p in prompts
+            p[: compact.do("compact_length", prompt=p)] for p in prompts
         ]
     return found
 
