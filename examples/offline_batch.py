@@ -14,7 +14,7 @@ def main(model: str, files: list[str]) -> None:
     llm = LLM(
         model=model,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"initial_tokens": 4, "window": 252}},
+        additional_config={"sepllm": {"initial_tokens": 4, "window": 1020}},
     )
     question = "Say in two or three sentences what this text is about."
     conversations = [

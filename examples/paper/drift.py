@@ -19,7 +19,7 @@ LENGTH, WINDOW, NUM_SEPARATORS = 400, 60, 32
 # tokens of an epoch once all separators are there: beside 4 initial tokens
 EPOCH = LENGTH - 4 - WINDOW - NUM_SEPARATORS
 POLICIES: dict[str, dict[str, Any]] = {
-    "own separators": {},
+    "own separators": {"separators": "extended"},
     "one separator an epoch": {"preset": "fixed-interval", "interval": EPOCH},
 }
 DTYPES = ("bfloat16", "float32")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 10.0
+# 4 initial tokens besides, so 512 keys at most
+POLICY = {"positions": "renumbered", "separators": "extended", "window": 252, "max_separators": 256}
 METRICS = {
     "vllm:sepllm_logical_tokens": "tokens",
     "vllm:sepllm_kept_tokens": "kept",
@@ -89,7 +91,7 @@ def main() -> None:
         disable_log_stats=False,
         kv_cache_memory_bytes=1 << 28,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"positions": "renumbered", "max_separators": 256}},
+        additional_config={"sepllm": POLICY},
     )
     given.output.write_text("")
     ended = threading.Event()

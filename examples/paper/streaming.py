@@ -22,7 +22,7 @@ WINDOW, NUM_SEPARATORS = 256, 64
 
 def methods(length: int | None) -> dict[str, dict[str, Any] | None]:
     """Name -> additional_config["sepllm"]; None: full attention."""
-    kept = {"window": WINDOW, "max_separators": NUM_SEPARATORS}
+    kept = {"separators": "extended", "window": WINDOW, "max_separators": NUM_SEPARATORS}
     plain = {"preset": "streaming-llm", "window": WINDOW + NUM_SEPARATORS}
     renumbered: dict[str, Any] = {"positions": "renumbered"}
     if length is not None:
