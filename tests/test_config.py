@@ -19,7 +19,7 @@ def read(given: object) -> SepLLMConfig:
 
 def test_absent_means_defaults() -> None:
     config = SepLLMConfig.from_additional_config({})
-    assert (config.initial_tokens, config.window) == (4, 252)
+    assert (config.initial_tokens, config.window, config.separators) == (4, 508, "sentences")
     assert (config.max_separators, config.full_layers) == (None, ())
 
 
@@ -176,7 +176,7 @@ def test_renumbered_positions_bound_what_a_request_keeps() -> None:
     for fields, trained, length in (({"max_position": 800}, 8192, 800), ({}, 8192, 8192)):
         config = read({"positions": "renumbered"} | fields)
         resolved = config.resolve(**RENUMBERED, max_model_len=4_000_000, trained_length=trained)
-        assert resolved.policy == Policy(4, 252, length // 4, max_position=length)
+        assert resolved.policy == Policy(4, 508, length // 4, max_position=length)
         assert ResolvedConfig.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
     short = read({"positions": "renumbered"}).resolve(
         **RENUMBERED, max_model_len=1000, trained_length=8192
@@ -219,6 +219,8 @@ def test_kept_tokens_that_leave_no_room_for_new_ones_are_refused(
 
 
 def test_the_smallest_room_is_enough() -> None:
-    config = read({"positions": "renumbered", "max_separators": 100, "max_position": 420})
+    config = read(
+        {"positions": "renumbered", "window": 252, "max_separators": 100, "max_position": 420}
+    )
     resolved = config.resolve(**RENUMBERED, max_model_len=1 << 20, trained_length=8192)
     assert resolved.max_position == 420

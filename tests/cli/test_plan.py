@@ -18,6 +18,7 @@ from vllm_sepllm.cli.kv_sizes import KVShape, read_shape
 
 def plan(run: Run, model: Path, *options: object) -> dict[str, object]:
     base = ("plan", model, "--kv-memory", "10MiB", "--context", "1k", "--json")
+    base += ("--window", "252", "--density", "0.13")
     return dict(json.loads(run(*base, "--block-size", 16, *options)))
 
 
@@ -67,7 +68,7 @@ def test_a_request_shorter_than_the_window_costs_the_same(run: Run, tiny_model: 
 def test_effects_change_one_setting_at_a_time(run: Run, tiny_model: Path) -> None:
     rows = {row["setting"]: row for row in plan(run, tiny_model)["effects"]}  # type: ignore[attr-defined]
     assert list(rows) == [
-        *("window 124", "window 252", "window 508", "window 1020"),
+        *("window 252", "window 508", "window 1020", "window 2044"),
         *("protected 0 tokens", "protected 1,024 tokens", "protected 4,096 tokens"),
         *("separators 5% of tokens", "separators 13% of tokens", "separators 25% of tokens"),
         *("full layers none", "full layers 0, -1"),  # all 4 layers would leave none
@@ -99,7 +100,8 @@ def test_blocks_are_those_of_the_platform(
     run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """328 entries are 11 blocks of 32 on CPUs, where sepllm takes no smaller ones."""
-    base = ("plan", tiny_model, "--kv-memory", "10MiB", "--context", "1k", "--density", 0.09375)
+    base = ("plan", tiny_model, "--kv-memory", "10MiB", "--context", "1k")
+    base += ("--window", "252", "--density", 0.09375)
     block_size = pytest.importorskip("vllm_sepllm.integration.startup.block_size")
     for is_cpu, size, num_blocks in ((True, 32, 11), (False, 16, 21)):
         platform = SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu, device_name="some")
@@ -116,7 +118,7 @@ def test_blocks_are_those_of_the_platform(
 def test_the_table_says_what_it_is(run: Run, tiny_model: Path) -> None:
     text = run("plan", tiny_model, "--kv-memory", "20GiB", "--context", "8k")
     assert "arithmetic, not a measurement" in text
-    assert "It assumes that 13% of the tokens beyond the window" in text
+    assert "It assumes that 5% of the tokens beyond the window" in text
     assert "The model's config ends at 4,096 positions." in text
 
 

@@ -18,7 +18,7 @@ def made(smollm2_path: Path) -> Iterator[Engine]:
     with engine(
         smollm2_path,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"window": 60}},
+        additional_config={"sepllm": {"window": 60, "separators": "extended"}},
         max_num_batched_tokens=256,
         # a small model would rather go on with blanks than end its JSON
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},

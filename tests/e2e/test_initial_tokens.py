@@ -41,7 +41,14 @@ def test_each_request_has_the_initial_tokens_that_it_asked_for(
     with engine(
         four_layers_path,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"protect": "<|im_end|>", "max_protected": 1500}},
+        additional_config={
+            "sepllm": {
+                "window": 252,
+                "separators": "extended",
+                "protect": "<|im_end|>",
+                "max_protected": 1500,
+            }
+        },
         max_model_len=2048,
         max_num_batched_tokens=2048,
         num_gpu_blocks_override=150,

@@ -5,38 +5,41 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.support.engine import Engine, Watch, engine
+from tests.support.engine import Engine, Watch, engine, sepllm
 from tests.support.measured import Number
-from tests.support.oracle import rule_of
+from tests.support.oracle import rule_of, separators
 from tests.support.rule import num_kept
 
 pytestmark = pytest.mark.slow
 
 BLOCK = 32
 DUMMY = {"load_format": "dummy", "block_size": BLOCK, "max_model_len": 40960}
-SEPLLM = {
-    "attention_backend": "sepllm",
+POLICIES = {
     # 256 as in the figures of the design; a + n = 260 is no whole number of blocks
-    "additional_config": {"sepllm": {"window": 256, "separators": "paper"}},
+    "paper": {"window": 256, "separators": "paper"},
+    "defaults": {},
 }
 
 
 def compact_blocks(made: Engine, token_ids: list[int], num_tokens: int) -> int:
     """ceil(compact length / block size), counted from the definition."""
     rule = rule_of(made)
-    is_separator = [t in rule.separator_ids for t in token_ids]
+    is_separator = separators(torch.tensor(token_ids), rule).tolist()
     return -(-num_kept(rule, is_separator, num_tokens) // BLOCK)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 def test_blocks_are_those_of_the_compact_length_at_every_step(
-    tiny_path: Path, text_ids: list[int], number: Number
+    policy: str, tiny_path: Path, text_ids: list[int], number: Number
 ) -> None:
     """Proves it for 2K, 8K and 32K tokens of English, and that chunk sizes do not matter."""
     prompts = [text_ids[:length] for length in (2048, 8192, 32768)]
     peaks = {}
     for chunk in (512, 2048):
-        with engine(tiny_path, **DUMMY, **SEPLLM, max_num_batched_tokens=chunk) as made:
+        selected = sepllm(**POLICIES[policy])
+        with engine(tiny_path, **DUMMY, **selected, max_num_batched_tokens=chunk) as made:
             for prompt in prompts:
                 watch = Watch()
                 made.generate([prompt], 8, watch=watch, logprobs=None)
@@ -77,16 +80,20 @@ def test_one_pool_decodes_five_times_as_many_requests(
     """Proves real memory given back: 60 requests of 8K + 400 tokens in 1100 blocks of 32."""
     prompts = [excerpt(500 * i, 8192) for i in range(60)]
     stock = most_decoding(tiny_path, prompts, enable_prefix_caching=False)
-    ours = most_decoding(tiny_path, prompts, **SEPLLM)
-    number("decoding at once in 1100 blocks", f"{ours} with sepllm, {stock} with stock vLLM")
+    ours, defaults = (most_decoding(tiny_path, prompts, **sepllm(**p)) for p in POLICIES.values())
+    number(
+        "decoding at once in 1100 blocks",
+        f"{ours} with the paper's rule, {defaults} with the defaults, {stock} with stock vLLM",
+    )
     # a prompt is 256 blocks and its answer begins another
     assert stock == 1100 // 257
     assert ours >= 5 * stock
+    assert defaults >= 8 * stock
 
 
 def test_a_request_that_the_pool_cannot_hold_is_refused_at_start_up(tiny_path: Path) -> None:
     """Proves that no request can be admitted that would preempt itself for ever."""
-    bounded = {"sepllm": {"window": 252, "max_separators": 256}}
+    bounded = {"sepllm": {"window": 252, "separators": "extended", "max_separators": 256}}
     arguments = {**DUMMY, "attention_backend": "sepllm", "additional_config": bounded}
     # 4 + 252 + 256 entries are 16 blocks; one more is vLLM's null block
     with (

@@ -38,9 +38,14 @@ class Case:
 
 
 CASES = [
-    Case("window 64, chunks of 128", {"window": 64}, 128),
-    Case("window 256, chunks of 512", {"window": 256}, 512),
-    Case("no initial tokens, blocks of 128", {"window": 64, "initial_tokens": 0}, 512, 128),
+    Case("window 64, chunks of 128", {"window": 64, "separators": "extended"}, 128),
+    Case("window 256, chunks of 512", {"window": 256, "separators": "extended"}, 512),
+    Case(
+        "no initial tokens, blocks of 128",
+        {"window": 64, "initial_tokens": 0, "separators": "extended"},
+        512,
+        128,
+    ),
     Case(
         "3 initial tokens, paper separators, chunks of 2048",
         {"window": 256, "initial_tokens": 3, "separators": "paper"},
@@ -49,17 +54,23 @@ CASES = [
     ),
     Case(
         "few separators",
-        {"window": 64, "initial_tokens": 3, "max_separators": 24},
+        {"window": 64, "initial_tokens": 3, "separators": "extended", "max_separators": 24},
         2048,
     ),
     Case(
         "few separators, first and last layer full",
-        {"window": 256, "initial_tokens": 0, "max_separators": 16, "full_layers": [0, -1]},
+        {
+            "window": 256,
+            "initial_tokens": 0,
+            "separators": "extended",
+            "max_separators": 16,
+            "full_layers": [0, -1],
+        },
         128,
     ),
     Case(
         "initial tokens per request, first and last layer full",
-        {"window": 64, "full_layers": [0, -1]},
+        {"window": 64, "separators": "extended", "full_layers": [0, -1]},
         128,
         prompt_lengths=(400, 57, 700),
         initial_tokens=(150, 300, 0),
@@ -85,7 +96,7 @@ CASES = [
     ),
     Case(
         "compiled",
-        {"window": 64},
+        {"window": 64, "separators": "extended"},
         512,
         prompt_lengths=(57, 500),
         engine={"enforce_eager": False},
@@ -93,7 +104,7 @@ CASES = [
     ),
     Case(
         "30 layers, first and last full",
-        {"window": 64, "full_layers": [0, -1]},
+        {"window": 64, "separators": "extended", "full_layers": [0, -1]},
         512,
         all_layers=True,
         prompt_lengths=(400, 57, 700),
@@ -104,7 +115,7 @@ CASES = [
         {},
         1024,
         all_layers=True,
-        prompt_lengths=(500, 1000),
+        prompt_lengths=(600, 1300),
         feature="`--enforce-eager`, the default policy",
     ),
 ]

@@ -168,7 +168,9 @@ def compare_reuse(path: Path, rounds: list[list[list[int]]], number: Number) -> 
     """sepllm gets a pool of 40 % of the blocks that stock vLLM has cached at the end."""
     stock, num_stock_blocks = run_trace(path, rounds, 4000, enable_prefix_caching=True)
     pool = int(0.4 * num_stock_blocks)
-    ours, _ = run_trace(path, rounds, pool, **sepllm(max_separators=1400))
+    ours, _ = run_trace(
+        path, rounds, pool, **sepllm(window=252, separators="extended", max_separators=1400)
+    )
     number("reused tokens", f"{ours} in {pool} blocks, {stock} of stock vLLM in {num_stock_blocks}")
     # stock vLLM finds all whole blocks that it has seen before
     assert stock > 0.6 * sum(len(prompt) for prompts in rounds for prompt in prompts)

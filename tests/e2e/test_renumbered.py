@@ -109,7 +109,7 @@ def test_a_trained_model_equals_keys_rotated_for_each_epoch(
     four_layers_path: Path, excerpt: Callable[[int, int], list[int]]
 ) -> None:
     """Proves it with real weights, heads of 64 and the model's own separators."""
-    policy = {**RENUMBERED, "max_position": 600, "window": 124}
+    policy = {**RENUMBERED, "separators": "extended", "max_position": 600, "window": 124}
     with engine(
         four_layers_path,
         attention_backend="sepllm",

@@ -30,7 +30,7 @@ def made(four_layers_path: Path) -> Iterator[Engine]:
     with engine(
         four_layers_path,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"window": WINDOW}},
+        additional_config={"sepllm": {"window": WINDOW, "separators": "extended"}},
         max_model_len=2048,
         max_num_batched_tokens=128,
         num_gpu_blocks_override=POOL,

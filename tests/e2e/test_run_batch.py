@@ -47,7 +47,10 @@ def test_each_line_has_the_policy_that_it_asks_for(four_layers_path: Path, tmp_p
     given.write_text("".join(json.dumps(line) + "\n" for line in lines))
     command = ["vllm", "run-batch", "-i", str(given), "-o", str(answered)]
     command += ["--model", str(four_layers_path), "--attention-backend", "sepllm"]
-    command += ["--additional-config", json.dumps({"sepllm": {"window": 124}})]
+    command += [
+        "--additional-config",
+        json.dumps({"sepllm": {"window": 124, "separators": "extended"}}),
+    ]
     command += ["--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20)]
     subprocess.run(command, env=child_environment(), check=True, timeout=300)
 

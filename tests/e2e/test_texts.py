@@ -32,7 +32,9 @@ def test_unusual_texts_equal_the_dense_mask(four_layers_path: Path, number: Numb
     prompts += [tokenizer(text)["input_ids"] for text in TEXTS.values()]
     assert all(len(prompt) > 800 for prompt in prompts)
     with engine(
-        four_layers_path, **sepllm(window=60, max_separators=400), max_num_batched_tokens=512
+        four_layers_path,
+        **sepllm(window=60, separators="extended", max_separators=400),
+        max_num_batched_tokens=512,
     ) as made:
         answers = made.generate(prompts, 8)
         rule = rule_of(made)

@@ -70,7 +70,7 @@ def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
     """The SepLLM rule for all pairs: [num_tokens, num_tokens] bool, rows are queries."""
     position = torch.arange(len(token_ids))
     distance = position[:, None] - position[None, :]
-    is_separator = _separators(torch.tensor(list(token_ids)), rule)
+    is_separator = separators(torch.tensor(list(token_ids)), rule)
     is_initial = position < rule.initial_tokens
     is_kept = is_separator & ~is_initial & (distance >= rule.window)
     if rule.max_separators is not None:
@@ -79,7 +79,7 @@ def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
     return (distance >= 0) & (is_initial | (distance < rule.window) | is_kept)
 
 
-def _separators(token_ids: torch.Tensor, rule: Rule) -> torch.Tensor:
+def separators(token_ids: torch.Tensor, rule: Rule) -> torch.Tensor:
     """[num_tokens] bool."""
     if rule.interval is not None:
         return torch.arange(len(token_ids)) % rule.interval == 0
@@ -158,7 +158,7 @@ class EpochOfQueries:
 
 def epochs_of(token_ids: Sequence[int], rule: Rule) -> list[EpochOfQueries]:
     """The queries of a text, epoch by epoch, by the rule spelled out in tests/support/rule.py."""
-    is_separator = _separators(torch.tensor(list(token_ids)), rule).tolist()
+    is_separator = separators(torch.tensor(list(token_ids)), rule).tolist()
     reads = list(read_positions(rule, is_separator, len(token_ids)))
     own = [read[query] for query, read in enumerate(reads)]
     starts = [query for query in range(len(own)) if query == 0 or own[query] != own[query - 1] + 1]

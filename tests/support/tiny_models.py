@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, Any] = {
 }
 # without a tokenizer separators must be token ids
 SEPARATORS = [7, 11, 13]
-ADDITIONAL_CONFIG = {"sepllm": {"separators": SEPARATORS}}
+ADDITIONAL_CONFIG = {"sepllm": {"separators": SEPARATORS, "window": 252}}
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:

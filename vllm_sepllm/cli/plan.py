@@ -24,7 +24,7 @@ from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import TokenSeparators
 
 LABEL = "arithmetic, not a measurement"
-WINDOWS = (124, 252, 508, 1020)
+WINDOWS = (252, 508, 1020, 2044)
 PROTECTED = (0, 1024, 4096)
 DENSITIES = (0.05, 0.13, 0.25)
 # vLLM's InputBatch: an id of 4 bytes and a flag for each token that a request may have
@@ -75,7 +75,7 @@ def plan(
     context: options.Context,
     density: Annotated[
         float, typer.Option(min=0, max=1, help="Share of separators beyond the window.")
-    ] = 0.13,
+    ] = 0.05,
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
     protected: Annotated[
         int, typer.Option(min=0, help="Tokens of the prefix that `protect` keeps of each request.")

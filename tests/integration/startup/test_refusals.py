@@ -317,7 +317,7 @@ VALUES: list[tuple[Any, str, str]] = [
         'preset "fixed-interval" and interval go together',
         "set both",
     ),
-    ({}, "separators='extended' must be read from a tokenizer", "give token ids"),
+    ({}, "separators='sentences' must be read from a tokenizer", "give token ids"),
     (policy(separators="paper"), "separators='paper' must be read", "give token ids"),
     (policy(separators=["."]), "must be read from a tokenizer", "give token ids"),
     (policy(protect="</s>"), "protect='</s>' must be read from a tokenizer", "give the token's id"),

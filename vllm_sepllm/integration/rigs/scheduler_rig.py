@@ -74,7 +74,9 @@ def _vllm_config(model: Path, load: Load, is_sepllm: bool) -> VllmConfig:
         max_num_batched_tokens=load.num_requests * load.context + 4096,
         enable_prefix_caching=load.enable_prefix_caching,
         async_scheduling=False,
-        additional_config={"sepllm": {"separators": [SEPARATOR]}} if is_sepllm else {},
+        additional_config={"sepllm": {"separators": [SEPARATOR], "window": 252}}
+        if is_sepllm
+        else {},
         **arguments,
     ).create_engine_config()
 

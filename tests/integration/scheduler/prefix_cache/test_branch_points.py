@@ -215,7 +215,7 @@ def test_a_large_pool_is_no_condition(model: Path) -> None:
 
 # ends a system prompt; random_tokens and Run sample none
 END = 100
-PROTECTING = (("protect", END), ("max_protected", 2048))
+PROTECTING = (("protect", END), ("max_protected", 2048), ("window", 252))
 
 
 @pytest.mark.parametrize("num_protected", [40, 1000, 2048])

@@ -34,7 +34,7 @@ def make_scheduler(folder: Path, num_blocks: int, **settings: int) -> SepLLMSche
         load_format="dummy",
         max_model_len=8192,
         attention_backend="sepllm",
-        additional_config={"sepllm": {"separators": [1], **settings}},
+        additional_config={"sepllm": {"separators": [1], "window": 252, **settings}},
         max_num_batched_tokens=1024,
         max_num_seqs=NUM_REQUESTS,
         async_scheduling=False,
