@@ -67,7 +67,7 @@ picture: $(READY)
 		> build/revere.txt
 	@$(BIN)/vllm-sepllm show '$(MODEL)' build/revere.txt --max-tokens 3200 -o build/revere.html
 	@chromium --headless=new --no-sandbox --hide-scrollbars --virtual-time-budget=2000 \
-		--window-size=1100,780 --screenshot=docs/show.png 'file://$(CURDIR)/build/revere.html'
+		--window-size=1100,1140 --screenshot=docs/show.png 'file://$(CURDIR)/build/revere.html'
 
 test: test-quick
 	@$(MAKE) --no-print-directory test-slow

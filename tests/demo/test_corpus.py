@@ -18,7 +18,7 @@ def test_every_question_is_answered_by_its_document_in_one_place() -> None:
     texts = documents()
     assert QUESTIONS.keys() == texts.keys()
     assert all(texts[title].count(question.told) == 1 for title, question in QUESTIONS.items())
-    # at least four characters a token: two are told in the window of 252, the others long before
+    # at least four characters a token: two are told in the window of 508, the others long before
     behind = [
         len(texts[title].partition(question.told)[2]) for title, question in QUESTIONS.items()
     ]

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 # what the examples take, which say nothing about the policy
-DEFAULTS = Rule(4, 252, frozenset(SEPARATORS), max_separators=1024)
+DEFAULTS = Rule(4, 508, frozenset(SEPARATORS), max_separators=1024)
 NUM_TEXTS = 8
 EXECUTOR_VARIABLE = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
 FLOAT32 = ("--dtype", "float32")  # as the oracle
@@ -53,8 +53,8 @@ def namespace() -> list[str]:
 def word_texts() -> list[str]:
     """Longer than the defaults' window."""
     numbers = random.Random(1)
-    names = {7: ".", 11: ",", 13: ";"}
-    drawn = [[numbers.randrange(2, 128) for _ in range(330)] for _ in range(NUM_TEXTS)]
+    names = {7: ".", 11: "?", 13: "!"}
+    drawn = [[numbers.randrange(2, 128) for _ in range(620)] for _ in range(NUM_TEXTS)]
     return [" ".join(names.get(i, f"w{i}") for i in ids) for ids in drawn]
 
 
@@ -125,7 +125,7 @@ def check_text(model: Path, text: str, answer: str) -> bool:
 
     encode = AutoTokenizer.from_pretrained(model).encode
     prompt, tokens = encode(text), encode(answer)
-    assert len(prompt) == 330
+    assert len(prompt) == 620
     assert tokens
     assert tokens == greedy(model, prompt, tokens, DEFAULTS)
     if len(tokens) < 32:  # it ended by the end token, which is not part of the text

@@ -84,11 +84,11 @@ def write_weights(kind: str, folder: Path) -> Path:
 def write_tokenizer(folder: Path) -> None:
     """Give the model in ``folder`` a word a token, in text parted by blanks.
 
-    SEPARATORS are punctuation, which every rule finds; other tokens are ``w0`` to ``w127``, but
+    SEPARATORS end sentences, so every rule finds them; other tokens are ``w0`` to ``w127``, but
     for the end, whose text is looked for inside of words, too.
     """
     vocabulary = {f"w{i}": i for i in range(128) if i not in (1, *SEPARATORS)} | {"</s>": 1}
-    vocabulary |= dict(zip(".,;", SEPARATORS, strict=True))
+    vocabulary |= dict(zip(".?!", SEPARATORS, strict=True))
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")

@@ -24,7 +24,9 @@ def show(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Page to write; default: FILE-kept.html.")
     ] = None,
-    separators: Annotated[str, typer.Option(help=f"Rule: {', '.join(RULES)}.")] = "extended",
+    separators: Annotated[str, typer.Option(help=f"Rule: {', '.join(RULES)}.")] = str(
+        options.DEFAULTS.separators
+    ),
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
     protect: Annotated[
         str | None,

@@ -44,8 +44,8 @@ def _numbers(stock: Result, sepllm: Result) -> Table:
 
 def _answers(stock: Result, sepllm: Result) -> Table:
     table = Table(
-        title="Answers, greedy. Of what was told more than 252 tokens ago, sepllm keeps the "
-        "separators",
+        title="Answers, greedy. Of what was told more than 508 tokens ago, sepllm keeps the "
+        "ends of sentences",
         show_lines=True,
     )
     for name in ("document and question", "told", "tokens ago", "stock vLLM", "sepllm"):
