@@ -94,6 +94,12 @@ def test_show_writes_the_whole_text(
     assert pieces[0] == "<s>"
     assert "".join(pieces[1:]) == SENTENCE * 40 + "\N{CAT FACE}\n"
     assert f"{len(pieces):,} tokens of {tiny_model.name}" in said
+    # the default rule: ends of sentences alone
+    kept = {pieces[j] for j in separators_of(text)}
+    assert {".", "?"} <= kept
+    assert not {";", "\n"} & kept
+    run("show", tiny_model, text_file, "-o", page, "--separators", "extended")
+    text = page.read_text("utf-8")
     assert len(separators_of(text)) > 40
     assert {";", ".", "\n"} <= {pieces[j] for j in separators_of(text)}
     # the character of four bytes shows once; its other tokens have no text
