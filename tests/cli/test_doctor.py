@@ -57,6 +57,17 @@ def test_a_refusal_of_ours_and_one_of_vllm(run: Run, tiny_model: Path) -> None:
     assert "\n" not in found[str(tiny_model)]["detail"]
 
 
+def test_a_model_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
+    """tests/cli/test_unreadable.py has the reasons."""
+    missing = str(tmp_path / "model")
+    found = findings(run, missing, code=1)[missing]["detail"]
+    assert found.startswith("not read: there is no such folder; name the one that holds")
+    found = findings(run, tmp_path, code=1)[str(tmp_path)]["detail"]
+    assert found.startswith("not read: the folder has no config.json; ")
+    found = findings(run, "nobody/nothing", code=1)["nobody/nothing"]["detail"]
+    assert found.startswith("not read: there is no such folder, and no config.json of it in the")
+
+
 def test_a_contract_that_moved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = (Contract("vllm.config:Gone", "read"), Contract("vllm.gone:Name", "called"))
     monkeypatch.setattr(check, "BY_HAND", {"startup": moved})

@@ -13,6 +13,7 @@ from rich.text import Text
 from vllm_sepllm import __version__
 from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console, print_json, quiet_vllm
+from vllm_sepllm.cli.unreadable import unreadable
 
 PACKAGES = ("vllm", "torch", "triton", "transformers")
 ENTRY_POINTS = {
@@ -130,8 +131,11 @@ def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]
 
     verdict = diagnosis.judge(model, arguments, settings)
     if verdict.refusal is not None:
-        by = "refused by vLLM itself" if verdict.is_stock else "refused by sepllm"
-        return [Check(model, False, f"{by}: {verdict.refusal}")]
+        if not verdict.is_stock:
+            return [Check(model, False, f"refused by sepllm: {verdict.refusal}")]
+        reason = unreadable(model, "config.json", revision=arguments.get("revision"))
+        detail = f"not read: {reason}" if reason else f"refused by vLLM itself: {verdict.refusal}"
+        return [Check(model, False, detail)]
     resolved = ", ".join(f"{name} {value}" for name, value in verdict.settings.items())
     checks = [
         Check(model, True, f"not refused; {NOT_LOADED}"),
