@@ -110,7 +110,7 @@ def online(endpoint: str, tmp_path: Path, *arguments: str) -> str:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("owner/gated", "accept their terms on its page and log in with `hf auth login`"),
+        ("owner/gated", "accept the terms on its page and log in with `hf auth login`"),
         ("owner/none", "no such model on Hugging Face unless it is private; check the name"),
     ],
 )

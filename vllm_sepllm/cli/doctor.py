@@ -53,7 +53,7 @@ def doctor(
         raise typer.BadParameter("--engine-args says how MODEL would be served; name a MODEL")
     checks = [*versions(), *installed_entry_points()]
     if all(check.is_ok is not False for check in checks if check.name == "vllm"):
-        checks += vllm_checks()
+        checks += vllm_checks(needs_nixl=bool(arguments.get("kv_transfer_config")))
         if model is not None:
             checks += model_checks(model, arguments, settings)
     is_ok = all(check.is_ok is not False for check in checks)
@@ -104,7 +104,7 @@ def installed_entry_points() -> list[Check]:
     return checks
 
 
-def vllm_checks() -> list[Check]:
+def vllm_checks(needs_nixl: bool) -> list[Check]:
     """The installed vLLM: does it import, know our name, and keep what we lean on?"""
     quiet_vllm()
     try:
@@ -122,7 +122,22 @@ def vllm_checks() -> list[Check]:
         Check("registered", is_registered, known),
         Check("contracts with vLLM", not broken, kept),
         *(Check("contract", False, line) for line in broken),
+        nixl(diagnosis.has_nixl(), needs_nixl),
     ]
+
+
+def nixl(is_importable: bool, is_needed: bool) -> Check:
+    """Whether KV could move between instances; wrong only for an engine that is to do so."""
+    found = installed_version("nixl")
+    if is_importable:
+        detail = f"{found or 'found'}; NixlConnector can start"
+    elif found is not None:
+        detail = f"{found} cannot be imported: python -c 'import nixl._api' says why"
+    else:
+        detail = (
+            "not installed; NixlConnector (prefill and decode apart) needs it: pip install nixl"
+        )
+    return Check("nixl", is_importable if is_needed else None, detail)
 
 
 def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]) -> list[Check]:

@@ -65,7 +65,7 @@ def _on_hub(model: str, files: tuple[str, ...], revision: str | None) -> str | N
     try:
         auth_check(model)
     except GatedRepoError:  # a RepositoryNotFoundError, too
-        return f"its owners gate it on Hugging Face; accept their terms on its page and {_LOG_IN}"
+        return f"the model is gated on Hugging Face; accept the terms on its page and {_LOG_IN}"
     except RepositoryNotFoundError:
         return (
             "there is no such folder, and no such model on Hugging Face unless it is private; "
