@@ -42,9 +42,9 @@ def doctor(
     ] = "{}",
     as_json: options.AsJson = False,
 ) -> None:
-    """Versions, plugin, contracts with the installed vLLM, and what would be refused for MODEL.
+    """Check the installation, and whether sepllm would serve MODEL, with which settings.
 
-    Ends with 1 if something is wrong. Nothing is downloaded and no engine is started.
+    The exit status is 1 if something is wrong. No engine is started, no weights are read.
     """
     settings = options.json_object("--config", config)
     options.make_config(**settings)
