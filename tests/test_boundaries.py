@@ -30,7 +30,7 @@ ALLOWED = {
     | {"matplotlib", "transformers"},
     f"{US}/eval": {"torch", "numpy", "matplotlib", "transformers", "lm_eval", "yaml", "pydantic"}
     | {f"{US}.config", f"{US}.policy", *PUBLIC_VLLM},
-    f"{US}/cli": {"numpy", "rich", "typer", "transformers"}
+    f"{US}/cli": {"numpy", "rich", "typer", "transformers", "huggingface_hub"}
     | {f"{US}.{part}" for part in ("__version__", "config", "policy", "sample", "eval")}
     | {f"{US}.integration"},
     f"{US}/__main__.py": {f"{US}.cli"},

@@ -1,6 +1,8 @@
 """``doctor``: every finding has its line, and one that is wrong ends it with 1."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,14 @@ from tests.support.command_line import Run
 
 pytest.importorskip("vllm")
 
+from vllm.distributed import nixl_utils
+
 from vllm_sepllm.cli import doctor
 from vllm_sepllm.integration.contracts import check
 from vllm_sepllm.integration.contracts.contract import Contract
+
+TRANSFER = '{"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}'
+FAKE_NIXL = Path(__file__).parents[1] / "support" / "fake_nixl"
 
 
 def findings(run: Run, *arguments: object, code: int = 0) -> dict[str, Any]:
@@ -55,6 +62,53 @@ def test_a_refusal_of_ours_and_one_of_vllm(run: Run, tiny_model: Path) -> None:
     found = findings(run, tiny_model, "--engine-args", '{"dtype": "int3"}', code=1)
     assert found[str(tiny_model)]["detail"].startswith("refused by vLLM itself: ")
     assert "\n" not in found[str(tiny_model)]["detail"]
+
+
+def test_a_model_that_cannot_be_read(run: Run, tmp_path: Path) -> None:
+    """tests/cli/test_unreadable.py has the reasons."""
+    missing = str(tmp_path / "model")
+    found = findings(run, missing, code=1)[missing]["detail"]
+    assert found.startswith("not read: there is no such folder; name the one that holds")
+    found = findings(run, tmp_path, code=1)[str(tmp_path)]["detail"]
+    assert found.startswith("not read: the folder has no config.json; ")
+    found = findings(run, "nobody/nothing", code=1)["nobody/nothing"]["detail"]
+    assert found.startswith("not read: there is no such folder, and no config.json of it in the")
+
+
+@pytest.fixture
+def no_nixl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No NIXL, whatever this machine has; and vLLM, which looks for it once, is to look again."""
+    for name in ("nixl", "nixl._api"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it raises ImportError
+    monkeypatch.setitem(vars(nixl_utils), "NixlWrapper", None)
+    del nixl_utils.NixlWrapper
+    monkeypatch.setattr(doctor, "installed_version", {"vllm": "0.32.0"}.get)
+
+
+@pytest.mark.usefixtures("no_nixl")
+def test_no_nixl_is_no_fault_without_a_transfer(run: Run, tiny_model: Path) -> None:
+    found = findings(run, tiny_model)["nixl"]
+    assert found["is_ok"] is None
+    assert found["detail"].startswith("not installed; NixlConnector ")
+    assert found["detail"].endswith("pip install nixl")
+    found = findings(run, tiny_model, "--engine-args", TRANSFER, code=1)
+    assert found["nixl"]["is_ok"] is False
+    assert found[str(tiny_model)]["is_ok"]
+
+
+@pytest.mark.usefixtures("no_nixl")
+def test_nixl(run: Run, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"vllm": "0.32.0", "nixl": "1.2.3"}
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    broken = findings(run)["nixl"]
+    assert broken["detail"].startswith("1.2.3 cannot be imported: ")
+    del nixl_utils.NixlWrapper
+    monkeypatch.syspath_prepend(FAKE_NIXL)
+    monkeypatch.setattr(os, "sched_setaffinity", os.sched_setaffinity)  # the fake replaces it
+    for name in ("nixl", "nixl._api"):
+        monkeypatch.delitem(sys.modules, name)
+    assert findings(run)["nixl"]["detail"] == "1.2.3; NixlConnector can start"
+    assert findings(run, tiny_model, "--engine-args", TRANSFER)["nixl"]["is_ok"]
 
 
 def test_a_contract_that_moved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,15 @@ def _print_version(is_asked: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and end."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     """Look at SepLLM's KV cache before you serve with it.
 
-    MODEL is a local folder, or a name in the Hugging Face cache. Set HF_HUB_OFFLINE=0 to download.
+    MODEL is a local folder, or a name in the Hugging Face cache.
+    Set the environment variable HF_HUB_OFFLINE=0 to download it.
     """
     # read by huggingface_hub when it is first imported, which no command has done yet
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -13,6 +13,7 @@ from rich.text import Text
 from vllm_sepllm import __version__
 from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console, print_json, quiet_vllm
+from vllm_sepllm.cli.unreadable import unreadable
 
 PACKAGES = ("vllm", "torch", "triton", "transformers")
 ENTRY_POINTS = {
@@ -41,9 +42,9 @@ def doctor(
     ] = "{}",
     as_json: options.AsJson = False,
 ) -> None:
-    """Versions, plugin, contracts with the installed vLLM, and what would be refused for MODEL.
+    """Check the installation, and whether sepllm would serve MODEL, with which settings.
 
-    Ends with 1 if something is wrong. Nothing is downloaded and no engine is started.
+    The exit status is 1 if something is wrong. No engine is started, no weights are read.
     """
     settings = options.json_object("--config", config)
     options.make_config(**settings)
@@ -52,7 +53,7 @@ def doctor(
         raise typer.BadParameter("--engine-args says how MODEL would be served; name a MODEL")
     checks = [*versions(), *installed_entry_points()]
     if all(check.is_ok is not False for check in checks if check.name == "vllm"):
-        checks += vllm_checks()
+        checks += vllm_checks(needs_nixl=bool(arguments.get("kv_transfer_config")))
         if model is not None:
             checks += model_checks(model, arguments, settings)
     is_ok = all(check.is_ok is not False for check in checks)
@@ -103,7 +104,7 @@ def installed_entry_points() -> list[Check]:
     return checks
 
 
-def vllm_checks() -> list[Check]:
+def vllm_checks(needs_nixl: bool) -> list[Check]:
     """The installed vLLM: does it import, know our name, and keep what we lean on?"""
     quiet_vllm()
     try:
@@ -121,7 +122,22 @@ def vllm_checks() -> list[Check]:
         Check("registered", is_registered, known),
         Check("contracts with vLLM", not broken, kept),
         *(Check("contract", False, line) for line in broken),
+        nixl(diagnosis.has_nixl(), needs_nixl),
     ]
+
+
+def nixl(is_importable: bool, is_needed: bool) -> Check:
+    """Whether KV could move between instances; wrong only for an engine that is to do so."""
+    found = installed_version("nixl")
+    if is_importable:
+        detail = f"{found or 'found'}; NixlConnector can start"
+    elif found is not None:
+        detail = f"{found} cannot be imported: python -c 'import nixl._api' says why"
+    else:
+        detail = (
+            "not installed; NixlConnector (prefill and decode apart) needs it: pip install nixl"
+        )
+    return Check("nixl", is_importable if is_needed else None, detail)
 
 
 def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]) -> list[Check]:
@@ -130,8 +146,11 @@ def model_checks(model: str, arguments: dict[str, Any], settings: dict[str, Any]
 
     verdict = diagnosis.judge(model, arguments, settings)
     if verdict.refusal is not None:
-        by = "refused by vLLM itself" if verdict.is_stock else "refused by sepllm"
-        return [Check(model, False, f"{by}: {verdict.refusal}")]
+        if not verdict.is_stock:
+            return [Check(model, False, f"refused by sepllm: {verdict.refusal}")]
+        reason = unreadable(model, "config.json", revision=arguments.get("revision"))
+        detail = f"not read: {reason}" if reason else f"refused by vLLM itself: {verdict.refusal}"
+        return [Check(model, False, detail)]
     resolved = ", ".join(f"{name} {value}" for name, value in verdict.settings.items())
     checks = [
         Check(model, True, f"not refused; {NOT_LOADED}"),

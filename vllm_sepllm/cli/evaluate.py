@@ -42,10 +42,9 @@ def evaluate(
         int | None, typer.Option(min=1, help="Ask this many of each task, from the first.")
     ] = None,
 ) -> None:
-    """Ask the tasks of a suite of every method, in real vLLM, and compare the answers in pairs.
+    """Measure quality: put the same questions to every method, in real vLLM, and compare.
 
-    Every answer is stored as soon as it is there: run again with the same suite it goes on where it
-    was stopped. Nothing is downloaded.
+    Every answer is stored at once. A run that was stopped goes on from there with the same command.
     """
     from vllm_sepllm.eval.build import build
     from vllm_sepllm.eval.methods import ModelFacts

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_sepllm.cli.unreadable import unreadable
 from vllm_sepllm.config import ResolvedConfig
 from vllm_sepllm.policy.layout import compact_length
 
@@ -66,7 +67,8 @@ def load_shape(model: str) -> KVShape:
             )
         return read_shape(AutoConfig.from_pretrained(model))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(str(error).partition("\n")[0]) from None
+        reason = unreadable(model, "config.json") or str(error).partition("\n")[0]
+        raise ValueError(reason) from None
 
 
 def read_shape(config: Any) -> KVShape:

@@ -46,21 +46,23 @@ InitialTokens = Annotated[int, typer.Option(min=0, help="Tokens at the start, al
 Window = Annotated[int, typer.Option(min=1, help="Last tokens kept, the query included.")]
 MaxSeparators = Annotated[
     int | None,
-    typer.Option(min=0, help="Separators kept beyond the window; see docs/configuration.md."),
+    typer.Option(min=0, help="Most separators kept beyond the window, the latest."),
 ]
 MaxPosition = Annotated[
     int | None,
     typer.Option(
         parser=as_tokens,
         metavar="TOKENS",
-        help="Renumber positions here; default: positions are those of the text.",
+        help="Where positions begin anew; default: never, they are those of the text.",
     ),
 ]
 KvMemory = Annotated[
-    int, typer.Option(parser=as_bytes, metavar="SIZE", help="For KV, on each device: 20GiB.")
+    int,
+    typer.Option(parser=as_bytes, metavar="SIZE", help="For the KV cache on each device: 20GiB."),
 ]
 Context = Annotated[
-    int, typer.Option(parser=as_tokens, metavar="TOKENS", help="Tokens of each request: 32k.")
+    int,
+    typer.Option(parser=as_tokens, metavar="TOKENS", help="Length of each request: 32k is 32,768."),
 ]
 FullLayers = Annotated[
     str | None,

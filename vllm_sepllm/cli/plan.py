@@ -74,7 +74,8 @@ def plan(
     kv_memory: options.KvMemory,
     context: options.Context,
     density: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of separators beyond the window.")
+        float,
+        typer.Option(min=0, max=1, help="Share of separators among the tokens beyond the window."),
     ] = 0.05,
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
     protected: Annotated[
@@ -85,14 +86,21 @@ def plan(
     max_position: options.MaxPosition = None,
     full_layers: options.FullLayers = None,
     tensor_parallel: Annotated[int, typer.Option(min=1, help="Devices that share KV heads.")] = 1,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the KV cache: auto, bfloat16, float16 or float32.")
+    ] = "auto",
     block_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a KV block; default: this platform's."),
+        typer.Option(
+            min=1, help="Tokens of a KV block; default: as on this machine. GPUs take 16."
+        ),
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Bytes a request and concurrent requests, from the model's config alone. Arithmetic."""
+    """Memory of a request, and how many fit: arithmetic from the model's config alone.
+
+    Without --max-separators they are a quarter of --context at most, as in an engine.
+    """
     try:
         shape = load_shape(model)
     except ValueError as error:

@@ -70,7 +70,7 @@ def separators(
     limit: Annotated[int, typer.Option(min=0, help="Rows of each table; 0 is all.")] = 20,
     as_json: options.AsJson = False,
 ) -> None:
-    """The separators of a model's tokenizer by each rule, and what they find in a text."""
+    """List which tokens each rule takes for separators, and count them in a text."""
     path = file or DEFAULT_FILE
     text = options.read_text(path)
     tokenizer = load_tokenizer(model)

@@ -49,11 +49,12 @@ def show(
     attention: Annotated[
         bool,
         typer.Option(
-            "--attention", help="Run the model and say how much attention each class gets."
+            "--attention",
+            help="Run the model in full and say how much attention each class of tokens gets.",
         ),
     ] = False,
 ) -> None:
-    """Write one HTML page: every token coloured by what becomes of it, at any position.
+    """Write an HTML page of a text that colours what the KV cache keeps, at any position.
 
     Without --max-separators no separator is forgotten.
     """

@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from vllm_sepllm.cli.unreadable import unreadable
 from vllm_sepllm.policy.separators.vocabulary import Vocabulary, read_vocabulary
 
 
@@ -36,7 +37,8 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = unreadable(model, "config.json", "tokenizer_config.json")
+        reason = reason or " ".join(str(error).split())
         raise typer.BadParameter(f"no tokenizer in {model!r}: {reason}") from None
 
 

@@ -205,6 +205,21 @@ def test_prefix_caching_is_on_unless_the_user_says_no(
     assert config.cache_config.enable_prefix_caching is is_on
 
 
+@pytest.mark.parametrize(("preset", "has_separators"), [(None, True), ("streaming-llm", False)])
+def test_the_log_says_what_vllms_concurrency_counts_on(
+    llama: str,
+    preset: str | None,
+    has_separators: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    given = ADDITIONAL_CONFIG if preset is None else {"sepllm": {"preset": preset}}
+    with caplog.at_level(logging.INFO, "vllm"):
+        selected(llama, additional_config=given).create_engine_config()
+    assert ("vLLM's maximum concurrency counts on that many" in caplog.text) is has_separators
+
+
 @pytest.mark.parametrize("max_model_len", [4096, 4097])
 def test_positions_beyond_the_trained_length_are_warned_of(
     llama: str,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.distributed import nixl_utils
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
@@ -41,6 +42,13 @@ def is_registered() -> bool:
     load_general_plugins()  # type: ignore[no-untyped-call]
     wraps_arguments = is_wrapped(EngineArgs, "create_engine_config")
     return wraps_arguments and BACKEND_NAME in AttentionBackendEnum.__members__
+
+
+def has_nixl() -> bool:
+    """Whether NIXL's library can be imported: without it vLLM's workers make no NixlConnector."""
+    # reading NixlWrapper imports the library, as vLLM's base_worker.py does, which is refused where
+    # it is None; vLLM warns of a library that is missing, and without a transfer none is missed
+    return nixl_utils.is_nixl_available() and nixl_utils.NixlWrapper is not None
 
 
 def judge(model: str, arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Verdict:

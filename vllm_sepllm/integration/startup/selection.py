@@ -229,7 +229,7 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
         rule, num_ids = given.preset or named, len(separators.token_ids)
     logger.info(
         "sepllm keeps the first %d tokens%s, the last %d and up to %d separators in between "
-        "(%s, %d token ids)%s%s; block size %d.",
+        "(%s, %d token ids)%s%s; block size %d.%s",
         initial.least,
         protected,
         config.window,
@@ -239,6 +239,10 @@ def _log(given: SepLLMConfig, config: ResolvedConfig, block_size: int) -> None:
         f"; layers {list(config.full_layers)} keep full attention" if config.full_layers else "",
         "" if config.max_position is None else f"; positions begin anew at {config.max_position}",
         block_size,
+        # vLLM logs that figure soon after, and it reads as if no more requests would fit
+        " vLLM's maximum concurrency counts on that many in each request; most texts have fewer."
+        if config.max_separators
+        else "",
     )
 
 
