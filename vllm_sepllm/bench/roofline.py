@@ -1,6 +1,6 @@
 """A model of what prefill and decode cost, full attention against SepLLM. Not a measurement.
 
-Run: ``python -m vllm_sepllm.bench.roofline --gpu h100 [--json] [--density 0.13] [--batch 32] ...``
+Run: ``python -m vllm_sepllm.bench.roofline --gpu h100 [--json] [--density 0.05] [--batch 32] ...``
 
 The bound is the larger of FLOPs / peak and bytes / bandwidth with published peak figures: no kernel
 reaches it, and the two kinds of attention may miss it by different factors. Bytes are the least
@@ -237,9 +237,9 @@ def main() -> None:
     parser.add_argument("--num-gpus", type=int, default=1, help="work split evenly, no traffic")
     parser.add_argument("--batch", type=int, action="append", help=f"default: {BATCHES}")
     parser.add_argument("--initial-tokens", type=int, default=4)
-    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--window", type=int, default=508)
     parser.add_argument("--max-separators", type=int, default=None)
-    parser.add_argument("--density", type=float, default=0.13, help="separators among far tokens")
+    parser.add_argument("--density", type=float, default=0.05, help="separators among far tokens")
     parser.add_argument("--json", action="store_true", help="one JSON line a row")
     args = parser.parse_args()
     policy = Policy(args.initial_tokens, args.window, args.max_separators)
