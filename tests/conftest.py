@@ -39,6 +39,8 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 # busy neighbour, so they sleep
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# read by torch, too: with small pages a fifth of the oracle's time goes into getting them
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # vLLM would start a thread a core in every engine, whatever OMP_NUM_THREADS says
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

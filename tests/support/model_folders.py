@@ -3,11 +3,14 @@
 import json
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from vllm_sepllm.sample import FOLDER
+
+Models = Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +60,14 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (path / name).write_bytes((smollm2_path / name).read_bytes())
     return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """``models(kind)`` is the folder of a tiny model's configuration, without weights."""
+    from tests.support.tiny_models import write
+
+    return cache(lambda kind: str(write(kind, tmp_path_factory.mktemp(kind))))
 
 
 @pytest.fixture(scope="session")

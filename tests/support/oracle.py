@@ -20,6 +20,8 @@ from tests.support.rule import read_positions
 
 # float32 on both sides; what remains is the order of sums. Design: 3e-5 over 30 layers.
 TOLERANCE = 1e-3
+# queries whose weights are in memory together where there are epochs
+BLOCK = 512
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,12 @@ class EpochOfQueries:
 
 def epochs_of(token_ids: Sequence[int], rule: Rule) -> list[EpochOfQueries]:
     """The queries of a text, epoch by epoch, by the rule spelled out in tests/support/rule.py."""
-    is_separator = separators(torch.tensor(list(token_ids)), rule).tolist()
+    return _epochs_of(tuple(token_ids), rule)
+
+
+@lru_cache(maxsize=2)
+def _epochs_of(token_ids: tuple[int, ...], rule: Rule) -> list[EpochOfQueries]:
+    is_separator = separators(torch.tensor(token_ids), rule).tolist()
     reads = list(read_positions(rule, is_separator, len(token_ids)))
     own = [read[query] for query, read in enumerate(reads)]
     starts = [query for query in range(len(own)) if query == 0 or own[query] != own[query - 1] + 1]
@@ -190,10 +197,13 @@ def _attention_in_epochs(model: torch.nn.Module, epochs: list[EpochOfQueries]) -
                 part.repeat_interleave(self.num_key_value_groups, 0)
                 for part in (_rotated(keys[:, : epoch.last], cos, sin), values[:, : epoch.last])
             )
-            own = slice(epoch.first, epoch.last)
-            query = _rotated(queries[:, own], cos[:, own], sin[:, own])
-            weights = (query @ key.transpose(1, 2) * self.scaling + epoch.bias).softmax(-1)
-            found.append((weights @ value).transpose(0, 1).flatten(1))
+            for first in range(epoch.first, epoch.last, BLOCK):
+                last = min(first + BLOCK, epoch.last)
+                query = _rotated(*(part[:, first:last] for part in (queries, cos, sin)))
+                bias = epoch.bias[first - epoch.first : last - epoch.first, :last]
+                weights = query @ key[:, :last].transpose(1, 2) * self.scaling + bias
+                weighted = weights.softmax(-1) @ value[:, :last]
+                found.append(weighted.transpose(0, 1).flatten(1))
         return self.o_proj(torch.cat(found)[None]), None
 
     with ExitStack() as stack:

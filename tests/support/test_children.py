@@ -16,11 +16,10 @@ class Cycle:
 
 Cycle()
 gc.collect()
-print(gc.get_threshold()[0], find_spec("sklearn"), flush=True)
-__import__("os")._exit(0)
+print(gc.get_threshold()[0], find_spec("scipy"), find_spec("sklearn"))
 """
 
 
 def test_children_of_a_test_look_for_garbage_rarely_and_have_no_extra() -> None:
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["100000", "None"]
+    assert done.stdout.split() == ["100000", "None", "None"]

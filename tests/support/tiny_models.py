@@ -26,6 +26,19 @@ SEPARATORS = [7, 11, 13]
 ADDITIONAL_CONFIG = {"sepllm": {"separators": SEPARATORS, "window": 252}}
 
 
+def engine_args(model: str, **arguments: Any) -> Any:
+    """``EngineArgs`` of a tiny model."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=model, **(ARGUMENTS | arguments))
+
+
+def selected(model: str, **arguments: Any) -> Any:
+    """``EngineArgs`` of a tiny model that select sepllm."""
+    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
+    return engine_args(model, **(given | arguments))
+
+
 def random_prompts(*lengths: int) -> list[list[int]]:
     """Token ids; about one in forty is of SEPARATORS."""
     numbers = random.Random(0)

@@ -2,54 +2,27 @@
 
 import json
 import math
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.support.compatibility import REFUSED, refused
-from tests.support.refusals import check_sentence
-from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
+from tests.support.model_folders import Models
+from tests.support.refusals import Setting, check_sentence, refusal, refused_settings
+from tests.support.tiny_models import ADDITIONAL_CONFIG, SEPARATORS, engine_args, selected
 
 pytest.importorskip("vllm")
 
 import vllm.config.cache
 import vllm.config.vllm
 from vllm.config import ModelConfig, VllmConfig
-from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVQuantMode
 
 from vllm_sepllm.integration.startup.refusals import check_renumbered
 from vllm_sepllm.integration.wire.config import read_config
 from vllm_sepllm.policy.initial import Initial
-
-Models = Callable[[str], str]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folders: dict[str, str] = {}
-
-    def folder(kind: str) -> str:
-        if kind not in folders:
-            folders[kind] = str(write(kind, tmp_path_factory.mktemp(kind)))
-        return folders[kind]
-
-    return folder
-
-
-def refusal(model: str, **arguments: Any) -> str:
-    """What the user reads when he starts ``model`` with sepllm and ``arguments``."""
-    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
-    args = EngineArgs(model=model, **(ARGUMENTS | given | arguments))
-    with pytest.raises(
-        ValueError, match=r"sepllm|separators|full_|protect|set one|renumbered"
-    ) as caught:
-        args.create_engine_config()
-    return str(caught.value)
-
 
 ELSEWHERE = "serve this model without --attention-backend sepllm"
 MODELS: list[tuple[str, str, dict[str, Any], str]] = [
@@ -91,9 +64,7 @@ def test_multimodal(models: Models) -> None:
     """Images and speech are refused; text through the same model is not."""
     text = refusal(models("qwen2-audio"))
     check_sentence(text, "images, audio and video", "add --language-model-only")
-    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
-    model = models("qwen2-audio")
-    args = EngineArgs(model=model, language_model_only=True, **(ARGUMENTS | given))
+    args = selected(models("qwen2-audio"), language_model_only=True)
     assert args.create_engine_config().scheduler_config.scheduler_cls is not None
 
 
@@ -102,27 +73,13 @@ def test_multimodal(models: Models) -> None:
 )
 def test_sleep_mode(models: Models) -> None:
     """Stock vLLM refuses it on CPUs, and is left to."""
-    for selected in ({}, {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}):
-        args = EngineArgs(model=models("llama"), enable_sleep_mode=True, **(ARGUMENTS | selected))
+    for make in (engine_args, selected):
+        args = make(models("llama"), enable_sleep_mode=True)
         with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
             args.create_engine_config()
 
 
-NIXL = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
-EXAMPLE = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
-
-
-def extra(name: str, value: Any) -> dict[str, Any]:
-    return {"kv_connector_extra_config": {name: value}}
-
-
-def multi(*members: dict[str, Any]) -> dict[str, Any]:
-    return {"kv_connector": "MultiConnector", "kv_role": "kv_both"} | extra(
-        "connectors", [*members]
-    )
-
-
-SETTINGS: list[tuple[dict[str, Any], str, str]] = [
+SETTINGS: list[Setting] = [
     ({"enable_prompt_embeds": True}, "prompt embeddings", "remove --enable-prompt-embeds"),
     (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -141,73 +98,10 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
         "remove --enable-dbo and --ubatch-size",
     ),
     (
-        {"kv_transfer_config": EXAMPLE},
-        "the KV connector ExampleConnector, which moves blocks by token position",
-        "remove --kv-transfer-config",
-    ),
-    (
-        {"kv_transfer_config": NIXL | extra("bidirectional_kv_xfer", True)},
-        "KV transfers back to the prefill instance",
-        "remove bidirectional_kv_xfer",
-    ),
-    (
-        {"kv_transfer_config": NIXL | extra("enforce_handshake_compat", False)},
-        "a handshake without its check",
-        "remove enforce_handshake_compat",
-    ),
-    (
-        {"kv_transfer_config": multi()},
-        "a MultiConnector without members",
-        "remove --kv-transfer-config",
-    ),
-    (
-        {"kv_transfer_config": multi(NIXL, EXAMPLE)},
-        "the KV connector ExampleConnector within MultiConnector, which moves blocks by token",
-        "have a NixlConnector there alone",
-    ),
-    (
-        {"kv_transfer_config": multi(NIXL, NIXL)},
-        "several NixlConnectors within MultiConnector, which gives them one side channel",
-        "keep one of them",
-    ),
-    (
-        {"kv_transfer_config": multi(multi(NIXL))},
-        "a MultiConnector within MultiConnector, where vLLM looks for no NixlConnector",
-        "list its members in the outer one",
-    ),
-    *[
-        ({"kv_transfer_config": given}, f"MultiConnector with {lost}", remedy)
-        for given, lost, remedy in (
-            (
-                multi(NIXL | {"kv_load_failure_policy": "recompute"}),
-                "kv_load_failure_policy of a member",
-                "have kv_load_failure_policy and one kv_role in the outer configuration",
-            ),
-            (multi(NIXL | {"engine_id": "one"}), "engine_id of a member", "no engine_id"),
-            (
-                multi(NIXL | {"kv_role": "kv_consumer"}),
-                "a member's kv_role other than the outer one",
-                "one kv_role in the outer configuration",
-            ),
-            (
-                multi(NIXL) | {"kv_connector_extra_config": {"connectors": [NIXL], "backends": []}},
-                "backends of the outer kv_connector_extra_config",
-                "options of NIXL in the member's kv_connector_extra_config",
-            ),
-        )
-    ],
-    (
-        {"kv_transfer_config": multi(NIXL | extra("bidirectional_kv_xfer", True))},
-        "KV transfers back to the prefill instance",
-        "remove bidirectional_kv_xfer",
-    ),
-    (
-        {"kv_transfer_config": NIXL, "pipeline_parallel_size": 2},
-        "a KV connector with pipeline parallelism, whose stages vLLM's NixlConnector serves",
-        "use --tensor-parallel-size",
-    ),
-    (
-        {"kv_transfer_config": NIXL, "kv_offloading_size": 1.0},
+        {
+            "kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"},
+            "kv_offloading_size": 1.0,
+        },
         "KV offloading beside a KV connector",
         "remove --kv-offloading-size",
     ),
@@ -262,20 +156,7 @@ SETTINGS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-def options(arguments: dict[str, Any]) -> str:
-    """As on the command line."""
-    texts = []
-    for name, value in arguments.items():
-        text = "" if value is True else value if isinstance(value, str) else json.dumps(value)
-        texts.append(f"`--{name.replace('_', '-')} {text}".rstrip() + "`")
-    return " ".join(texts)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "what", "remedy"),
-    [pytest.param(*row, marks=refused(options(row[0]), *row[1:])) for row in SETTINGS],
-    ids=[str(row[0]) for row in SETTINGS],
-)
+@pytest.mark.parametrize(("arguments", "what", "remedy"), refused_settings(SETTINGS))
 def test_settings(models: Models, arguments: dict[str, Any], what: str, remedy: str) -> None:
     if arguments == {"kv_cache_dtype": "bfloat16"} and hasattr(
         vllm.config.cache, "KV_CACHE_DTYPES"
@@ -401,13 +282,7 @@ def test_renumbered_positions_on_gpus(
     fields: dict[str, Any],
 ) -> None:
     """Served under Model Runner V2, with neither drafts nor rounded keys."""
-    args = EngineArgs(
-        models("llama"),
-        attention_backend="sepllm",
-        additional_config=ADDITIONAL_CONFIG,
-        **ARGUMENTS,
-    )
-    config = args.create_engine_config()
+    config = selected(models("llama")).create_engine_config()
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda _self: False)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", property(lambda _self: True))
     check_renumbered(config, None)
@@ -469,13 +344,8 @@ def test_a_protected_prefix_that_no_token_ends(
         text = refusal(models("llama"), additional_config=policy(protect=given))
         check_sentence(text, "protect must be the text of one token", f"got {given!r}")
         assert "; its chat template has '<|end|>', '<|turn|>'" in text
-    args = EngineArgs(
-        models("llama"),
-        attention_backend="sepllm",
-        additional_config=policy(protect="<|end|>", max_protected=5000),
-        **ARGUMENTS,
-    )
-    config = read_config(args.create_engine_config())
+    chosen = policy(protect="<|end|>", max_protected=5000)
+    config = read_config(selected(models("llama"), additional_config=chosen).create_engine_config())
     assert config.initial == Initial(4, tokenizer.convert_tokens_to_ids("<|end|>"), 512)
 
 

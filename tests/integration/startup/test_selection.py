@@ -14,13 +14,11 @@ import cloudpickle
 import pytest
 
 from tests.support.tiny_configs import llama_config
-from tests.support.tiny_models import ADDITIONAL_CONFIG, ARGUMENTS, SEPARATORS, write
+from tests.support.tiny_models import ADDITIONAL_CONFIG, SEPARATORS, engine_args, selected, write
 
 pytest.importorskip("vllm")
 
-from vllm.config import KVTransferConfig, VllmConfig, set_current_vllm_config
-from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms.cpu import CpuPlatform
@@ -43,15 +41,6 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write("llama", tmp_path_factory.mktemp("llama")))
-
-
-def engine_args(model: str, **arguments: Any) -> EngineArgs:
-    return EngineArgs(model=model, **(ARGUMENTS | arguments))
-
-
-def selected(model: str, **arguments: Any) -> EngineArgs:
-    given = {"attention_backend": "sepllm", "additional_config": ADDITIONAL_CONFIG}
-    return engine_args(model, **(given | arguments))
 
 
 def from_command_line(model: str, *options: str) -> AsyncEngineArgs:
@@ -270,33 +259,6 @@ def test_hybrid_kv_cache_manager_stays_on(llama: str) -> None:
     config = args.create_engine_config()
     assert config.scheduler_config.disable_hybrid_kv_cache_manager is False
     assert args.disable_hybrid_kv_cache_manager is True
-
-
-def test_the_connector_becomes_ours_and_the_users_object_stays(llama: str) -> None:
-    given = KVTransferConfig(kv_connector="NixlConnector", kv_role="kv_both")
-    config = selected(llama, kv_transfer_config=given).create_engine_config()
-    assert config.kv_transfer_config is not None
-    made = KVConnectorFactory.get_connector_class(config.kv_transfer_config)
-    assert made.__module__.startswith("vllm_sepllm")
-    assert config.kv_transfer_config.has_connector("NixlConnector"), "where vLLM looks for the name"
-    assert config.kv_transfer_config.engine_id == given.engine_id
-    assert given.kv_connector_module_path is None
-
-
-def test_the_connector_within_multi_connector_becomes_ours_and_the_users_object_stays(
-    llama: str,
-) -> None:
-    member = {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
-    given = KVTransferConfig(
-        kv_connector="MultiConnector",
-        kv_role="kv_both",
-        kv_connector_extra_config={"connectors": [member]},
-    )
-    config = selected(llama, kv_transfer_config=given).create_engine_config()
-    ((made, _),) = MultiConnector._get_connector_classes_and_configs(config)
-    assert made.__module__.startswith("vllm_sepllm")
-    assert given.kv_connector_extra_config == {"connectors": [member]}
-    assert member == {"kv_connector": "NixlConnector", "kv_role": "kv_both"}
 
 
 def test_registering_again_changes_nothing() -> None:
