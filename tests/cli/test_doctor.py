@@ -15,8 +15,10 @@ pytest.importorskip("vllm")
 from vllm.distributed import nixl_utils
 
 from vllm_sepllm.cli import doctor
+from vllm_sepllm.cli.tokens import load_tokenizer
 from vllm_sepllm.integration.contracts import check
 from vllm_sepllm.integration.contracts.contract import Contract
+from vllm_sepllm.policy.separators.rules import token_separators
 
 TRANSFER = '{"kv_transfer_config": {"kv_connector": "NixlConnector", "kv_role": "kv_both"}}'
 FAKE_NIXL = Path(__file__).parents[1] / "support" / "fake_nixl"
@@ -42,6 +44,10 @@ def test_a_model_that_passes(run: Run, tiny_model: Path) -> None:
     found = findings(run, tiny_model, "--config", '{"window": 60}')
     assert found[str(tiny_model)]["detail"].startswith("not refused; ")
     assert "window 60, max_separators 1024, full_layers []" in found["settings"]["detail"]
+    num_ids = len(token_separators("sentences", load_tokenizer(str(tiny_model))).token_ids)
+    assert f"num_separator_ids {num_ids}, " in found["settings"]["detail"]
+    given = findings(run, tiny_model, "--config", '{"separators": [5, 6]}')
+    assert "num_separator_ids 2, " in given["settings"]["detail"]
 
 
 def test_a_protected_prefix(run: Run, tiny_model: Path) -> None:

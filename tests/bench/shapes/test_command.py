@@ -173,7 +173,8 @@ def test_the_real_command_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     from vllm_sepllm.processes import run_limited
 
-    arguments = ["--out", str(tmp_path), "--shape", "tiny", "--length", "512", "--rounds", "1"]
+    # longer than the window
+    arguments = ["--out", str(tmp_path), "--shape", "tiny", "--length", "1024", "--rounds", "1"]
     words = [sys.executable, "-m", "vllm_sepllm.bench", "shapes", *arguments]
     log = tmp_path / "log"
     ended = run_limited(words, log, 600.0)

@@ -284,7 +284,7 @@ def test_line_breaks_are_counted_at_the_end() -> None:
 
 
 WORDS = {0: "a", 1: ".", 2: "\n", 3: ",", 4: ".\n", 5: "\n\n", 6: " {\n", 7: '"\n', 8: " "}
-WORDS |= {9: "\n  ", 10: '"', 11: " the\n\n"}
+WORDS |= {9: "\n  ", 10: '"', 11: " the\n\n", 13: "\r", 14: ".\r"}
 words = FakeTokenizer(byte_level(WORDS), {"<|im_end|>": 12}, [12])
 
 
@@ -318,6 +318,16 @@ def test_sentences_are_their_ends_and_those_of_paragraphs() -> None:
     assert kept("sentences", "a", ".\n", "\n", "a", '"\n', "a") == 'a./|/|a"/a'
     assert kept("sentences", "<|im_end|>", "\n", "a") == "<|im_end|>|/a"
     assert kept("sentences", "\n", "a") == "/a"
+
+
+def test_cr_lf_in_two_tokens_is_one_line_break() -> None:
+    """As Llama-2's tokenizer cuts it."""
+    assert kept("sentences", "a", "\r", "\n", "a", ".", "\r", "\n", "a") == "a\r/a.|\r/a"
+    assert kept("sentences", "a", "\r", "\n", "\r", "\n", "a") == "a\r/\r|/a"
+    assert kept("sentences", "a", ".\r", "\n", "a") == "a.\r|/a"
+    assert kept("unwrapped", "a", "\r", "\n", "a", ".", "\r", "\n", "a") == "a\r/a.|\r|/a"
+    assert kept("unwrapped", "a", "\r", "\n", "\r", "\n", "a") == "a\r/\r|/a"
+    assert kept("unwrapped", "a", ".\r", "\n", "a") == "a.\r|/a"
 
 
 def test_separators_of_two_tokens_are_checked_like_ids() -> None:

@@ -96,10 +96,11 @@ def _settings(vllm_config: VllmConfig, given: Mapping[str, Any]) -> dict[str, An
     # what start-up alone needed: decode_backend, and a preset that stands for other settings
     others = {name: value for name, value in given.items() if name not in resolved}
     config = resolved | {name: value for name, value in others.items() if value is not None}
-    num_separators = len(config.pop("separators", ()))
+    separators = config.pop("separators", [])
+    separator_ids = separators["token_ids"] if isinstance(separators, Mapping) else separators
     return {
         **config,
-        "num_separator_ids": num_separators,
+        "num_separator_ids": len(separator_ids),
         "max_model_len": vllm_config.model_config.max_model_len,
         "dtype": str(vllm_config.model_config.dtype).removeprefix("torch."),
         "block_size": vllm_config.cache_config.block_size,

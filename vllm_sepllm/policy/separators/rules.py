@@ -140,15 +140,13 @@ def _by_rule(rule: str, vocabulary: Vocabulary) -> TokenSeparators:
         found = TokenSeparators(
             where(_closes_unwrapped) + boundaries,
             where(lambda text: num_line_breaks(text) == 1 and is_closing(text)),
-            # a blank is a separator in the extended rule, but ends nothing
-            where(lambda text: closes_segment(text) and (not is_blank(text) or _breaks(text)))
-            + boundaries,
+            where(_ends_line_or_segment) + boundaries,
         )
     else:
         found = TokenSeparators(
             where(ends_sentence) + boundaries,
             where(lambda text: num_line_breaks(text) == 1 and is_blank(text)),
-            where(_breaks),
+            where(_ends_line),
         )
     if not found.token_ids:
         raise ValueError(
@@ -165,8 +163,19 @@ def _closes_unwrapped(surface: str) -> bool:
     return closes_segment(surface)
 
 
-def _breaks(surface: str) -> bool:
-    return num_line_breaks(surface) > 0
+def _ends_line(surface: str) -> bool:
+    """Whether the text ends with a line break; a CR at its end may be the first half of CR LF."""
+    return num_line_breaks(surface) > 0 and not surface.endswith("\r")
+
+
+def _ends_line_or_segment(surface: str) -> bool:
+    """Whether a line break behind the text ends something.
+
+    A blank is a separator in the extended rule, but ends nothing.
+    """
+    if num_line_breaks(surface):
+        return _ends_line(surface)
+    return closes_segment(surface) and not is_blank(surface)
 
 
 def _string_ids(strings: Sequence[str], vocabulary: Vocabulary) -> list[int]:
