@@ -20,7 +20,13 @@ from vllm_sepllm.sample import FOLDER
 pytestmark = pytest.mark.slow
 
 POLICY = Policy(4, 124, 512)
-CONFIG = {"sepllm": {"window": POLICY.window, "max_separators": POLICY.max_separators}}
+CONFIG = {
+    "sepllm": {
+        "window": POLICY.window,
+        "separators": "extended",
+        "max_separators": POLICY.max_separators,
+    }
+}
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,9 @@ def run_example(*command: str, **variables: str) -> str:
 def base_url(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server that examples/serve.sh started, stopped after this module."""
     command = [str(EXAMPLES / "serve.sh"), str(smollm2_path), "--enforce-eager"]
-    command += ["--additional-config", '{"sepllm": {"protect": "<|im_end|>"}}']
+    # the agent's chat outgrows that window, not the one of the defaults
+    policy = {"protect": "<|im_end|>", "window": 252, "separators": "extended"}
+    command += ["--additional-config", json.dumps({"sepllm": policy})]
     # a small model would fill a tool's call with blanks
     blanks = '{"backend": "xgrammar", "disable_any_whitespace": true}'
     command += ["--structured-outputs-config", blanks]
