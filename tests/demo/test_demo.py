@@ -8,14 +8,14 @@ import pytest
 from vllm_sepllm.demo.offline import BLOCK_SIZE, Result, precision
 from vllm_sepllm.processes import run_in_process
 
-# three documents of about 1,000 tokens instead of six of 6,700, and shorter answers, of which
+# three documents of about 2,000 tokens instead of six of 6,700, and shorter answers, of which
 # nobody asks that they be right
 SHORTER = """
 from vllm_sepllm import sample
 from vllm_sepllm.demo import offline
 
 titles = ["glow-worm", "redwoods", "revere"]
-offline.documents = lambda: {title: sample.documents()[title][:4000] for title in titles}
+offline.documents = lambda: {title: sample.documents()[title][:8000] for title in titles}
 offline.MAX_ANSWER_TOKENS = 16
 offline.MAX_MODEL_LEN = 4096  # the KV cache holds no longer request of this model
 offline.main()
