@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from statistics import median
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_sepllm import register
+from vllm_sepllm.bench.roofline import POLICY
 from vllm_sepllm.policy.kept import kept_lengths
 from vllm_sepllm.policy.visibility import Policy
 
@@ -69,7 +71,7 @@ def measure(
 def main(
     length: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
     density: Annotated[float, typer.Option(help="Share of separators.")] = 0.045,
-    window: Annotated[int, typer.Option(help="Most recent tokens.")] = 508,
+    window: Annotated[int, typer.Option(help="Most recent tokens.")] = POLICY.window,
     num_heads: Annotated[int, typer.Option(help="Query heads; default: SmolLM2-135M's.")] = 9,
     num_kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 3,
     head_size: Annotated[int, typer.Option(help="Elements a head.")] = 64,
@@ -78,7 +80,7 @@ def main(
 ) -> None:
     """Time one layer and print a table."""
     heads = (num_heads, num_kv_heads, head_size)
-    policy = Policy(initial_tokens=4, window=window)
+    policy = replace(POLICY, window=window)
     rows = [measure(heads, n, policy, density, rounds) for n in length or (1024, 8192, 32768)]
     if as_json:
         for row in rows:

@@ -63,6 +63,8 @@ class Transformer:
         return 4 * self.num_layers * self.num_heads * self.head_size
 
 
+# sepllm's defaults, and the ends of sentences among the tokens of English text
+POLICY, DENSITY = Policy(initial_tokens=4, window=508), 0.05
 LLAMA_3_8B = Transformer("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256)
 MODELS = (
     LLAMA_3_8B,
@@ -236,10 +238,12 @@ def main() -> None:
     parser.add_argument("--gpu", choices=list(GPUS), default="h100")
     parser.add_argument("--num-gpus", type=int, default=1, help="work split evenly, no traffic")
     parser.add_argument("--batch", type=int, action="append", help=f"default: {BATCHES}")
-    parser.add_argument("--initial-tokens", type=int, default=4)
-    parser.add_argument("--window", type=int, default=508)
+    parser.add_argument("--initial-tokens", type=int, default=POLICY.initial_tokens)
+    parser.add_argument("--window", type=int, default=POLICY.window)
     parser.add_argument("--max-separators", type=int, default=None)
-    parser.add_argument("--density", type=float, default=0.05, help="separators among far tokens")
+    parser.add_argument(
+        "--density", type=float, default=DENSITY, help="separators among far tokens"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON line a row")
     args = parser.parse_args()
     policy = Policy(args.initial_tokens, args.window, args.max_separators)

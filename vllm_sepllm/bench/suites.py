@@ -104,7 +104,7 @@ def _others(sides: Sides, prompts: list[list[int]]) -> dict[str, list[list[int]]
     if "stock" not in sides:
         return {}
     found = {f"stock at {GATE_TOKENS} tokens": [p[:GATE_TOKENS] for p in prompts]}
-    compact = next((side for name, side in sides.items() if name != "stock"), None)
+    compact = sides.get("sepllm", sides.get("extended"))
     if compact is not None:
         found["stock at the compact length"] = [
             p[: compact.do("compact_length", prompt=p)] for p in prompts

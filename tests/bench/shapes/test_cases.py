@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_sepllm.bench.gpus import DEVICES, GPUS
-from vllm_sepllm.bench.roofline import decode_cost, prefill_cost
+from vllm_sepllm.bench.roofline import DENSITY, POLICY, decode_cost, prefill_cost
 from vllm_sepllm.bench.shapes.cases import (
     MAX_TOKENS,
     PESSIMISM,
@@ -21,7 +21,7 @@ from vllm_sepllm.bench.shapes.cases import (
     steps_of,
 )
 from vllm_sepllm.bench.shapes.measure import work_of
-from vllm_sepllm.bench.shapes.shape import DENSITY, POLICY, SEPARATORS, SHAPES, text
+from vllm_sepllm.bench.shapes.shape import SEPARATORS, SHAPES, text
 
 H100 = GPUS["h100"]
 LLAMA = SHAPES["llama-3-8b"].sizes

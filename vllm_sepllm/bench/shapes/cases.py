@@ -6,8 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from vllm_sepllm.bench.gpus import Gpu
-from vllm_sepllm.bench.roofline import Transformer, decode_cost, num_keys, prefill_cost
-from vllm_sepllm.bench.shapes.shape import DENSITY, KV_SLACK, POLICY
+from vllm_sepllm.bench.roofline import (
+    DENSITY,
+    POLICY,
+    Transformer,
+    decode_cost,
+    num_keys,
+    prefill_cost,
+)
+from vllm_sepllm.bench.shapes.shape import KV_SLACK
 from vllm_sepllm.bench.suites import GATE_TOKENS
 
 MAX_TOKENS = 64  # of an answer

@@ -7,12 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vllm_sepllm.bench.roofline import BYTES, LLAMA_3_8B, Transformer
-from vllm_sepllm.policy.visibility import Policy
+from vllm_sepllm.bench.roofline import BYTES, DENSITY, LLAMA_3_8B, Transformer
 
 SEPARATORS = (17, 19, 23)
-DENSITY = 0.05  # ends of sentences among the tokens of English text
-POLICY = Policy(initial_tokens=4, window=508)  # sepllm's defaults, for the cost model
 KV_SLACK = 2048  # tokens of KV beyond the longest prompt: answers, and blocks that are not full
 SIDE_BYTES = 3e9  # activations, graphs and CUDA's own, of an engine on a GPU
 USABLE = 0.95  # of a GPU's memory
