@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.engine import Engine, engine
+from tests.support.engine import Engine, engine, sepllm
 from tests.support.oracle import TOLERANCE, differences, rule_of, scores
 
 pytestmark = pytest.mark.slow
@@ -17,8 +17,7 @@ def made(smollm2_path: Path) -> Iterator[Engine]:
     """All layers: the text of the answers matters here."""
     with engine(
         smollm2_path,
-        attention_backend="sepllm",
-        additional_config={"sepllm": {"window": 60, "separators": "extended"}},
+        **sepllm(window=60, separators="extended"),
         max_num_batched_tokens=256,
         # a small model would rather go on with blanks than end its JSON
         structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},

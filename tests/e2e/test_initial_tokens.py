@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.engine import Watch, assert_same, engine
+from tests.support.engine import Watch, assert_same, engine, sepllm
 from tests.support.measured import Number
 from tests.support.oracle import TOLERANCE, differences, rule_of
 
@@ -40,15 +40,7 @@ def test_each_request_has_the_initial_tokens_that_it_asked_for(
     watch, rounds, again = Watch(), [], []
     with engine(
         four_layers_path,
-        attention_backend="sepllm",
-        additional_config={
-            "sepllm": {
-                "window": 252,
-                "separators": "extended",
-                "protect": "<|im_end|>",
-                "max_protected": 1500,
-            }
-        },
+        **sepllm(window=252, separators="extended", protect="<|im_end|>", max_protected=1500),
         max_model_len=2048,
         max_num_batched_tokens=2048,
         num_gpu_blocks_override=150,

@@ -93,8 +93,7 @@ def test_one_pool_decodes_five_times_as_many_requests(
 
 def test_a_request_that_the_pool_cannot_hold_is_refused_at_start_up(tiny_path: Path) -> None:
     """Proves that no request can be admitted that would preempt itself for ever."""
-    bounded = {"sepllm": {"window": 252, "separators": "extended", "max_separators": 256}}
-    arguments = {**DUMMY, "attention_backend": "sepllm", "additional_config": bounded}
+    arguments = DUMMY | sepllm(window=252, separators="extended", max_separators=256)
     # 4 + 252 + 256 entries are 16 blocks; one more is vLLM's null block
     with (
         pytest.raises(ValueError, match="To serve at least one request"),

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 
-from tests.support.engine import Engine, Watch, engine
+from tests.support.engine import Engine, Watch, engine, sepllm
 from tests.support.oracle import TOLERANCE, differences, rule_of
 from vllm_sepllm.integration.frontend.request_choices import RequestCheck
 
@@ -29,8 +29,7 @@ def made(four_layers_path: Path) -> Iterator[Engine]:
     """Short chunks, prefix caching, and a pool that has too little room for all of a batch."""
     with engine(
         four_layers_path,
-        attention_backend="sepllm",
-        additional_config={"sepllm": {"window": WINDOW, "separators": "extended"}},
+        **sepllm(window=WINDOW, separators="extended"),
         max_model_len=2048,
         max_num_batched_tokens=128,
         num_gpu_blocks_override=POOL,
