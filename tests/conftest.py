@@ -17,6 +17,7 @@ pytest_plugins = [
     "tests.support.measured",
     "tests.support.order",
     "tests.support.tiers",
+    "tests.support.vllm_log",
 ]
 
 # what tests import lives as long as they do: less of the time goes into looking for garbage there

@@ -199,10 +199,8 @@ def test_the_log_says_what_vllms_concurrency_counts_on(
     llama: str,
     preset: str | None,
     has_separators: bool,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     given = ADDITIONAL_CONFIG if preset is None else {"sepllm": {"preset": preset}}
     with caplog.at_level(logging.INFO, "vllm"):
         selected(llama, additional_config=given).create_engine_config()
@@ -217,9 +215,7 @@ def test_positions_beyond_the_trained_length_are_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     selected(llama, max_model_len=max_model_len).create_engine_config()
-    # a record may come by two loggers
     warnings = {message for message in caplog.messages if "not positions" in message}
     assert len(warnings) == (max_model_len > 4096)
     expected = "beyond the max_position_embeddings=4096 of the model's config.json"
@@ -231,7 +227,6 @@ def test_renumbered_positions_lift_the_bound_of_the_trained_length(
 ) -> None:
     """Proves it without vLLM's override variable, for the one engine that asks for it."""
     monkeypatch.delenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", raising=False)
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     given = {"sepllm": ADDITIONAL_CONFIG["sepllm"] | {"positions": "renumbered"}}
     config = selected(llama, max_model_len=4_000_000, additional_config=given)
     made = config.create_engine_config()

@@ -42,11 +42,8 @@ def worker(mode: CUDAGraphMode, speculative_config: Any) -> Any:
     return made
 
 
-def test_drafts_and_full_graphs_exclude_each_other(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drafts_and_full_graphs_exclude_each_other(caplog: pytest.LogCaptureFixture) -> None:
     """A request with staged drafts and one token looks like a decode, and is a chunk of ours."""
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     drafts = SimpleNamespace()
     with caplog.at_level(logging.INFO, "vllm.plugins.sepllm"):
         worker(CUDAGraphMode.FULL_AND_PIECEWISE, None)._check_graphs()
