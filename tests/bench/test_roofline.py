@@ -10,6 +10,7 @@ import pytest
 
 from vllm_sepllm.bench import roofline
 from vllm_sepllm.bench.gpus import GPUS
+from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,12 @@ def test_sizes_of_the_models() -> None:
     totals = [m.layer_weights + 2 * m.head_weights for m in roofline.MODELS]
     assert totals == pytest.approx([8.03e9, 32.76e9], rel=1e-3)
     assert (LLAMA.kv_bytes, QWEN.kv_bytes) == (128 << 10, 256 << 10)
+
+
+def test_the_policy_is_the_default_one() -> None:
+    """Which the cost model spells out: it has no dependency on the configuration."""
+    config = SepLLMConfig()
+    assert Policy(config.initial_tokens, config.window) == roofline.POLICY
 
 
 def test_keys_by_hand() -> None:

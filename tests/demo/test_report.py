@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from rich.console import Console
 
+from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.demo.offline import Result
 from vllm_sepllm.demo.report import comparison
 
@@ -47,5 +48,8 @@ def test_table_shows_both_sides_and_their_ratio() -> None:
     assert "answer tokens/s 3.0 6.0 2.00" in lines
     assert "answers in the text's own words 1 0 0.00" in lines
     words = " ".join(lines)
+    assert (
+        f"told more than {SepLLMConfig().window} tokens ago" in words
+    )  # the demo serves the default
     assert re.search(r"horse-box 20 a stock (.* )?another", words)
     assert words.index("horse-box 20") < words.index("6,000")
