@@ -1,7 +1,9 @@
 """Blocks on their way to host memory and back, bit for bit."""
 
+import pytest
 import torch
 
+from vllm_sepllm.integration.worker import host_blocks
 from vllm_sepllm.integration.worker.host_blocks import HostBlocks
 from vllm_sepllm.policy.step.plan import HostTransfers
 
@@ -24,3 +26,17 @@ def test_blocks_come_back_as_they_were() -> None:
     assert torch.equal(caches[1][0], before[1][1])
     assert torch.equal(caches[1][5], torch.full((8,), 7, dtype=torch.bfloat16))
     assert not caches[0][2:6].any()
+
+
+def test_host_memory_of_a_device_is_pinned_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own pinned memory is of powers of two: of 3 GiB a layer it would lock 4."""
+    pinned: list[torch.Tensor] = []
+    monkeypatch.setattr(host_blocks, "pin_tensor", pinned.append)
+    cache = torch.randn(12, 2, 4)
+    HostBlocks([cache], num_blocks=6, num_slots=3)
+    assert not pinned
+    # a device whose memory is none: 3 slots of 2 kernel blocks of 2 * 4 float32
+    HostBlocks([cache.to("meta")], num_blocks=6, num_slots=3)
+    (memory,) = pinned
+    assert memory.device.type == "cpu"
+    assert memory.untyped_storage().nbytes() == memory.nbytes == 3 * 2 * 2 * 4 * 4

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.simple_kv_offload.cuda_mem_ops import pin_tensor
 
 from vllm_sepllm.integration.wire.host_memory import num_host_slots
 from vllm_sepllm.policy.step.plan import HostTransfers
@@ -42,12 +43,7 @@ class HostBlocks:
             torch.unflatten(cache, 0, (num_blocks, cache.shape[0] // num_blocks))
             for cache in layers.values()
         ]
-        self._host = [
-            torch.empty(
-                (num_slots, *blocks.shape[1:]), dtype=blocks.dtype, pin_memory=blocks.is_cuda
-            )
-            for blocks in self._blocks
-        ]
+        self._host = [_host_memory(num_slots, blocks) for blocks in self._blocks]
 
     def move(self, transfers: HostTransfers) -> None:
         """Do what a step asks for, before it."""
@@ -56,3 +52,14 @@ class HostBlocks:
                 host[slot].copy_(layer[block], non_blocking=True)
             for block, slot in transfers.loads.items():
                 layer[block].copy_(host[slot], non_blocking=True)
+
+
+def _host_memory(num_slots: int, blocks: torch.Tensor) -> torch.Tensor:
+    """[num_slots, ...] for blocks of a layer, in as many bytes as that takes.
+
+    ``torch.empty(pin_memory=True)`` would take the next power of two, up to twice as many.
+    """
+    memory = torch.empty((num_slots, *blocks.shape[1:]), dtype=blocks.dtype)
+    if blocks.device != memory.device:
+        pin_tensor(memory)
+    return memory
