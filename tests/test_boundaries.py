@@ -24,7 +24,7 @@ ALLOWED = {
     f"{US}/sample": set(),
     f"{US}/processes.py": set(),
     f"{US}/models.py": {"transformers", "tokenizers", "torch"},
-    f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", "httpx", *PUBLIC_VLLM}
+    f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", "httpx", "psutil", *PUBLIC_VLLM}
     | {f"{US}.{part}" for part in ("processes", "ops", "policy", "kernels")}
     | {f"{US}.register", f"{US}.integration.rigs", f"{US}.integration.wire.config"}
     | {"matplotlib", "transformers"},

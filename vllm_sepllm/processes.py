@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import ProxyHandler, build_opener
 
 HOST = "127.0.0.1"
@@ -142,7 +141,7 @@ def _wait_for_health(server: subprocess.Popen[bytes], port: int, log: Path, time
             with opener.open(f"http://{HOST}:{port}/health", timeout=5):
                 print(f"  healthy after {now - start:.0f} s", flush=True)
                 return
-        except (URLError, OSError):
+        except OSError:
             if now >= next_line:
                 next_line += 10
                 print(f"  starting, {now - start:.0f} s", flush=True)

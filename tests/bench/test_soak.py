@@ -1,6 +1,5 @@
 """The soak run tells a right answer from a wrong one, and a level memory from a rising one."""
 
-import os
 import subprocess
 import sys
 
@@ -69,11 +68,11 @@ def test_a_run_is_good_only_without_any_loss() -> None:
 def test_memory_of_grandchildren_counts() -> None:
     held = "x = bytearray(b'1') * (64 << 20); print(1, flush=True); input()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {held!r}])"
-    before = descendants_rss_mib(os.getpid())
+    before = descendants_rss_mib()
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert child.stdout is not None
     child.stdout.readline()
-    assert descendants_rss_mib(os.getpid()) > before + 64
+    assert descendants_rss_mib() > before + 64
     child.communicate(b"\n")

@@ -121,7 +121,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", [exact(case, case.name, case.feature) for case in CASES])
+@pytest.mark.parametrize("case", [*map(exact, CASES)])
 def test_engine_equals_the_dense_mask(
     case: Case,
     smollm2_path: Path,

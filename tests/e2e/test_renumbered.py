@@ -81,7 +81,7 @@ def check(made: Engine, path: Path, prompts: list[list[int]], num_tokens: int = 
     return answers
 
 
-@pytest.mark.parametrize("case", [exact(case, case.name, case.feature) for case in CASES + PRESETS])
+@pytest.mark.parametrize("case", [*map(exact, CASES + PRESETS)])
 def test_engine_equals_keys_rotated_for_each_epoch(
     case: Case, tiny_llama_path: Path, number: Number, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,9 +96,9 @@ class Chromium:
         found: dict[str, Any] = json.loads(message)
         return found
 
-    def resize(self, width: int = 1100, height: int = 780) -> None:
-        """Give the window a size."""
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    def resize(self, width: int = 1100) -> None:
+        """Give the window a width."""
+        size = {"width": width, "height": 780, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.frame()
 

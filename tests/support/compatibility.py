@@ -46,10 +46,10 @@ def refused(feature: str, what: str, remedy: str) -> pytest.MarkDecorator:
     return pytest.mark.compatibility(feature, f"{REFUSED}“{what} … {remedy}”")
 
 
-def exact(case: Any, name: str, feature: str | None) -> Any:
-    """A case as one of a test's parameters; ``feature`` is the row that it proves, if any."""
-    row = pytest.mark.compatibility(feature, "exact")
-    return pytest.param(case, id=name, marks=row if feature else ())
+def exact(case: Any) -> Any:
+    """A case as one of a test's parameters; its ``feature`` is the row that it proves, if any."""
+    row = pytest.mark.compatibility(case.feature, "exact")
+    return pytest.param(case, id=case.name, marks=row if case.feature else ())
 
 
 def render(rows: Iterable[Row]) -> str:

@@ -31,7 +31,7 @@ class Shape:
 class Case:
     """A step on DEVICE; ``keys`` and ``values`` are whole prompts as the queries should see."""
 
-    policy: BatchPolicy | BatchPolicy
+    policy: BatchPolicy
     prompts: list[tuple[list[bool], int]]
     query: torch.Tensor
     key: torch.Tensor
@@ -143,7 +143,7 @@ def _empty_caches(num_blocks: int, shape: Shape) -> list[torch.Tensor]:
 
 
 def _metadata(
-    policy: BatchPolicy | BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
+    policy: BatchPolicy, prompts: list[tuple[list[bool], int]], tile_tokens: int
 ) -> ops.PrefillMetadata:
     own = [policy.of_row(row) for row in range(len(prompts))]
     lowest = [

@@ -182,9 +182,9 @@ def answer(scheduler: Scheduler, output: SchedulerOutput, token: int) -> None:
     scheduler.update_from_output(output, ModelRunnerOutput(names, rows, sampled))
 
 
-def random_tokens(pick: random.Random, number: int, density: float = 0.3) -> list[int]:
-    """Token ids, so many of them separators."""
-    return [SEPARATOR if pick.random() < density else pick.randrange(2, 100) for _ in range(number)]
+def random_tokens(pick: random.Random, number: int) -> list[int]:
+    """Token ids, three in ten of them separators."""
+    return [SEPARATOR if pick.random() < 0.3 else pick.randrange(2, 100) for _ in range(number)]
 
 
 @dataclass

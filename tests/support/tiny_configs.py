@@ -104,11 +104,6 @@ def _gemma2() -> Any:
     )
 
 
-def _mistral() -> Any:
-    """Every layer has a sliding window."""
-    return _config("MistralConfig", "MistralForCausalLM", sliding_window=64)
-
-
 def _bloom() -> Any:
     """ALiBi."""
     config = transformers.BloomConfig(vocab_size=128, hidden_size=64, n_layer=2, n_head=2)
@@ -139,29 +134,10 @@ def _qwen2() -> Any:
     return _config("Qwen2Config", "Qwen2ForCausalLM", **_HEADS_OF_32)
 
 
-def _qwen3() -> Any:
-    """Normalised queries and keys."""
-    return _config("Qwen3Config", "Qwen3ForCausalLM")
-
-
-def _mistral_full() -> Any:
-    """As later Mistral models: no sliding window."""
-    return _config("MistralConfig", "MistralForCausalLM", sliding_window=None)
-
-
 def _phi() -> Any:
     """Half of each head rotates; attention and MLP in parallel."""
     sizes = _HEADS_OF_32 | {"num_key_value_heads": 2}
     return _config("PhiConfig", "PhiForCausalLM", partial_rotary_factor=0.5, **sizes)
-
-
-def _phi3() -> Any:
-    """Query, key and value in one matrix."""
-    return _config("Phi3Config", "Phi3ForCausalLM", pad_token_id=0, **_HEADS_OF_32)
-
-
-def _gemma() -> Any:
-    return _config("GemmaConfig", "GemmaForCausalLM", tie_word_embeddings=True)
 
 
 def _gemma3() -> Any:
@@ -210,11 +186,14 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "llama-mha": lambda: llama_config(num_key_value_heads=4),
     "llama-mqa": lambda: llama_config(num_key_value_heads=1),
     "qwen2": _qwen2,
-    "qwen3": _qwen3,
-    "mistral-full": _mistral_full,
+    # normalised queries and keys
+    "qwen3": lambda: _config("Qwen3Config", "Qwen3ForCausalLM"),
+    # as later Mistral models: no sliding window
+    "mistral-full": lambda: _config("MistralConfig", "MistralForCausalLM", sliding_window=None),
     "phi": _phi,
-    "phi3": _phi3,
-    "gemma": _gemma,
+    # query, key and value in one matrix
+    "phi3": lambda: _config("Phi3Config", "Phi3ForCausalLM", pad_token_id=0, **_HEADS_OF_32),
+    "gemma": lambda: _config("GemmaConfig", "GemmaForCausalLM", tie_word_embeddings=True),
     "gemma3": _gemma3,
     "gpt-neox": _gpt_neox,
     "gpt-oss": _gpt_oss,
@@ -223,7 +202,8 @@ TINY_MODELS: dict[str, Callable[[], Any]] = {
     "mamba": _mamba,
     "qwen2-audio": _qwen2_audio,
     "gemma2": _gemma2,
-    "mistral": _mistral,
+    # every layer has a sliding window
+    "mistral": lambda: _config("MistralConfig", "MistralForCausalLM", sliding_window=64),
     "bloom": _bloom,
     "gemma3n": _gemma3n,
     "reference-window": lambda: llama_config(rswa_window=64),

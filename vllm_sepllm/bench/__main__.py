@@ -83,6 +83,23 @@ def kv_bytes(model: str, num_tokens: int, num_layers: int | None, dtype: str) ->
     return int(num_tokens * KV_TOKENS_MARGIN) * elements * size
 
 
+def engine_arguments(
+    model: str, dtype: str, longest: int, kv_tokens: int, layers: int | None
+) -> dict[str, Any]:
+    """Of all engines, for requests of ``longest`` tokens; ``layers`` of random weights, or all."""
+    overrides: dict[str, Any] = {"max_position_embeddings": longest}
+    given: dict[str, Any] = {
+        "dtype": dtype,
+        "max_model_len": longest,
+        "hf_overrides": overrides,
+        "kv_cache_memory_bytes": kv_bytes(model, kv_tokens, layers, dtype),
+    }
+    if layers is not None:  # a checkpoint with more layers than the model does not load
+        overrides["num_hidden_layers"] = layers
+        given["load_format"] = "dummy"
+    return given
+
+
 @contextmanager
 def reported(results: Results, out: Path | None) -> Iterator[None]:
     """Print and write the results on leaving, also of an interrupted run."""
@@ -125,20 +142,10 @@ def run(
     check_text(work, text)
     longest = work.longest() + 64
     budget = work.kv_tokens or 2 * longest * max(work.batches)
-    overrides: dict[str, Any] = {"max_position_embeddings": max(longest, 2048)}
-    if layers is not None:
-        overrides["num_hidden_layers"] = layers
-    common: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": max(longest, 2048),
-        "hf_overrides": overrides,
-        "kv_cache_memory_bytes": kv_bytes(model, max(budget, 2048), layers, dtype),
-        "enable_prefix_caching": chosen.caching,
-    }
+    common = engine_arguments(model, dtype, max(longest, 2048), max(budget, 2048), layers)
+    common["enable_prefix_caching"] = chosen.caching
     if block_size is not None:
         common["block_size"] = block_size
-    if layers is not None:  # a checkpoint with more layers than the model does not load
-        common["load_format"] = "dummy"
     results = Results(suite, {"model": Path(model).name, "layers": layers, **common})
     with (
         tempfile.TemporaryDirectory() as logs,
@@ -193,19 +200,9 @@ def disaggregation(
     work = Work(text_ids(model, text), length or [2048, 8192], [1], 1, rounds)
     check_text(work, text)
     longest = work.longest() + 64
-    overrides: dict[str, Any] = {"max_position_embeddings": longest}
-    if layers is not None:
-        overrides["num_hidden_layers"] = layers
-    common: dict[str, Any] = {
-        "dtype": dtype,
-        "max_model_len": longest,
-        "hf_overrides": overrides,
-        # prompts wait on the prefill instance until its next step
-        "kv_cache_memory_bytes": kv_bytes(model, 3 * longest, layers, dtype),
-        "enable_prefix_caching": False,
-    }
-    if layers is not None:  # a checkpoint with more layers than the model does not load
-        common["load_format"] = "dummy"
+    # prompts wait on the prefill instance until its next step
+    common = engine_arguments(model, dtype, longest, 3 * longest, layers)
+    common["enable_prefix_caching"] = False
     results = Results("disaggregation", {"model": Path(model).name, "layers": layers, **common})
     with (
         tempfile.TemporaryDirectory() as logs,

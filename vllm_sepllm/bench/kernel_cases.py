@@ -91,9 +91,7 @@ def paged(heads: Heads, num_rows: int, num_tokens: int, dtype: torch.dtype) -> o
     shape = (2, num_rows * max_blocks, BLOCK_SIZE, heads.num_kv_heads, heads.size)
     key, value = randn(shape, dtype).transpose(2, 3)
     table = torch.randperm(num_rows * max_blocks, device=DEVICE).view(num_rows, max_blocks)
-    is_fp8 = dtype.itemsize == 1
-    scales = (torch.ones((), device=DEVICE),) * 2 if is_fp8 else None
-    return ops.PagedCache(key, value, table.to(torch.int32), scales)
+    return ops.PagedCache(key, value, table.to(torch.int32))
 
 
 def chunk(
@@ -103,7 +101,6 @@ def chunk(
     *,
     policy: Policy = POLICY,
     dtype: torch.dtype = torch.bfloat16,
-    cache_dtype: torch.dtype | None = None,
     tile_tokens: int | None = None,
 ) -> Chunk:
     """Positions [start, end) of a prompt with :data:`DENSITY` separators; the same every time."""
@@ -128,7 +125,7 @@ def chunk(
     own = BatchPolicy.of([policy], policy)
     tables = plan_tiles(requests, own, tile_tokens)
     sizes: list[Any] = [(end - start, n, heads.size) for n in (heads.num_heads, heads.num_kv_heads)]
-    cache = paged(heads, 1, policy.num_dense + num_spilled + 1, cache_dtype or dtype)
+    cache = paged(heads, 1, policy.num_dense + num_spilled + 1, dtype)
     metadata = ops.PrefillMetadata.on(DEVICE, tables)
     return Chunk(
         heads,
@@ -141,6 +138,5 @@ def chunk(
 
 
 def randn(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Normal values on the device, of a dtype that torch may have no generator for."""
-    wide = dtype if dtype.itemsize > 1 else torch.bfloat16
-    return torch.randn(shape, dtype=wide, device=DEVICE).to(dtype)
+    """Normal values on the device."""
+    return torch.randn(shape, dtype=dtype, device=DEVICE)

@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vllm_sepllm.processes import engine_environment
+from vllm_sepllm.processes import engine_environment, tail
 
 # arguments of all sides; those of one side are in _DIFFERENCES
 _DEFAULTS: dict[str, Any] = {"enforce_eager": True, "disable_log_stats": False, "seed": 0}
@@ -59,8 +59,7 @@ class SideProcess:
         """
         line = self._answers.readline()
         if not line:
-            tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-20:])
-            raise RuntimeError(f"the engine of {self.name} ended; the end of {self._log}:\n{tail}")
+            raise RuntimeError(f"the engine of {self.name} ended; {tail(self._log, 20)}")
         return json.loads(line)
 
     @contextmanager

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -137,14 +138,10 @@ def _serving(answer: dict[str, Any], length: int) -> dict[str, float]:
     return {
         "output_tokens_per_s": num_tokens / seconds,
         "all_tokens_per_s": (num_tokens + length * len(requests)) / seconds,
-        "mean_queue_s": _mean([r["scheduled_ts"] - r["queued_ts"] for r in requests]),
-        "mean_latency_s": _mean([r["last_token_ts"] - r["queued_ts"] for r in requests]),
+        "mean_queue_s": fmean(r["scheduled_ts"] - r["queued_ts"] for r in requests),
+        "mean_latency_s": fmean(r["last_token_ts"] - r["queued_ts"] for r in requests),
         "decoding_at_once": _overlap([(r["first_token_ts"], r["last_token_ts"]) for r in requests]),
     }
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _overlap(spans: list[tuple[float, float]]) -> int:

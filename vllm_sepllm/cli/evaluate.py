@@ -50,12 +50,10 @@ def evaluate(
     from vllm_sepllm.eval.methods import ModelFacts
     from vllm_sepllm.eval.suite_file import read_suite
 
-    try:
+    with options.refusing():
         wanted = read_suite(suite)
         num_layers, tokenizer = _num_layers(model), load_tokenizer(model)
         built = build(wanted, data or FOLDER, tokenizer, questions)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     longest = max(task.length for task, _ in built)
     facts = ModelFacts(
         lambda spec: token_separators(spec, tokenizer),

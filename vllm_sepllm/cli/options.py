@@ -1,7 +1,8 @@
 """Options that several subcommands take, and their parsed values."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,14 +16,25 @@ T = TypeVar("T")
 DEFAULTS = SepLLMConfig()
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Tell the user what a ValueError says, as of a wrong option.
+
+    Raises:
+        typer.BadParameter: with its words.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _parser(parse: Callable[[str], T]) -> Callable[[str | int], T]:
     """``parse`` for typer, which shows the message of a BadParameter alone."""
 
     def parser(value: str | int) -> T:
-        try:
+        with refusing():
             return parse(str(value))  # typer passes defaults through here as well
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
 
     return parser
 
@@ -101,10 +113,8 @@ def make_config(**given: object) -> SepLLMConfig:
         typer.BadParameter: with the words that ``--additional-config`` would be refused with.
     """
     wanted = {name: value for name, value in given.items() if value is not None}
-    try:
+    with refusing():
         return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: wanted})
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 def read_text(path: Path) -> str:

@@ -4,7 +4,6 @@ import html
 import json
 import re
 from collections.abc import Sequence
-from functools import cache
 from importlib.resources import files
 
 import numpy as np
@@ -21,7 +20,6 @@ _MAX_POINTS = 800
 _CONTROLS = {code: 0x2400 + code for code in range(32) if code not in (9, 10, 13)}
 
 
-@cache
 def asset(name: str) -> str:
     """Text of a file in ``assets/``."""
     return files("vllm_sepllm.cli").joinpath("assets", name).read_text("utf-8")

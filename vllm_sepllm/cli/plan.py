@@ -116,10 +116,8 @@ def plan(
         max_position=max_position,
         full_layers=options.layer_indices(full_layers),
     )
-    try:
+    with options.refusing():
         made = make_plan(model, shape, deployment, config, density, protected, origin)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     if as_json:
         print_json(asdict(made))
     else:

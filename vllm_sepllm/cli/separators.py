@@ -76,10 +76,8 @@ def separators(
     tokenizer = load_tokenizer(model)
     ids = tokenise(tokenizer, text).ids
     vocabulary = read_vocabulary(tokenizer)
-    try:
+    with options.refusing():
         sets = {rule: token_separators(rule, tokenizer) for rule in RULES}
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     results = [measure(rule, sets[rule], ids, vocabulary) for rule in RULES]
     rows = token_rows(ids, sets, vocabulary)
     closing = [row for row in rows if row.count and _closes(row.surface)]

@@ -1,7 +1,7 @@
 """``vllm-sepllm show``: a page of a text with what the cache keeps of it at any position."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,6 @@ from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
 from vllm_sepllm.policy.epochs import MIN_EPOCH, epochs_of, has_room
 from vllm_sepllm.policy.initial import Initial, protected_end
-from vllm_sepllm.policy.separators.definition import TokenSeparators
 from vllm_sepllm.policy.separators.rules import RULES, token_separators
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
@@ -67,10 +66,12 @@ def show(
     tokenizer = load_tokenizer(model)
     tokens = tokenise(tokenizer, text)
     ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]
-    is_separator = _by_rule(separators, tokenizer).mask(ids)
     initial = Initial(initial_tokens)
-    if protect is not None:
-        initial = Initial(initial_tokens, _end_id(protect, tokenizer), max_protected)
+    with options.refusing():
+        is_separator = token_separators(separators, tokenizer).mask(ids)
+        if protect is not None:
+            end_id = protected_end(protect, tokenizer, len(tokenizer))
+            initial = Initial(initial_tokens, end_id, max_protected)
     policy = Policy(initial.of(ids), window, max_separators, max_position)
     if max_position is not None and not has_room(policy):
         raise typer.BadParameter(
@@ -115,27 +116,11 @@ def _attention(model: str, ids: list[int], is_separator: BoolArray, policy: Poli
     loaded = AutoModelForCausalLM.from_pretrained(
         model, dtype="float32", attn_implementation="eager"
     ).eval()
-    try:
+    with options.refusing():
         found = measure(loaded, ids, is_separator, policy)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     parts = [f"{m.name} {m.mass:.1%} ({m.share:.1%} of the tokens)" for m in found]
     return (
         "Full attention, mean over layers, heads and 64 positions, goes to: "
         + ", ".join(parts)
         + "."
     )
-
-
-def _end_id(protect: str, tokenizer: Any) -> int:
-    try:
-        return protected_end(protect, tokenizer, len(tokenizer))
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
-
-def _by_rule(rule: str, tokenizer: Any) -> TokenSeparators:
-    try:
-        return token_separators(rule, tokenizer)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None

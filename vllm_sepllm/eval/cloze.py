@@ -26,19 +26,17 @@ def questions(text: str, num_words: int, num: int, min_distance: int) -> Iterato
         min_distance: words between the name and where the passage last told it, at least.
     """
     words = list(_WORD.finditer(text))
-    found = [at for at in range(num_words, len(words)) if _asks(words, at, num_words, min_distance)]
+    names = {at: _name(words, at, num_words, min_distance) for at in range(num_words, len(words))}
+    found = [(at, name) for at, name in names.items() if name is not None]
     chosen = [found[i * len(found) // num] for i in range(num)] if len(found) > num else found
-    for at in chosen:
-        context = text[words[at - num_words].start() : words[at - 1].end()]
-        name = _NAME.match(words[at][0])
-        assert name is not None, "_asks has seen it"
-        yield context, name[0]
+    for at, name in chosen:
+        yield text[words[at - num_words].start() : words[at - 1].end()], name
 
 
-def _asks(words: list[re.Match[str]], at: int, num_words: int, min_distance: int) -> bool:
-    """Whether the word at ``at`` is a name in mid-sentence told before, far enough back."""
+def _name(words: list[re.Match[str]], at: int, num_words: int, min_distance: int) -> str | None:
+    """The word at ``at`` if it is a name in mid-sentence told before, far enough back."""
     name = _NAME.match(words[at][0])
     if name is None or name[0] in _NO_NAMES or _OPENS_SENTENCE.search(words[at - 1][0]):
-        return False
+        return None
     told = [i for i in range(at - num_words, at) if name[0] in words[i][0]]
-    return bool(told) and at - told[-1] >= min_distance
+    return name[0] if told and at - told[-1] >= min_distance else None

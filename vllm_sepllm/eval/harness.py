@@ -88,7 +88,8 @@ def make_task(
         raise ValueError(f"lm_eval makes no task of {file}: {error}") from error
     if kind == _SCORED:
         items = tuple(_scored(tokenizer, instance) for instance in task.instances)
-        return Scored(name, _longest(items) + 1, items, num_asked, num_a_round)
+        length = max(len(item.prompt) + len(item.answer) for item in items) + 1
+        return Scored(name, length, items, num_asked, num_a_round)
     items = tuple(_generated(tokenizer, task, instance, solution) for instance in task.instances)
     sampling = _sampling(task.instances[0].args[1])
     length = max(len(item.prompt) for item in items) + sampling["max_tokens"] + 1
@@ -101,10 +102,6 @@ def _load(config: Mapping[str, Any]) -> Any:
     task.set_fewshot_seed(_FEWSHOT_SEED)
     task.build_all_requests(rank=0, world_size=1)
     return task
-
-
-def _longest(items: tuple[Question, ...]) -> int:
-    return max(len(item.prompt) + len(item.answer) for item in items)
 
 
 def _scored(tokenizer: Any, instance: Any) -> Question:

@@ -3,23 +3,11 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from vllm_sepllm.eval.engine import Engine
 from vllm_sepllm.eval.methods import FULL, Span
 from vllm_sepllm.eval.store import Store
-
-
-class Item(Protocol):
-    """One request."""
-
-    @property
-    def name(self) -> str:
-        """Unlike that of any other item of the task."""
-
-    @property
-    def span(self) -> Span:
-        """Its tokens, and the queries at which kept tokens are counted."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +17,8 @@ class Task(ABC):
     Attributes:
         name: unlike that of any other task of the suite; a folder of the store.
         length: context that the longest item needs.
-        items: all that there are; windows are chosen on them.
+        items: all that there are, each with a ``name`` of its own and the ``span`` of its tokens at
+            which kept ones are counted; windows are chosen on them.
         num_asked: how many of them are asked, from the first; None: all.
         num_a_round: items that all methods answer before the next ones begin; None: all.
     """

@@ -65,7 +65,7 @@ def prefill(
     dtype = torch.promote_types(query.dtype, torch.float32)
     key_scale, value_scale = cache.scales or (1.0, 1.0)
     for request in _requests(metadata):
-        own = _policy(request, metadata)
+        own = Policy(request["initial_tokens"], request["window"], metadata.bound)
         start, end, first = request["chunk_start"], request["chunk_end"], request["query_start"]
         separators = _separators(request, metadata)
         keys = _keys_of_request(own, start, end, request["num_spilled"], separators)
@@ -87,10 +87,6 @@ def _requests(metadata: PrefillMetadata) -> Iterator[dict[str, int]]:
     assert REQUEST.names is not None
     for row in metadata.requests.tolist():
         yield dict(zip(REQUEST.names, row, strict=True))
-
-
-def _policy(request: dict[str, int], metadata: PrefillMetadata) -> Policy:
-    return Policy(request["initial_tokens"], request["window"], metadata.bound)
 
 
 def _separators(request: dict[str, int], metadata: PrefillMetadata) -> list[int]:

@@ -9,7 +9,6 @@ cache, and must be the same, and a prompt that is sent twice must be found in th
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import sys
@@ -137,7 +136,7 @@ async def run(
         await _check_cache(base_url, client, traffic.long_request(), report)
         await _check_idle(base_url, report)
         minutes = (time.monotonic() - start) / 60
-        report.memory.append(Sample(round(minutes, 2), round(descendants_rss_mib(os.getpid()), 1)))
+        report.memory.append(Sample(round(minutes, 2), round(descendants_rss_mib(), 1)))
         print(
             f"  {max(0.0, end - time.monotonic()):.0f} s left, {report.replayed} replayed, "
             f"{len(report.faults) + len(traffic.tally.faults)} faults, {report.wrong} wrong, "

@@ -1,10 +1,11 @@
 """Resident memory of a server over time, and whether it grows."""
 
-import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import linear_regression
+
+import psutil
 
 MIN_SAMPLES = 8
 # Share of the run in which buffers grow to the largest batch, and allocators with them.
@@ -52,22 +53,10 @@ def trend(samples: Sequence[Sample]) -> Trend | None:
     return Trend(round(slope, 3), round(slope * (minutes[-1] - minutes[0]) / begin, 4))
 
 
-def descendants_rss_mib(root: int) -> float:
-    """Resident memory of all processes below ``root``, from /proc."""
-    parents: dict[int, int] = {}
-    pages: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                # the command's name, in brackets, may hold blanks
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended
-                continue
-            parents[int(entry.name)], pages[int(entry.name)] = int(fields[1]), int(fields[21])
-    total = 0
-    for pid in parents:
-        ancestor = parents[pid]
-        while ancestor in parents and ancestor != root:
-            ancestor = parents[ancestor]
-        total += pages[pid] if ancestor == root else 0
-    return total * os.sysconf("SC_PAGE_SIZE") / 2**20
+def descendants_rss_mib() -> float:
+    """Resident memory of all processes below this one."""
+    total: int = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended
+            total += process.memory_info().rss
+    return total / 2**20

@@ -14,14 +14,14 @@ from vllm_sepllm.policy.visibility import IntArray, Policy
 class SeparatorIndex:
     """Append-only list of the separators of one request at positions >= initial_tokens."""
 
-    __slots__ = ("_num_seen", "_positions", "_separators", "policy")
+    __slots__ = ("_positions", "_separators", "num_seen", "policy")
 
     def __init__(self, policy: Policy, separators: Separators) -> None:
         """``policy`` is the request's; ``separators`` are the engine's, shared by all requests."""
         self.policy = policy
         self._separators = separators
         self._positions = array("i")  # 4 bytes a separator
-        self._num_seen = policy.initial_tokens
+        self.num_seen = policy.initial_tokens  # first position that was not taken in yet
 
     def extend(self, token_ids: Sequence[int], num_tokens: int) -> None:
         """Take in tokens up to position ``num_tokens``; those seen before are not read again.
@@ -30,7 +30,7 @@ class SeparatorIndex:
             IndexError: if ``token_ids`` does not reach that far. The plan needs settled tokens
                 alone, so this is a bug in the caller, and a short index would drop separators.
         """
-        first = self._num_seen
+        first = self.num_seen
         if num_tokens <= first:
             return
         if len(token_ids) < num_tokens:
@@ -46,17 +46,12 @@ class SeparatorIndex:
             is_separator = self._separators.mask(token_ids[first:num_tokens], first, previous)
             found = first + np.flatnonzero(is_separator)
             self._positions.frombytes(found.astype(np.intc).tobytes())
-        self._num_seen = num_tokens
-
-    @property
-    def num_seen(self) -> int:
-        """First position that was not taken in yet."""
-        return self._num_seen
+        self.num_seen = num_tokens
 
     def truncate(self, num_tokens: int) -> None:
         """Forget everything from position ``num_tokens`` on: those tokens were replaced."""
         del self._positions[self.count_below(num_tokens) :]
-        self._num_seen = min(self._num_seen, max(num_tokens, self.policy.initial_tokens))
+        self.num_seen = min(self.num_seen, max(num_tokens, self.policy.initial_tokens))
 
     def count_below(self, position: int) -> int:
         """Separators at positions in [a, position). They must have been taken in."""
