@@ -336,10 +336,11 @@ class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):
 
         The step in flight computes a token that the session drops, and that token's KV overwrites
         an entry which the tokens that stay may still read. While ``num_computed_tokens`` counts
-        that step, the blocks are what it leaves, so they may be found as such.
+        that step, the blocks are what it leaves, so they may be found as such. Beside a connector
+        that reads states they are kept until it is done: what arrives waits for no step.
         """
         if request.resumable:
-            self.kv_cache_manager.free(request)
+            self._free_request_blocks(request)
         is_finished: bool = super()._handle_stopped_request(request)
         return is_finished
 
