@@ -69,6 +69,7 @@ class SepLLMScheduler(Scheduler):
             self._prefix_cache.plan_checkpoints,
             self._prefix_cache.interval_of,
             most_proposed,
+            self.hash_block_size if self._prefix_cache.is_enabled else None,
         )
         # vLLM asks _mamba_block_aligned_split where a chunk must end; models with Mamba are refused
         self.need_mamba_block_aligned_split = config.max_position is not None
