@@ -59,6 +59,9 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(
         assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
         assert pool.get_num_free_blocks() == num_free
         scheduler.add_request(more)
+        # if it waited with those that hold blocks, it could keep them from going on, and they it
+        assert session in scheduler.waiting
+        assert not scheduler.kv_holding_waiting
     assert list(session.all_token_ids) == [*kept, *NEWS]
     answer(scheduler, flight[0], 0)
     assert list(session.all_token_ids) == [*kept, *NEWS], "the late token is dropped"

@@ -321,7 +321,17 @@ class SepLLMScheduler(Scheduler):
         self._live.truncate(live, session.num_computed_tokens)
         super()._update_request_as_session(session, update)
         if has_staged:
-            session.num_computed_tokens = 0
+            self._begin_turn_anew(session)
+
+    def _begin_turn_anew(self, session: Request) -> None:
+        """Have a session without blocks wait among those that have none.
+
+        Among those that hold some it would stop the ones behind it, which keep what it needs.
+        """
+        session.num_computed_tokens = 0
+        if session in self.kv_holding_waiting:
+            self.kv_holding_waiting.remove_requests([session])
+            self.waiting.prepend_request(session)
 
     def _free_blocks(self, request: Request) -> None:
         """See vLLM's Scheduler._free_blocks, which forgets the request; so do we."""
@@ -348,4 +358,4 @@ class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """Begin the next turn anew, from the prefix cache as far as that reaches."""
         super()._update_request_as_session(session, update)
-        session.num_computed_tokens = 0
+        self._begin_turn_anew(session)
