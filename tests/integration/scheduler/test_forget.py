@@ -1,5 +1,7 @@
 """After a request has ended nothing of ours mentions it, under vLLM's real schedulers."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -125,3 +127,17 @@ def test_the_property_is_about_something(model: Path, kind: str) -> None:
     assert num_hits > 0
     assert num_preemptions > 0
     assert (num_committed > 0) == (kind == "drafts")
+
+
+def test_a_request_that_has_ended_waits_for_no_garbage_collector(model: Path) -> None:
+    """As vLLM's own: a long prompt is megabytes of token ids."""
+    run = Run(Setting(model, "sync", 24))
+    name = run.arrive(random_tokens(run.pick, 100), 3)
+    request = weakref.ref(run.scheduler.requests[name])
+    gc.disable()
+    try:
+        run.finish()
+        run.step()  # the schedulers' notes of the last step
+        assert request() is None
+    finally:
+        gc.enable()

@@ -59,6 +59,9 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(
         assert session.status == RequestStatus.WAITING_FOR_STREAMING_REQ
         assert pool.get_num_free_blocks() == num_free
         scheduler.add_request(more)
+        # if it waited with those that hold blocks, it could keep them from going on, and they it
+        assert session in scheduler.waiting
+        assert not scheduler.kv_holding_waiting
     assert list(session.all_token_ids) == [*kept, *NEWS]
     answer(scheduler, flight[0], 0)
     assert list(session.all_token_ids) == [*kept, *NEWS], "the late token is dropped"
@@ -68,6 +71,27 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(
     assert starts(scheduler.schedule())["session"] == last_block
     assert hit_of(scheduler, [*kept, 7, 8]) == last_block
     assert hit_of(scheduler, [*kept, SAMPLED[1], 7, 8]) == len(kept) + 1
+
+
+def test_blocks_that_a_step_in_flight_writes_are_for_no_state_that_arrives(tmp_path: Path) -> None:
+    """A state is read into blocks at once, and would be overwritten by the token that is dropped."""
+    setting = Setting(
+        write_model(tmp_path), "async", 60, max_num_batched_tokens=1024, load_failures="recompute"
+    )
+    scheduler = make_scheduler(setting)
+    scheduler.defer_block_free = True  # as on GPUs, where a worker may have two batches
+    pool = scheduler.kv_cache_manager.block_pool
+    num_free = pool.get_num_free_blocks()
+    scheduler.add_request(make_request("session", PROMPT, 99, stop=SAMPLED[1:], resumable=True))
+    flight = [scheduler.schedule(), scheduler.schedule()]
+    answer(scheduler, flight.pop(0), SAMPLED[0])
+    flight.append(scheduler.schedule())
+    written = set(scheduler.kv_cache_manager.get_block_ids("session")[0])
+    answer(scheduler, flight.pop(0), SAMPLED[1])
+    assert scheduler.requests["session"].status == RequestStatus.WAITING_FOR_STREAMING_REQ
+    assert all(pool.blocks[i].ref_cnt for i in written), "the step in flight writes them"
+    answer(scheduler, flight.pop(0), 0)
+    assert pool.get_num_free_blocks() == num_free
 
 
 def test_a_turn_that_ends_among_right_drafts_keeps_what_it_sampled(tmp_path: Path) -> None:

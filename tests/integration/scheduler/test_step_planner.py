@@ -37,7 +37,9 @@ class Machine:
         self.requests: dict[str, Any] = {}
         self.texts: dict[str, list[int]] = {}
         self.live = LiveRequests(SEPARATORS, policy)
-        self.planner = StepPlanner(self.live, self.plan_checkpoints, lambda policy: INTERVAL)
+        self.planner = StepPlanner(
+            self.live, self.plan_checkpoints, lambda policy: INTERVAL, block_size=INTERVAL
+        )
 
     def own(self, name: str) -> Policy:
         """The policy of a request."""

@@ -264,7 +264,10 @@ class LiveRequests(dict[str, LiveRequest]):
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
-        self.decodes.remove(self.pop(request_id).slot)
+        live = self.pop(request_id)
+        self.decodes.remove(live.slot)
+        # a request whose hashes know it is a cycle, and a long prompt would wait for the collector
+        live.request.block_hashes = [*live.request.block_hashes]
         self._batch = None
 
     def batch(self, ids: list[str]) -> Batch:

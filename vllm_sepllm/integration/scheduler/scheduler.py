@@ -69,6 +69,7 @@ class SepLLMScheduler(Scheduler):
             self._prefix_cache.plan_checkpoints,
             self._prefix_cache.interval_of,
             most_proposed,
+            self.hash_block_size if self._prefix_cache.is_enabled else None,
         )
         # vLLM asks _mamba_block_aligned_split where a chunk must end; models with Mamba are refused
         self.need_mamba_block_aligned_split = config.max_position is not None
@@ -320,7 +321,17 @@ class SepLLMScheduler(Scheduler):
         self._live.truncate(live, session.num_computed_tokens)
         super()._update_request_as_session(session, update)
         if has_staged:
-            session.num_computed_tokens = 0
+            self._begin_turn_anew(session)
+
+    def _begin_turn_anew(self, session: Request) -> None:
+        """Have a session without blocks wait among those that have none.
+
+        Among those that hold some it would stop the ones behind it, which keep what it needs.
+        """
+        session.num_computed_tokens = 0
+        if session in self.kv_holding_waiting:
+            self.kv_holding_waiting.remove_requests([session])
+            self.waiting.prepend_request(session)
 
     def _free_blocks(self, request: Request) -> None:
         """See vLLM's Scheduler._free_blocks, which forgets the request; so do we."""
@@ -336,14 +347,15 @@ class SepLLMAsyncScheduler(SepLLMScheduler, AsyncScheduler):
 
         The step in flight computes a token that the session drops, and that token's KV overwrites
         an entry which the tokens that stay may still read. While ``num_computed_tokens`` counts
-        that step, the blocks are what it leaves, so they may be found as such.
+        that step, the blocks are what it leaves, so they may be found as such. Beside a connector
+        that reads states they are kept until it is done: what arrives waits for no step.
         """
         if request.resumable:
-            self.kv_cache_manager.free(request)
+            self._free_request_blocks(request)
         is_finished: bool = super()._handle_stopped_request(request)
         return is_finished
 
     def _update_request_as_session(self, session: Request, update: StreamingUpdate) -> None:
         """Begin the next turn anew, from the prefix cache as far as that reaches."""
         super()._update_request_as_session(session, update)
-        session.num_computed_tokens = 0
+        self._begin_turn_anew(session)

@@ -28,6 +28,7 @@ class StepPlanner:
         plan_checkpoints: PlanCheckpoints,
         interval: Callable[[Policy], int],
         max_proposed: int = 0,
+        block_size: int | None = None,
     ) -> None:
         """Plan the steps of one scheduler.
 
@@ -38,11 +39,14 @@ class StepPlanner:
             interval: policy -> tokens between its regular checkpoints; beyond a + n tokens, decode
                 steps leave checkpoints at multiples of it only.
             max_proposed: most tokens that a step of speculative decoding proposes; 0: none.
+            block_size: tokens of a block that the prefix cache finds; up to a + n tokens, decode
+                steps have something to leave as one is full. None: it finds none.
         """
         self._live = live
         self._plan_checkpoints = plan_checkpoints
         self._interval = interval
         self._max_proposed = max_proposed
+        self._block_size = block_size
 
     def plan(self, output: SchedulerOutput) -> StepPlan:
         """The plan of a step, while ``num_computed_tokens`` still is the start of the step."""
@@ -89,15 +93,26 @@ class StepPlanner:
 
     def _look_up(self, live: LiveRequest) -> bool:
         """Prepare a step of one token; False if it may leave a checkpoint: it is planned alone."""
-        request, policy = live.request, live.policy
-        start = request.num_computed_tokens
-        interval = self._interval(policy)
-        # the step that reaches position P = start + 1 leaves the checkpoint at P
-        stop = (start + interval) // interval * interval - 1
-        if start < policy.num_dense or start < request.num_prompt_tokens or start == stop:
+        start = live.request.num_computed_tokens
+        stop = self._next_alone(live.policy, start)
+        if start < live.request.num_prompt_tokens or start == stop:
             return False
-        self._live.decodes.look_up(live.slot, live.index, request._all_token_ids, start, stop)
+        token_ids = live.request._all_token_ids
+        self._live.decodes.look_up(live.slot, live.index, token_ids, start, stop)
         return True
+
+    def _next_alone(self, policy: Policy, start: int) -> int:
+        """Start of the next decode step, from ``start`` on, that may leave something."""
+        if start >= policy.num_dense:
+            interval = self._interval(policy)
+            # the step that reaches position P = start + 1 leaves the checkpoint at P
+            return (start + interval) // interval * interval - 1
+        if self._block_size is None:
+            return policy.num_dense
+        # a block gets its key from the step that fills it, an asynchronous one is told a step later
+        offset = start % self._block_size
+        wait = 0 if offset == 0 else self._block_size - 1 - offset
+        return min(start + wait, policy.num_dense)
 
     def _decodes(
         self, rows: dict[str, int], slots: IntArray, start: IntArray, policy: BatchPolicy
