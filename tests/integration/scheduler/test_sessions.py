@@ -74,7 +74,7 @@ def test_a_session_gives_its_blocks_back_with_the_step_in_flight(
 
 
 def test_blocks_that_a_step_in_flight_writes_are_for_no_state_that_arrives(tmp_path: Path) -> None:
-    """A state is read into blocks at once, and would be overwritten by the token that is dropped."""
+    """A state is read into blocks at once; the token that is dropped would overwrite it."""
     setting = Setting(
         write_model(tmp_path), "async", 60, max_num_batched_tokens=1024, load_failures="recompute"
     )
