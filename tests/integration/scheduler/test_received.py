@@ -15,6 +15,7 @@ from tests.support.schedulers import (
     FULL,
     SEPARATOR,
     Setting,
+    make_request,
     random_tokens,
     write_model,
 )
@@ -93,3 +94,19 @@ def test_a_state_that_is_lost_is_not_counted(make: Make) -> None:
     while not decoder.tokens["here"]:
         decoder.step()
     assert usage.report()["28"].received_tokens == 0
+
+
+@pytest.mark.parametrize("ends_at_once", [False, True])
+def test_only_requests_that_run_are_warned_of_a_state_that_does_not_fit(
+    make: Make, ends_at_once: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What vLLM's server sends for a request that it rejected: one token, and the state to free."""
+    prefiller, decoder = make(), make()
+    asked(prefiller, decoder)
+    given = prefiller.params["there"] | {
+        "do_remote_prefill": True
+    }  # vLLM notes there what was read
+    extra = {"kv_transfer_params": given}
+    request = make_request("rejected", [0], 1, extra_args=extra, abort_immediately=ends_at_once)
+    decoder.scheduler.add_request(request)
+    assert ("request rejected computes its prompt here" in caplog.text) is not ends_at_once

@@ -115,7 +115,8 @@ class SepLLMScheduler(Scheduler):
             request.block_hashes.clear()
             request.update_block_hashes()
         live = self._live.add(request, policy, refusal)
-        if refusal is None and live.reads_state:
+        # by one that ends at once vLLM's server frees a state that nobody will read
+        if refusal is None and live.reads_state and not request.abort_immediately:
             self._check_state(live)
         if self._usage is None or refusal is not None:
             return
