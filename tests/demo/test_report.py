@@ -48,8 +48,7 @@ def test_table_shows_both_sides_and_their_ratio() -> None:
     assert "answer tokens/s 3.0 6.0 2.00" in lines
     assert "answers in the text's own words 1 0 0.00" in lines
     words = " ".join(lines)
-    assert (
-        f"told more than {SepLLMConfig().window} tokens ago" in words
-    )  # the demo serves the default
+    # the demo serves the default
+    assert f"told more than {SepLLMConfig().window} tokens ago" in words
     assert re.search(r"horse-box 20 a stock (.* )?another", words)
     assert words.index("horse-box 20") < words.index("6,000")

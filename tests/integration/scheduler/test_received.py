@@ -103,9 +103,8 @@ def test_only_requests_that_run_are_warned_of_a_state_that_does_not_fit(
     """What vLLM's server sends for a request that it rejected: one token, and the state to free."""
     prefiller, decoder = make(), make()
     asked(prefiller, decoder)
-    given = prefiller.params["there"] | {
-        "do_remote_prefill": True
-    }  # vLLM notes there what was read
+    # vLLM notes in the parameters that they were read
+    given = prefiller.params["there"] | {"do_remote_prefill": True}
     extra = {"kv_transfer_params": given}
     request = make_request("rejected", [0], 1, extra_args=extra, abort_immediately=ends_at_once)
     decoder.scheduler.add_request(request)

@@ -57,7 +57,8 @@ class HostBlocks:
 def _host_memory(num_slots: int, blocks: torch.Tensor) -> torch.Tensor:
     """[num_slots, ...] for blocks of a layer, in as many bytes as that takes.
 
-    ``torch.empty(pin_memory=True)`` would take the next power of two, up to twice as many.
+    ``torch.empty(pin_memory=True)`` would take the next power of two, up to twice as many; vLLM's
+    ``pin_tensor``, no interface of it, can go when torch pins what is asked for.
     """
     memory = torch.empty((num_slots, *blocks.shape[1:]), dtype=blocks.dtype)
     if blocks.device != memory.device:
