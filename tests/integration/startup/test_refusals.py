@@ -86,6 +86,14 @@ SETTINGS: list[Setting] = [
         "speculative decoding under Model Runner V1",
         "remove --speculative-config",
     ),
+    (
+        {
+            "speculative_config": {"method": "ngram", "num_speculative_tokens": 2},
+            "async_scheduling": True,
+        },
+        "speculative decoding with asynchronous scheduling",
+        "remove --async-scheduling",
+    ),
     ({"diffusion_config": {"canvas_length": 32}}, "diffusion language models", ELSEWHERE),
     (
         {"decode_context_parallel_size": 2, "tensor_parallel_size": 4},

@@ -66,6 +66,12 @@ def check_engine_args(engine_args: EngineArgs) -> None:
             f"sepllm needs its own worker, which wraps the attention layers, but "
             f"worker_cls={engine_args.worker_cls!r} is set; remove it or do not select sepllm"
         )
+    if engine_args.async_scheduling and engine_args.speculative_config is not None:
+        raise ValueError(
+            "sepllm does not support speculative decoding with asynchronous scheduling: the plan "
+            "needs the start of the next step, which the accepted drafts decide; remove "
+            "--async-scheduling, or --speculative-config"
+        )
     if not (current_platform.is_cpu() or current_platform.is_cuda_alike()):
         raise ValueError(
             f"sepllm runs on CUDA, ROCm and x86 CPUs, this is {current_platform.device_name}; "

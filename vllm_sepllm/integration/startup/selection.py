@@ -122,7 +122,7 @@ def _selection_hidden(
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = CPU_BLOCK_SIZE
     if engine_args.speculative_config is not None:
-        # the plan needs the start of the next step, which the accepted drafts decide
+        # vLLM's default would be on; who asks for it is refused
         engine_args.async_scheduling = False
     try:
         yield
