@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import psutil
 import pytest
 from openai import APIError, OpenAI
 
+from tests.support import forked_vllm
 from tests.support.engine import started
 from tests.support.engine_process import MAY_ASK, report_of
 from tests.support.oracle import epochs_of
@@ -62,21 +64,12 @@ def check_all(model: Path, answers: list[list[int]]) -> None:
 
 @contextmanager
 def served(
-    model: Path, folder: Path, engine: dict[str, Any], *arguments: str
+    program: list[str], model: Path, folder: Path, engine: dict[str, Any], *arguments: str
 ) -> Iterator[tuple[str, Path]]:
     """A server of the tiny model; yields the base URL and the log."""
     # workers wait for each other without sleeping: on two busy cores nothing else would run
-    command = [
-        "nice",
-        "-n",
-        "19",
-        "vllm",
-        "serve",
-        str(model),
-        "--served-model-name",
-        "tiny",
-        "--enforce-eager",
-    ]
+    command = ["nice", "-n", "19", *program, "serve", str(model)]
+    command += ["--served-model-name", "tiny", "--enforce-eager"]
     for name, value in engine.items():
         text = json.dumps(value) if isinstance(value, dict) else str(value)
         command += [f"--{name.replace('_', '-')}", text]
@@ -117,8 +110,8 @@ def test_tensor_parallel_and_a_worker_that_dies(
     """
     for name, value in TWO_CORES.items():
         monkeypatch.setenv(name, value)
-    arguments = ("--tensor-parallel-size", "2")
-    with served(tiny_llama_path, tmp_path, ENGINE | RENUMBERED, *arguments) as (base_url, log):
+    arguments = (tiny_llama_path, tmp_path, ENGINE | RENUMBERED, "--tensor-parallel-size", "2")
+    with served(["vllm"], *arguments) as (base_url, log):
         client = connect(base_url)
         with ThreadPoolExecutor(len(asked())) as pool:
             answers = list(pool.map(lambda p: complete(client, p), asked()))
@@ -176,10 +169,12 @@ def test_pipeline_parallel(tiny_llama_path: Path) -> None:
 def test_data_parallel(
     tiny_llama_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proves that two engines behind one server answer as one, both with work of their own."""
+    """Proves that two engines behind one server answer as one, both with work of their own; and
+    that engines answer that are forked, as where there are GPUs."""
     for name, value in TWO_CORES.items():
         monkeypatch.setenv(name, value)
-    with served(tiny_llama_path, tmp_path, ENGINE, "--data-parallel-size", "2") as (base_url, _):
+    arguments = (tiny_llama_path, tmp_path, ENGINE, "--data-parallel-size", "2")
+    with served([sys.executable, "-m", forked_vllm.__name__], *arguments) as (base_url, _):
         client = connect(base_url)
         many = prompts() * 4
         with ThreadPoolExecutor(len(many)) as pool:

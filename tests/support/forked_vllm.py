@@ -1,0 +1,27 @@
+"""``vllm`` with engine cores and workers that are forked: vLLM's default wherever there are GPUs.
+
+``python -m tests.support.forked_vllm serve MODEL ...``. On CPUs vLLM has them spawned, and that is
+what all other tests run.
+"""
+
+import os
+from typing import Any
+
+
+def _fork_workers() -> None:
+    from vllm.platforms.cpu import CpuPlatform
+
+    update = CpuPlatform.check_and_update_config
+
+    def check_and_update_config(cls: type, vllm_config: Any) -> None:
+        update(vllm_config)
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+
+    _fork_workers()
+    main()
