@@ -55,18 +55,7 @@ def test_plugin_touches_nothing_of_another_vllm() -> None:
     assert done.stdout.split() == ["log", "patch", *startup, "wire", "wire.backend_name"]
 
 
-@pytest.mark.parametrize(
-    "made",
-    [
-        "EngineArgs(**model, attention_config={'backend': 'sepllm'})",
-        "EngineArgs(**model, attention_backend='sepllm')",
-        "EngineArgs.from_cli_args(EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args("
-        "['--model', model['model'], '--skip-tokenizer-init', '--attention-backend', 'sepllm']))",
-    ],
-)
-def test_whoever_selects_it_beside_another_vllm_reads_our_sentence(
-    tmp_path: Path, made: str
-) -> None:
+def test_whoever_selects_it_beside_another_vllm_reads_our_sentence(tmp_path: Path) -> None:
     folder = str(write("llama", tmp_path))
     done = beside_another_vllm(
         "from vllm.engine.arg_utils import EngineArgs\n"
@@ -75,12 +64,21 @@ def test_whoever_selects_it_beside_another_vllm_reads_our_sentence(
         "vllm_sepllm.register_backend_name()\n"
         "assert AttentionBackendEnum['FLASH_ATTN'].name == 'FLASH_ATTN'\n"
         f"model = {{'model': {folder!r}, 'skip_tokenizer_init': True}}\n"
-        "try:\n"
-        f"    {made}.create_engine_config()\n"
-        "except ValueError as error:\n"
-        "    print('RAISED', repr(str(error)))"
+        "parser = EngineArgs.add_cli_args(FlexibleArgumentParser())\n"
+        "line = ['--model', model['model'], '--skip-tokenizer-init']\n"
+        "line += ['--attention-backend', 'sepllm']\n"
+        "for make in (\n"
+        "    lambda: EngineArgs(**model, attention_config={'backend': 'sepllm'}),\n"
+        "    lambda: EngineArgs(**model, attention_backend='sepllm'),\n"
+        "    lambda: EngineArgs.from_cli_args(parser.parse_args(line)),\n"
+        "):\n"
+        "    try:\n"
+        "        make().create_engine_config()\n"
+        "    except ValueError as error:\n"
+        "        print('RAISED', repr(str(error)))"
     )
     raised = [line for line in done.stdout.splitlines() if line.startswith("RAISED")]
-    assert len(raised) == 1, done.stderr
-    assert REASON in raised[0]
-    assert "Unknown attention backend" not in raised[0]
+    assert len(raised) == 3, done.stderr
+    for sentence in raised:
+        assert REASON in sentence
+        assert "Unknown attention backend" not in sentence
