@@ -144,6 +144,12 @@ def test_a_suite_refuses_what_it_does_not_use(
         SUITES[suite].work([1], rounds=1, **options)
 
 
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_has_the_options_of_vllm_sepllm(option: str) -> None:
+    done = CliRunner().invoke(command.app, ["run", option])
+    assert done.exit_code == 0
+
+
 def refused(*arguments: object) -> str:
     """What a command says that ends with 2, without the box around it."""
     done = CliRunner().invoke(command.app, [str(a) for a in arguments], env={"COLUMNS": "200"})

@@ -135,8 +135,19 @@ def test_show_colours_a_protected_prefix(
     said = run("show", tiny_model, text_file, *options, "--max-protected", number - 1)
     assert "4 initial, window 16" in said
     assert '<body class="initial">' in page.read_text("utf-8")
+    assert "no prefix of this text is protected" in said
+    refused = run("show", tiny_model, text_file, "-o", page, "--max-protected", 9, code=2)
+    assert "--max-protected bounds the prefix that --protect keeps" in refused
     refused = run("show", tiny_model, text_file, "-o", page, "--protect", "<|end|>", code=2)
     assert "protect must be the text of one token" in refused
+
+
+def test_show_says_that_it_cannot_write(
+    run: Run, tiny_model: Path, text_file: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "out.html"
+    page.symlink_to(tmp_path / "missing" / "out.html")
+    assert "cannot write" in run("show", tiny_model, text_file, "-o", page, code=2)
 
 
 def test_show_stops_at_max_tokens(

@@ -31,7 +31,12 @@ Sides = Annotated[
     typer.Option(help=f"Of {', '.join(SIDES)}; default: {', '.join(USUAL_SIDES)}."),
 ]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.command("plot")(plot)
 app.command("shapes")(shapes)
 

@@ -63,6 +63,10 @@ def show(
         raise typer.BadParameter(f"--output {page} is FILE itself; name another file")
     if page.is_dir() or not page.parent.is_dir():
         raise typer.BadParameter(f"--output {page} is no file in a folder that exists")
+    if protect is None and max_protected != options.DEFAULTS.max_protected:
+        raise typer.BadParameter(
+            "--max-protected bounds the prefix that --protect keeps; give both, or neither"
+        )
     tokenizer = load_tokenizer(model)
     tokens = tokenise(tokenizer, text)
     ids, pieces = tokens.ids[:max_tokens], tokens.pieces[:max_tokens]
@@ -89,8 +93,17 @@ def show(
     )
     note = _attention(model, ids, is_separator, policy) if attention else ""
     made = build_page(file.name, subtitle, pieces, is_separator, policy, note, kind)
-    page.write_text(made, "utf-8")
-    for line in filter(None, (f"{page}: {subtitle}", note)):
+    try:
+        page.write_text(made, "utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {page}: {error.strerror}") from None
+    unprotected = ""
+    if protect is not None and not is_protected:
+        unprotected = (
+            f"{protect!r} is none of the first {max_protected:,} tokens shown, so no prefix of "
+            "this text is protected."
+        )
+    for line in filter(None, (f"{page}: {subtitle}", unprotected, note)):
         make_console().print(line, markup=False, soft_wrap=True)
 
 
