@@ -58,6 +58,10 @@ NO_SEPARATORS = (
             {"preset": "streaming-llm", "separators": "paper"},
             "preset 'streaming-llm' keeps no separators, got separators='paper'; remove one",
         ),
+        (
+            {"preset": "streaming-llm", "max_separators": 100},
+            "preset 'streaming-llm' keeps no separators, got max_separators=100; remove one",
+        ),
         ({"max_protected": 100}, "protect is not set: set both, .* or neither"),
         (
             {"positions": "text", "max_position": 900},

@@ -107,6 +107,11 @@ class SepLLMConfig(BaseModel):
                 f"preset {preset!r} keeps no separators, got separators="
                 f"{given['separators']!r}; remove one of the two"
             )
+        if preset == "streaming-llm" and given.get("max_separators") not in (None, 0):
+            raise ValueError(
+                f"preset {preset!r} keeps no separators, got max_separators="
+                f"{given['max_separators']!r}; remove one of the two"
+            )
         return {**given, "separators": ()}
 
     @model_validator(mode="after")
