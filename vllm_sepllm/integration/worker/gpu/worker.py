@@ -36,6 +36,8 @@ class SepLLMGPUWorker(Worker):
     """
 
     vllm_config: VllmConfig
+    # until there are caches
+    _builders: Sequence[BuilderMixin] = ()
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, then put ours around the implementation of each chosen layer.
@@ -121,6 +123,23 @@ class SepLLMGPUWorker(Worker):
             return [names[index] for index in common.req_idx.tolist()]
         request_ids: list[str] = runner.input_batch.req_ids
         return request_ids[: common.num_reqs]
+
+    def shutdown(self) -> None:
+        """Let go of the KV caches before vLLM frees what it holds of them.
+
+        It says itself that a model may outlive its runner (clear_layer_kv_caches), and layers know
+        their caches through ours, too.
+        """
+        host = self._step.host_blocks if self._builders else None
+        for builder in self._builders:
+            assert isinstance(builder, GPUBuilderMixin), "the platform's own"
+            builder.release()
+        self._builders = ()
+        if host is not None:
+            host.release()
+        super().shutdown()  # waits for the device
+        if host is not None:
+            host.unpin()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile our kernels before the first request, and let vLLM make up steps of its own."""
