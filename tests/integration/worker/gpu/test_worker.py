@@ -183,3 +183,25 @@ def test_a_model_that_outlives_its_worker_keeps_no_cache(monkeypatch: pytest.Mon
     assert layers[0].impl.num_heads == 4
     assert not live(num_bytes)
     made.shutdown()
+
+
+def test_heads_wider_than_the_kernel_takes_are_refused_as_the_model_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not after vLLM has profiled, compiled and allocated for it."""
+    wide = SimpleNamespace(
+        layer_name="model.layers.5.self_attn.attn",
+        head_size=512,
+        attn_backend=SimpleNamespace(get_name=lambda: "FLASH_ATTN"),
+        impl=None,
+    )
+    monkeypatch.setattr(Worker, "load_model", lambda self, **options: None)
+    monkeypatch.setattr(gpu_worker, "sepllm_layers", lambda *given, **options: [wide])
+    monkeypatch.setattr(gpu_worker, "read_config", lambda _: SimpleNamespace(largest_policy=None))
+    monkeypatch.setattr(gpu_worker, "wrap_backend", lambda *given: None)
+    monkeypatch.setattr(gpu_worker, "SepLLMGPUImpl", lambda impl: impl)
+    made = worker(CUDAGraphMode.NONE, None)
+    made.use_v2_model_runner = False
+    made.model_runner = None
+    with pytest.raises(ValueError, match=r"layers\.5.*heads of 512 elements.*takes 256 at most"):
+        made.load_model()

@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_sepllm import ops
 from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS
 from vllm_sepllm.integration.wire.config import read_config
@@ -43,8 +44,8 @@ class SepLLMGPUWorker(Worker):
         """Load as vLLM does, then put ours around the implementation of each chosen layer.
 
         Raises:
-            ValueError: if a layer cannot be served exactly, or its backend stores KV in an order
-                that our kernels do not read.
+            ValueError: if a layer cannot be served exactly, its heads are too wide, or its backend
+                stores KV in an order that our kernels do not read.
         """
         super().load_model(load_dummy_weights=load_dummy_weights)
         config = read_config(self.vllm_config)
@@ -61,6 +62,12 @@ class SepLLMGPUWorker(Worker):
                     f"sepllm cannot wrap the attention backend {name}, whose cache its kernels do "
                     f'not read; set {{"sepllm": {{"decode_backend": ...}}}} to one of '
                     f"{list(WRAPPED_BACKENDS)} in --additional-config"
+                )
+            if layer.head_size > ops.MAX_HEAD_SIZE:  # Gemma-4's global layers
+                raise ValueError(
+                    f"layer {layer.layer_name} has heads of {layer.head_size} elements, and "
+                    f"sepllm's kernel for GPUs takes {ops.MAX_HEAD_SIZE} at most; serve this model "
+                    "without --attention-backend sepllm"
                 )
             layer.attn_backend = wrap_backend(layer.attn_backend, GPUBuilderMixin, self._policy)
             layer.impl = SepLLMGPUImpl(layer.impl)
