@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
+# elements of the widest head that the prefill kernel has a launch for (tuning.py)
+MAX_HEAD_SIZE = 256
+
 
 @dataclass(frozen=True, slots=True)
 class CacheTable:

@@ -11,6 +11,8 @@ from functools import cache
 import torch
 import triton
 
+from vllm_sepllm.kernels.arguments import MAX_HEAD_SIZE
+
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
@@ -75,8 +77,8 @@ def tuning_for(head_size: int, element_bytes: int, group: int, family: str = "")
     Raises:
         ValueError: if the head is larger than the table knows.
     """
-    if head_size > 256:
-        raise ValueError(f"head_size must be <= 256, got {head_size}: use another backend")
+    if head_size > MAX_HEAD_SIZE:
+        raise ValueError(f"head_size must be <= {MAX_HEAD_SIZE}, got {head_size}")
     family = family or device_family()
     if family == "interpreter":
         tuning = _INTERPRETER

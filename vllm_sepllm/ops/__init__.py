@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from vllm_sepllm.kernels.arguments import CacheTable, KeyLists, Logits, PagedCache
+from vllm_sepllm.kernels.arguments import (
+    MAX_HEAD_SIZE,
+    CacheTable,
+    KeyLists,
+    Logits,
+    PagedCache,
+)
 from vllm_sepllm.ops import checks
 from vllm_sepllm.ops.rotation import KeyRotation
 from vllm_sepllm.ops.tables import PrefillMetadata
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from vllm_sepllm.kernels.tuning import Tuning
 
 __all__ = [
+    "MAX_HEAD_SIZE",
     "CacheTable",
     "Impl",
     "KeyLists",

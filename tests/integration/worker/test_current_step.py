@@ -49,6 +49,13 @@ def test_a_step_that_a_runner_makes_up_has_none() -> None:
     assert runner(CurrentStep()).execute_model(scheduler_output(0)) == (True, False)
 
 
+def test_a_step_without_tokens_has_none() -> None:
+    """Its batch is made up, though the runner holds requests; each step of ours has a plan."""
+    output = scheduler_output(0)
+    attach_plan(output, StepPlanBuilder(Policy(4, 16, None)).build())
+    assert runner(CurrentStep()).execute_model(output) == (True, False)
+
+
 def test_a_step_of_another_scheduler_is_refused() -> None:
     with pytest.raises(RuntimeError, match="a step without a plan"):
         runner(CurrentStep()).execute_model(scheduler_output(3))

@@ -1,5 +1,7 @@
 """Blocks on their way to host memory and back, bit for bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -40,3 +42,20 @@ def test_host_memory_of_a_device_is_pinned_as_it_is(monkeypatch: pytest.MonkeyPa
     (memory,) = pinned
     assert memory.device.type == "cpu"
     assert memory.untyped_storage().nbytes() == memory.nbytes == 3 * 2 * 2 * 4 * 4
+
+
+def test_host_memory_is_unpinned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory that is freed as it is cannot be pinned by the next engine of the process."""
+    pinned: list[int] = []
+    monkeypatch.setattr(host_blocks, "pin_tensor", lambda memory: pinned.append(memory.data_ptr()))
+    cudart = SimpleNamespace(cudaHostUnregister=pinned.remove)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    host = HostBlocks([torch.randn(6, 8).to("meta")], num_blocks=6, num_slots=3)
+    assert len(pinned) == 1
+    host.release()
+    host.unpin()
+    host.unpin()
+    assert not pinned
+    host = HostBlocks([torch.randn(6, 8)], num_blocks=6, num_slots=3)
+    host.release()
+    host.unpin()

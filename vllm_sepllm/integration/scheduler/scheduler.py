@@ -279,6 +279,10 @@ class SepLLMScheduler(Scheduler):
         """What the workers must know of the step that was just scheduled."""
         plan = self._planner.plan(scheduler_output)
         if fresh := self._prefix_cache.take_fresh():
+            if self.needs_kv_cache_zeroing:  # whoever starts from a checkpoint copies whole blocks
+                others = scheduler_output.new_block_ids_to_zero or []
+                own = [block.block_id for block in fresh]
+                scheduler_output.new_block_ids_to_zero = [*others, *own]
             # at once, unless a state could arrive in them before this step has written them
             self._free_cow_retained_blocks(fresh, self.sched_step_seq)
         transfers = self._prefix_cache.take_transfers()

@@ -44,6 +44,25 @@ class HostBlocks:
             for cache in layers.values()
         ]
         self._host = [_host_memory(num_slots, blocks) for blocks in self._blocks]
+        self._pinned = [
+            memory.data_ptr()
+            for memory, blocks in zip(self._host, self._blocks, strict=True)
+            if blocks.device != memory.device
+        ]
+
+    def release(self) -> None:
+        """Let go of the caches."""
+        self._blocks = []
+
+    def unpin(self) -> None:
+        """Give the host memory back, once no copy is on its way.
+
+        What is freed pinned stays in memory, and CUDA pins no address twice: the next engine of the
+        process may be given the same ones.
+        """
+        for address in self._pinned:
+            torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        self._host, self._pinned = [], []
 
     def move(self, transfers: HostTransfers) -> None:
         """Do what a step asks for, before it."""

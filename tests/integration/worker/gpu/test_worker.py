@@ -12,13 +12,19 @@ import torch
 pytest.importorskip("vllm")
 
 from vllm.config import CUDAGraphMode
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.gpu_worker import Worker
+from vllm.v1.worker.utils import clear_layer_kv_caches
 
+from vllm_sepllm.integration.worker.current_step import CurrentStep
 from vllm_sepllm.integration.worker.gpu import worker as gpu_worker
+from vllm_sepllm.integration.worker.gpu.builder import GPUBuilderMixin
+from vllm_sepllm.integration.worker.gpu.impl import SepLLMGPUImpl
 from vllm_sepllm.integration.worker.gpu.profile import hold_while_profiling, key_list_bytes
 from vllm_sepllm.integration.worker.gpu.worker import SepLLMGPUWorker, check_layout
+from vllm_sepllm.integration.worker.host_blocks import HostBlocks
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
@@ -147,3 +153,55 @@ def live(num_bytes: int) -> list[torch.Tensor]:
     return [
         one for one in gc.get_objects() if type(one) is torch.Tensor and one.nbytes == num_bytes
     ]
+
+
+def layer_of(cache: torch.Tensor) -> Any:
+    """An attention layer of vLLM's, as far as its end is concerned."""
+    wrapped = TritonAttentionImpl(4, 8, 1.0, 2, None, None, "auto")
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_size": 8, "dtype": torch.float32}
+    return SimpleNamespace(impl=SepLLMGPUImpl(wrapped), kv_cache=cache, **sizes)
+
+
+def test_a_model_that_outlives_its_worker_keeps_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM takes the caches from the layers as a worker ends (clear_layer_kv_caches)."""
+    monkeypatch.setattr(Worker, "shutdown", lambda self: clear_layer_kv_caches(layers))
+    cache = torch.zeros(123, 2, 4, 16)
+    num_bytes = cache.nbytes
+    builder: Any = GPUBuilderMixin.__new__(GPUBuilderMixin)
+    layers: list[Any] = []
+    made = worker(CUDAGraphMode.NONE, None)
+    made._step = CurrentStep()
+    made.shutdown()  # it has no caches yet
+    layers = [layer_of(cache)]
+    builder._layers = layers
+    builder.take_layers(layers)
+    made._builders = [builder]
+    made._step.host_blocks = HostBlocks([cache], num_blocks=123, num_slots=1)
+    del cache
+    assert live(num_bytes)
+    made.shutdown()
+    assert layers[0].impl.num_heads == 4
+    assert not live(num_bytes)
+    made.shutdown()
+
+
+def test_heads_wider_than_the_kernel_takes_are_refused_as_the_model_loads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not after vLLM has profiled, compiled and allocated for it."""
+    wide = SimpleNamespace(
+        layer_name="model.layers.5.self_attn.attn",
+        head_size=512,
+        attn_backend=SimpleNamespace(get_name=lambda: "FLASH_ATTN"),
+        impl=None,
+    )
+    monkeypatch.setattr(Worker, "load_model", lambda self, **options: None)
+    monkeypatch.setattr(gpu_worker, "sepllm_layers", lambda *given, **options: [wide])
+    monkeypatch.setattr(gpu_worker, "read_config", lambda _: SimpleNamespace(largest_policy=None))
+    monkeypatch.setattr(gpu_worker, "wrap_backend", lambda *given: None)
+    monkeypatch.setattr(gpu_worker, "SepLLMGPUImpl", lambda impl: impl)
+    made = worker(CUDAGraphMode.NONE, None)
+    made.use_v2_model_runner = False
+    made.model_runner = None
+    with pytest.raises(ValueError, match=r"layers\.5.*heads of 512 elements.*takes 256 at most"):
+        made.load_model()

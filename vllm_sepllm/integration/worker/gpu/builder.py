@@ -58,6 +58,12 @@ class GPUBuilderMixin(BuilderMixin):
             first.num_heads, first.num_kv_heads, first.head_size, first.dtype
         )
 
+    def release(self) -> None:
+        """Let go of the caches, and have the layers do so: a model may outlive its worker."""
+        for layer in self._layers:
+            layer.impl.release()
+        del self._caches, self._turns, self._layers
+
     def warm_up(self, max_blocks: int) -> None:
         """Compile our kernels, on one made-up token and without writing anything.
 

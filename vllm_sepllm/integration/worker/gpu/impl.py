@@ -43,6 +43,10 @@ class SepLLMGPUImpl(SepLLMImpl[PrefillRows]):
         """Take the layer's cache, [num_blocks, num_kv_heads, block_size, 2 * head_size]."""
         self._caches = ops.CacheTable.build([kv_cache])
 
+    def release(self) -> None:
+        """Let go of the cache."""
+        self._caches = None
+
     def library_query(self, layer: AttentionLayer, query: torch.Tensor) -> torch.Tensor:
         """See the base class; fp8 where the layer quantises."""
         if layer.query_quant is None:  # type: ignore[attr-defined]

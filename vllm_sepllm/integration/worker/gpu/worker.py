@@ -13,6 +13,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 from vllm.v1.worker.gpu_worker import Worker
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_sepllm import ops
 from vllm_sepllm.integration.log import logger
 from vllm_sepllm.integration.wire.backend_name import WRAPPED_BACKENDS
 from vllm_sepllm.integration.wire.config import read_config
@@ -36,13 +37,15 @@ class SepLLMGPUWorker(Worker):
     """
 
     vllm_config: VllmConfig
+    # until there are caches
+    _builders: Sequence[BuilderMixin] = ()
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
         """Load as vLLM does, then put ours around the implementation of each chosen layer.
 
         Raises:
-            ValueError: if a layer cannot be served exactly, or its backend stores KV in an order
-                that our kernels do not read.
+            ValueError: if a layer cannot be served exactly, its heads are too wide, or its backend
+                stores KV in an order that our kernels do not read.
         """
         super().load_model(load_dummy_weights=load_dummy_weights)
         config = read_config(self.vllm_config)
@@ -59,6 +62,12 @@ class SepLLMGPUWorker(Worker):
                     f"sepllm cannot wrap the attention backend {name}, whose cache its kernels do "
                     f'not read; set {{"sepllm": {{"decode_backend": ...}}}} to one of '
                     f"{list(WRAPPED_BACKENDS)} in --additional-config"
+                )
+            if layer.head_size > ops.MAX_HEAD_SIZE:  # Gemma-4's global layers
+                raise ValueError(
+                    f"layer {layer.layer_name} has heads of {layer.head_size} elements, and "
+                    f"sepllm's kernel for GPUs takes {ops.MAX_HEAD_SIZE} at most; serve this model "
+                    "without --attention-backend sepllm"
                 )
             layer.attn_backend = wrap_backend(layer.attn_backend, GPUBuilderMixin, self._policy)
             layer.impl = SepLLMGPUImpl(layer.impl)
@@ -121,6 +130,23 @@ class SepLLMGPUWorker(Worker):
             return [names[index] for index in common.req_idx.tolist()]
         request_ids: list[str] = runner.input_batch.req_ids
         return request_ids[: common.num_reqs]
+
+    def shutdown(self) -> None:
+        """Let go of the KV caches before vLLM frees what it holds of them.
+
+        It says itself that a model may outlive its runner (clear_layer_kv_caches), and layers know
+        their caches through ours, too.
+        """
+        host = self._step.host_blocks if self._builders else None
+        for builder in self._builders:
+            assert isinstance(builder, GPUBuilderMixin), "the platform's own"
+            builder.release()
+        self._builders = ()
+        if host is not None:
+            host.release()
+        super().shutdown()  # waits for the device
+        if host is not None:
+            host.unpin()
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         """Compile our kernels before the first request, and let vLLM make up steps of its own."""
