@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engine import Engine, Watch, engine, sepllm
+from tests.support.engine import Watch, engine, sepllm
 from tests.support.measured import Number
-from tests.support.oracle import rule_of, separators
+from tests.support.oracle import Rule, rule_of, separators
 from tests.support.rule import num_kept
 
 pytestmark = pytest.mark.slow
@@ -23,10 +23,8 @@ POLICIES = {
 }
 
 
-def compact_blocks(made: Engine, token_ids: list[int], num_tokens: int) -> int:
+def compact_blocks(rule: Rule, is_separator: list[bool], num_tokens: int) -> int:
     """ceil(compact length / block size), counted from the definition."""
-    rule = rule_of(made)
-    is_separator = separators(torch.tensor(token_ids), rule).tolist()
     return -(-num_kept(rule, is_separator, num_tokens) // BLOCK)
 
 
@@ -40,13 +38,15 @@ def test_blocks_are_those_of_the_compact_length_at_every_step(
     for chunk in (512, 2048):
         selected = sepllm(**POLICIES[policy])
         with engine(tiny_path, **DUMMY, **selected, max_num_batched_tokens=chunk) as made:
+            rule = rule_of(made)
             for prompt in prompts:
                 watch = Watch()
-                made.generate([prompt], 8, watch=watch, logprobs=None)
-                for token_ids, num_tokens, (held,) in watch.holdings:
-                    assert held == compact_blocks(made, token_ids, num_tokens)
+                (answer,) = made.generate([prompt], 8, watch=watch, logprobs=None)
+                is_separator = separators(torch.tensor(prompt + answer.token_ids), rule).tolist()
+                for _, num_tokens, (held,) in watch.holdings:
+                    assert held == compact_blocks(rule, is_separator, num_tokens)
                 peak = max(held for *_, (held,) in watch.holdings)
-                assert peak == compact_blocks(made, prompt, len(prompt) + 7)
+                assert peak == compact_blocks(rule, is_separator, len(prompt) + 7)
                 peaks[chunk, len(prompt)] = peak
     for prompt in prompts:
         full = -(-(len(prompt) + 7) // BLOCK)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -16,7 +15,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.support.engine import Answer, Engine
-from tests.support.rule import read_positions
 
 # float32 on both sides; what remains is the order of sums. Design: 3e-5 over 30 layers.
 TOLERANCE = 1e-3
@@ -68,16 +66,16 @@ def causal_mask(num_tokens: int) -> torch.Tensor:
     return torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
 
 
-def sepllm_mask(token_ids: Sequence[int], rule: Rule) -> torch.Tensor:
-    """The SepLLM rule for all pairs: [num_tokens, num_tokens] bool, rows are queries."""
-    position = torch.arange(len(token_ids))
-    distance = position[:, None] - position[None, :]
+def sepllm_mask(token_ids: Sequence[int], rule: Rule, first: int = 0) -> torch.Tensor:
+    """The SepLLM rule for queries from ``first`` on: [num_tokens - first, num_tokens] bool."""
+    position = torch.arange(len(token_ids), dtype=torch.int32)
+    distance = position[first:, None] - position[None, :]
     is_separator = separators(torch.tensor(list(token_ids)), rule)
     is_initial = position < rule.initial_tokens
     is_kept = is_separator & ~is_initial & (distance >= rule.window)
     if rule.max_separators is not None:
         # of each row the latest: counted from the right, itself included
-        is_kept &= is_kept.flip(1).cumsum(1).flip(1) <= rule.max_separators
+        is_kept &= is_kept.flip(1).cumsum(1, dtype=torch.int32).flip(1) <= rule.max_separators
     return (distance >= 0) & (is_initial | (distance < rule.window) | is_kept)
 
 
@@ -148,36 +146,40 @@ class EpochOfQueries:
     Attributes:
         first: position in the text of the first one.
         last: behind the last one.
-        positions: [last] of each token, for these queries; 0: none of them reads it.
-        bias: [last - first, last], minus infinity where a query does not read a key.
+        keys: [num_keys] positions in the text of what the last query before them read, and of them.
+        positions: [num_keys] of these tokens for these queries.
+        bias: [last - first, num_keys], minus infinity where a query does not read a key.
     """
 
     first: int
     last: int
+    keys: torch.Tensor
     positions: torch.Tensor
     bias: torch.Tensor
 
 
 def epochs_of(token_ids: Sequence[int], rule: Rule) -> list[EpochOfQueries]:
-    """The queries of a text, epoch by epoch, by the rule spelled out in tests/support/rule.py."""
+    """The queries of a text, epoch by epoch.
+
+    Whenever the next position would be ``max_position``, what the query before reads is numbered
+    anew in the order of the text.
+    """
     return _epochs_of(tuple(token_ids), rule)
 
 
 @lru_cache(maxsize=2)
 def _epochs_of(token_ids: tuple[int, ...], rule: Rule) -> list[EpochOfQueries]:
-    is_separator = separators(torch.tensor(token_ids), rule).tolist()
-    reads = list(read_positions(rule, is_separator, len(token_ids)))
-    own = [read[query] for query, read in enumerate(reads)]
-    starts = [query for query in range(len(own)) if query == 0 or own[query] != own[query - 1] + 1]
-    epochs = []
-    for first, last in pairwise([*starts, len(own)]):
-        positions = torch.zeros(last, dtype=torch.int64)
-        bias = torch.full((last - first, last), float("-inf"))
-        for row, read in enumerate(reads[first:last]):
-            keys = torch.tensor(list(read))
-            positions[keys] = torch.tensor(list(read.values()))
-            bias[row, keys] = 0
-        epochs.append(EpochOfQueries(first, last, positions, bias))
+    epochs: list[EpochOfQueries] = []
+    first, kept = 0, torch.empty(0, dtype=torch.int64)
+    while first < len(token_ids):
+        assert len(kept) < rule.max_position, "no room for a token"
+        last = min(first + rule.max_position - len(kept), len(token_ids))
+        keys = torch.cat([kept, torch.arange(first, last)])
+        mask = sepllm_mask(token_ids[:last], rule, first)
+        assert mask.sum() == mask[:, keys].sum(), "a query reads what is no longer kept"
+        bias = _bias(mask[:, keys])[0, 0]
+        epochs.append(EpochOfQueries(first, last, keys, torch.arange(len(keys)), bias))
+        first, kept = last, mask[-1].nonzero().ravel()
     return epochs
 
 
@@ -195,15 +197,15 @@ def _attention_in_epochs(model: torch.nn.Module, epochs: list[EpochOfQueries]) -
             cos, sin = model.model.rotary_emb(hidden_states, epoch.positions[None])
             key, value = (
                 part.repeat_interleave(self.num_key_value_groups, 0)
-                for part in (_rotated(keys[:, : epoch.last], cos, sin), values[:, : epoch.last])
+                for part in (_rotated(keys[:, epoch.keys], cos, sin), values[:, epoch.keys])
             )
-            for first in range(epoch.first, epoch.last, BLOCK):
-                last = min(first + BLOCK, epoch.last)
-                query = _rotated(*(part[:, first:last] for part in (queries, cos, sin)))
-                bias = epoch.bias[first - epoch.first : last - epoch.first, :last]
-                weights = query @ key[:, :last].transpose(1, 2) * self.scaling + bias
-                weighted = weights.softmax(-1) @ value[:, :last]
-                found.append(weighted.transpose(0, 1).flatten(1))
+            # every query reads itself, so the queries are the last of the keys
+            num_queries = epoch.last - epoch.first
+            own = (part[:, -num_queries:] for part in (cos, sin))
+            query = _rotated(queries[:, epoch.first : epoch.last], *own)
+            for rows, bias in zip(query.split(BLOCK, 1), epoch.bias.split(BLOCK), strict=True):
+                weights = rows @ key.transpose(1, 2) * self.scaling + bias
+                found.append((weights.softmax(-1) @ value).transpose(0, 1).flatten(1))
         return self.o_proj(torch.cat(found)[None]), None
 
     with ExitStack() as stack:
