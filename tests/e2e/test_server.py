@@ -129,7 +129,8 @@ def test_concurrent_requests_with_random_aborts(
 def test_a_request_chooses_its_policy(client: OpenAI, documents: list[str]) -> None:
     """Proves vllm_xargs in chat and completions, and a sentence with HTTP 400 for all nonsense.
 
-    Also for what vLLM's server would drop: a field beside vllm_xargs, a beam search.
+    Also for what vLLM's server would drop: a field beside vllm_xargs, also in Anthropic's API, a
+    beam search.
     """
     from openai import BadRequestError
 
@@ -190,6 +191,10 @@ def test_a_request_chooses_its_policy(client: OpenAI, documents: list[str]) -> N
         extra = body | ({} if xargs is None else {"vllm_xargs": xargs})
         with pytest.raises(BadRequestError, match="400"):
             client.chat.completions.create(**chat, extra_body=extra)
+
+    asked = {"model": "smol", "max_tokens": 4, "messages": [message], "sepllm_window": 60}
+    with pytest.raises(BadRequestError, match="put it into vllm_xargs"):
+        client.post("/messages", body=asked, cast_to=object)
 
 
 @pytest.mark.compatibility("Metrics on `/metrics`", "what is kept, exact")
