@@ -281,8 +281,10 @@ class SepLLMScheduler(Scheduler):
         if fresh := self._prefix_cache.take_fresh():
             if self.needs_kv_cache_zeroing:  # whoever starts from a checkpoint copies whole blocks
                 others = scheduler_output.new_block_ids_to_zero or []
-                own = [block.block_id for block in fresh]
-                scheduler_output.new_block_ids_to_zero = [*others, *own]
+                # zeroed before the step's copies, whose sources may be among them: bytes of ours
+                copies = scheduler_output.kv_cache_block_copies or ()
+                own = {block.block_id for block in fresh} - {c.src_block_id for c in copies}
+                scheduler_output.new_block_ids_to_zero = [*others, *sorted(own)]
             # at once, unless a state could arrive in them before this step has written them
             self._free_cow_retained_blocks(fresh, self.sched_step_seq)
         transfers = self._prefix_cache.take_transfers()
