@@ -174,7 +174,7 @@ def test_data_parallel(
     for name, value in TWO_CORES.items():
         monkeypatch.setenv(name, value)
     arguments = (tiny_llama_path, tmp_path, ENGINE, "--data-parallel-size", "2")
-    with served([sys.executable, "-m", forked_vllm.__name__], *arguments) as (base_url, _):
+    with served([sys.executable, "-m", forked_vllm.__name__], *arguments) as (base_url, log):
         client = connect(base_url)
         many = prompts() * 4
         with ThreadPoolExecutor(len(many)) as pool:
@@ -191,3 +191,4 @@ def test_data_parallel(
     assert len(finished) == 2
     assert sum(finished.values()) == len(many)
     assert min(finished.values()) > 0
+    assert log.read_text().count(forked_vllm.FORKED) >= 2

@@ -7,6 +7,9 @@ what all other tests run.
 import os
 from typing import Any
 
+# a line of the log for each
+FORKED = "forked a process"
+
 
 def _fork_workers() -> None:
     from vllm.platforms.cpu import CpuPlatform
@@ -18,6 +21,8 @@ def _fork_workers() -> None:
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[method-assign]
+    # programs that are run are none
+    os.register_at_fork(after_in_parent=lambda: print(FORKED, flush=True))
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def _selection_hidden(
     if engine_args.block_size is None and current_platform.is_cpu():
         engine_args.block_size = CPU_BLOCK_SIZE
     if engine_args.speculative_config is not None:
-        # vLLM's default would be on; who asks for it is refused
+        # vLLM's default would be on; asking for it is refused
         engine_args.async_scheduling = False
     try:
         yield

@@ -137,7 +137,7 @@ class SepLLMGPUWorker(Worker):
         It says itself that a model may outlive its runner (clear_layer_kv_caches), and layers know
         their caches through ours, too.
         """
-        host = self._step.host_blocks if self._builders else None
+        host = self._step.host_blocks if hasattr(self, "_step") else None  # loading may have failed
         for builder in self._builders:
             assert isinstance(builder, GPUBuilderMixin), "the platform's own"
             builder.release()
