@@ -281,7 +281,7 @@ class SepLLMScheduler(Scheduler):
         if fresh := self._prefix_cache.take_fresh():
             if self.needs_kv_cache_zeroing:  # whoever starts from a checkpoint copies whole blocks
                 others = scheduler_output.new_block_ids_to_zero or []
-                # zeroed before the step's copies, whose sources may be among them: bytes of ours
+                # workers zero before they copy: what the step's copies read, bytes of ours, stays
                 copies = scheduler_output.kv_cache_block_copies or ()
                 own = {block.block_id for block in fresh} - {c.src_block_id for c in copies}
                 scheduler_output.new_block_ids_to_zero = [*others, *sorted(own)]

@@ -59,7 +59,7 @@ class CurrentStep:
         if plan is not None and plan.host is not None:
             assert self.host_blocks is not None, "the scheduler saves blocks if the workers do"
             self.host_blocks.move(plan.host)
-        # without tokens no request runs: a model runner that runs the model then makes its batch up
+        # without tokens no request runs, and a batch that a model runner makes up then has no plan
         # (vLLM: Model Runner V1 in an external launcher, to keep data-parallel ranks together)
         self._plan = plan if is_run else None
         try:
