@@ -67,13 +67,15 @@ class Result:
 def precision() -> dict[str, Any]:
     """Arguments of an engine: its dtype, with the same number of blocks in each.
 
-    x86 CPUs without AVX-512 emulate bfloat16, at a sixth of float32's speed. With a GPU the CPU
-    does not matter; to ask for one would start CUDA before vLLM forks, so torch's build is asked.
+    x86 CPUs without instructions for bfloat16 emulate it, at a third of float32's speed or less.
+    With a GPU the CPU does not matter; to ask for one would start CUDA before vLLM forks, so
+    torch's build is asked.
     """
-    from torch.backends import cpu, cuda
+    from torch import cpu
+    from torch.backends import cuda
 
     is_for_gpus = cuda.is_built()  # type: ignore[no-untyped-call]  # torch has no types for it
-    is_emulated = not is_for_gpus and cpu.get_cpu_capability() == "AVX2"
+    is_emulated = not is_for_gpus and not cpu._is_avx512_bf16_supported()
     dtype = "float32" if is_emulated else "bfloat16"
     return {"dtype": dtype, "kv_cache_memory_bytes": _KV_CACHE_BYTES[dtype]}
 
