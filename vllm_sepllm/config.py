@@ -102,16 +102,15 @@ class SepLLMConfig(BaseModel):
             )
         if preset is None:
             return given
-        if given.get("separators", ()) not in ((), []):
-            raise ValueError(
-                f"preset {preset!r} keeps no separators, got separators="
-                f"{given['separators']!r}; remove one of the two"
-            )
-        if preset == "streaming-llm" and given.get("max_separators") not in (None, 0):
-            raise ValueError(
-                f"preset {preset!r} keeps no separators, got max_separators="
-                f"{given['max_separators']!r}; remove one of the two"
-            )
+        needless: dict[str, tuple[object, ...]] = {"separators": ((), [])}
+        if preset == "streaming-llm":  # the other one has tokens to bound
+            needless["max_separators"] = (None, 0)
+        for name, none in needless.items():
+            if name in given and given[name] not in none:
+                raise ValueError(
+                    f"preset {preset!r} keeps no separators, got {name}={given[name]!r}; remove "
+                    "one of the two"
+                )
         return {**given, "separators": ()}
 
     @model_validator(mode="after")
