@@ -43,9 +43,9 @@ def test_blocks_are_those_of_the_compact_length_at_every_step(
                 watch = Watch()
                 (answer,) = made.generate([prompt], 8, watch=watch, logprobs=None)
                 is_separator = separators(torch.tensor(prompt + answer.token_ids), rule).tolist()
-                for _, num_tokens, (held,) in watch.holdings:
+                for num_tokens, (held,) in watch.holdings:
                     assert held == compact_blocks(rule, is_separator, num_tokens)
-                peak = max(held for *_, (held,) in watch.holdings)
+                peak = max(held for _, (held,) in watch.holdings)
                 assert peak == compact_blocks(rule, is_separator, len(prompt) + 7)
                 peaks[chunk, len(prompt)] = peak
     for prompt in prompts:

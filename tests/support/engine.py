@@ -42,13 +42,13 @@ class Watch:
     """What the scheduler showed while a workload ran.
 
     Attributes:
-        holdings: one (request's tokens, tokens computed, blocks held per KV cache group) for each
+        holdings: one (tokens computed, blocks held per KV cache group) for each
             running request after each step.
         max_decoding: most requests that produced a token in the same step.
         num_preemptions: how often a request was sent back to the queue.
     """
 
-    holdings: list[tuple[list[int], int, list[int]]] = field(default_factory=list)
+    holdings: list[tuple[int, list[int]]] = field(default_factory=list)
     max_decoding: int = 0
     num_preemptions: int = 0
     _preempted: dict[str, int] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Engine:
         watch.num_preemptions = sum(watch._preempted.values())
         for request in self.scheduler.running:
             held = [len(m.req_to_blocks[request.request_id]) for m in self.managers]
-            watch.holdings.append((request._all_token_ids, request.num_computed_tokens, held))
+            watch.holdings.append((request.num_computed_tokens, held))
 
 
 def _answer(output: Any) -> Answer:
