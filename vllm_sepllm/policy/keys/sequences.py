@@ -7,9 +7,10 @@ of its own, three parts in blocks that tiles share::
 
 The kernel's window drops one entry a query from the front, which is what the policy's window drops.
 Keys that stay although they leave the window (initial tokens and separators) are in the middle
-part instead, and an empty entry is in their place in the first one. With n the policy's window the
-kernel's is n plus the length of the middle part, so tiles of one such length are one call; empty
-blocks make the length of several tiles one.
+part instead. In the place of such a separator is the one that it pushes out of a full tail, which
+is read until just then, and otherwise an empty entry. With n the policy's window the kernel's is n
+plus the length of the middle part, so tiles of one such length are one call; empty blocks make the
+length of several tiles one.
 """
 
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class TileSequences:
             :attr:`empty` where no query may read.
         empty: one more than the highest key number.
         num_window: the first blocks: positions in order.
-        num_leaving: the blocks after these: the first of them again, with empty entries for keys
-            that stay.
+        num_leaving: the blocks after these: the first of them again, with other entries in the
+            places of keys that stay.
         block_table: [num_tiles, max_blocks] blocks of each sequence, padded with 0.
         lengths: [num_tiles] entries of each sequence; its queries are the last ones.
         windows: [num_tiles] entries that a query reads, itself included and counted back.
@@ -61,10 +62,8 @@ class TileSequences:
 def sequence_tile(chunk: Chunk, most: int, block_size: int) -> int:
     """Queries of a tile, ``most`` or fewer; 0 if the chunk cannot be laid out so.
 
-    Keys that leave during a tile must all come before it, and no separator may be given up.
+    Keys that leave during a tile must all come before it.
     """
-    if chunk.num_spilled_after > chunk.policy.bound:
-        return 0
     return min(most, max(0, chunk.policy.window // block_size - 1) * block_size)
 
 
@@ -90,34 +89,38 @@ def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequenc
     window = np.full(num_window * block_size, empty)
     window[: end - origin] = chunk.key_numbers(np.arange(origin, end))
     leaving = window.copy()
-    in_window = (stay_positions >= origin) & (stay_positions < end)
-    leaving[stay_positions[in_window] - origin] = empty
+    num_initial = min(policy.initial_tokens, end)
+    in_window = np.flatnonzero((stay_positions >= origin) & (stay_positions < end))
+    pushed = in_window - policy.bound
+    leaving[stay_positions[in_window] - origin] = np.where(
+        pushed >= num_initial, stays[np.maximum(pushed, 0)], empty
+    )
     num_leaving, num_full = int(split[-1]), int(num_staying[-1]) // block_size
-    partial = np.full((len(split), block_size), empty)
-    for tile, count in enumerate(num_staying.tolist()):
-        rest = stays[count // block_size * block_size : count]
-        partial[tile, : len(rest)] = rest
+    middles = [_middle(count, num_initial, policy.bound, block_size) for count in num_staying]
+    own = [np.append(stays[rest], np.full(-len(rest) % block_size, empty)) for _, rest in middles]
     parts = (
         window,
         leaving[: num_leaving * block_size],
         stays[: num_full * block_size],
-        partial.ravel(),
+        np.concatenate(own),
         np.full(block_size, empty),
     )
-    middle = -(-num_staying // block_size) * block_size
+    num_own = np.array([len(part) // block_size for part in own])
+    own_end = np.cumsum(num_own)
+    middle = (num_own + [len(shared) for shared, _ in middles]) * block_size
     common = _common_lengths(middle, policy.window, block_size)
     at = np.cumsum([len(part) // block_size for part in parts])
     rows = [
         np.concatenate(
             [
                 at[0] + np.arange(oldest[tile], split[tile]),
-                at[1] + np.arange(num_staying[tile] // block_size),
-                at[2] + np.arange(tile, tile + (num_staying[tile] % block_size > 0)),
+                at[1] + shared,
+                at[2] + np.arange(own_end[tile] - num_own[tile], own_end[tile]),
                 np.full((common[tile] - middle[tile]) // block_size, at[3]),
                 np.arange(split[tile], -(-(first[tile + 1] - origin) // block_size)),
             ]
         )
-        for tile in range(len(split))
+        for tile, (shared, _) in enumerate(middles)
     ]
     table = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     for tile, row in enumerate(rows):
@@ -134,13 +137,26 @@ def tile_sequences(chunk: Chunk, tile_size: int, block_size: int) -> TileSequenc
     )
 
 
+def _middle(count: int, num_initial: int, bound: int, block_size: int) -> tuple[IntArray, IntArray]:
+    """What a tile reads of the first ``count`` keys that stay: whole blocks, and single keys.
+
+    All initial tokens, and of the separators behind them the last ``bound``.
+    """
+    is_read = np.ones(count, dtype=bool)
+    is_read[num_initial : max(num_initial, count - bound)] = False
+    blocks = is_read[: count // block_size * block_size].reshape(-1, block_size)
+    whole = np.flatnonzero(blocks.all(1))
+    blocks[whole] = False
+    return whole, np.flatnonzero(is_read)
+
+
 def _common_lengths(middle: IntArray, window: int, block_size: int) -> IntArray:
-    """Lengths of the middle parts, ascending: those nearly alike are padded to the longest."""
-    common, first = middle.copy(), 0
-    while first < len(middle):
-        most = middle[first] + (middle[first] + window) // _PADDING // block_size * block_size
-        last = int(np.searchsorted(middle, most, side="right"))
-        common[first:last] = middle[last - 1]
+    """Lengths that runs of tiles share: middle parts nearly alike are padded to the longest."""
+    common, first = np.maximum.accumulate(middle), 0
+    while first < len(common):
+        most = common[first] + (common[first] + window) // _PADDING // block_size * block_size
+        last = int(np.searchsorted(common, most, side="right"))
+        common[first:last] = common[last - 1]
         first = last
     return common
 

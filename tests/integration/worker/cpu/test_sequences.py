@@ -16,10 +16,16 @@ from vllm_sepllm.policy.visibility import Policy, visible_mask
 TOLERANCE = {"vec": 2e-5, "vec16": 2e-5, "amx": 3e-2}
 
 
-def run(kernel: SequenceKernel, num_tokens: int, start: int, head_size: int, seed: int) -> float:
+def run(
+    kernel: SequenceKernel,
+    policy: Policy,
+    num_tokens: int,
+    start: int,
+    head_size: int,
+    seed: int,
+) -> float:
     """Largest error of the queries from ``start`` on."""
     gen = torch.Generator().manual_seed(seed)
-    policy = Policy(4, 70)
     flags = torch.rand(num_tokens, generator=gen) < 0.2
     chunk = make_chunk(policy, flags.tolist(), start)
     sizes = [(num_tokens, n, head_size) for n in (kernel.num_heads, *(kernel.num_kv_heads,) * 2)]
@@ -55,8 +61,9 @@ def test_the_dense_mask(isa: str, head_size: int) -> None:
     dtype = torch.bfloat16 if isa == "amx" else torch.float32
     kernel = SequenceKernel.of(6, 2, head_size, isa, dtype)
     assert kernel is not None
-    for seed, (num_tokens, start) in enumerate([(300, 0), (331, 150), (200, 199), (97, 30)]):
-        assert run(kernel, num_tokens, start, head_size, seed) < TOLERANCE[isa]
+    chunks = [(300, 0), (331, 150), (200, 199), (97, 30)]
+    for bound, (seed, sizes) in product((None, 13, 1), enumerate(chunks)):
+        assert run(kernel, Policy(4, 70, bound), *sizes, head_size, seed) < TOLERANCE[isa]
 
 
 def test_kernels_of_heads() -> None:

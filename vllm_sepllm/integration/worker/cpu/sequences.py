@@ -142,17 +142,19 @@ class ScratchWrites:
     Attributes:
         window_slots: [num_tokens] of the chunk's tokens, one after the other.
         cached: [num] int64 keys of the cache, by number.
-        cached_slots: [num].
+        cached_slots: [num], ascending.
+        num_first: of them the first, which are written before blocks are copied.
         tokens: [num] int64 of the chunk, to be written once more.
         token_slots: [num].
         empty_slots: [num], where nothing is to be read.
         num_blocks: of the scratch cache.
-        copied: blocks that are copied from the first ones before the empty entries are written.
+        copied: blocks that are copied from the first ones once the window is in these.
     """
 
     window_slots: torch.Tensor
     cached: torch.Tensor
     cached_slots: torch.Tensor
+    num_first: int
     tokens: torch.Tensor
     token_slots: torch.Tensor
     empty_slots: torch.Tensor
@@ -169,7 +171,8 @@ class ScratchWrites:
         keys = sequences.entries.ravel()
         is_empty = keys == sequences.empty
         is_written = ~is_empty
-        is_written[copied.start * block_size : copied.stop * block_size] = False
+        start, stop = copied.start * block_size, copied.stop * block_size
+        is_written[start:stop] &= keys[start:stop] != keys[: stop - start]
         is_own = is_written & (keys >= num_cached)
         cached_slots, own_slots = np.flatnonzero(is_written & ~is_own), np.flatnonzero(is_own)
         # the window's are first, and in order
@@ -178,6 +181,7 @@ class ScratchWrites:
             window_slots=torch.from_numpy(window_slots),
             cached=torch.from_numpy(keys[cached_slots]),
             cached_slots=torch.from_numpy(cached_slots),
+            num_first=int(np.searchsorted(cached_slots, start)),
             tokens=torch.from_numpy(keys[token_slots] - num_cached),
             token_slots=torch.from_numpy(token_slots),
             empty_slots=torch.from_numpy(np.flatnonzero(is_empty)),
@@ -256,14 +260,17 @@ class ChunkSequences:
         blocks = kernel.scratch.take("cache", writes.num_blocks, *block)
         cache = split_cache(blocks)
         self._write(key, value, writes.window_slots, cache)
+        at = writes.num_first
         if cached is not None:
             rows = cached.index_select(1, writes.cached).transpose(0, 1)
-            cached_key, cached_value = rows.chunk(2, dim=2)
-            self._write(cached_key, cached_value, writes.cached_slots, cache)
-        again = [part.index_select(0, writes.tokens) for part in (key, value)]
-        self._write(again[0], again[1], writes.token_slots, cache)
+            keys, values = rows.chunk(2, dim=2)
+            self._write(keys[:at], values[:at], writes.cached_slots[:at], cache)
         copied = writes.copied
         blocks[copied] = blocks[: copied.stop - copied.start]
+        if cached is not None:
+            self._write(keys[at:], values[at:], writes.cached_slots[at:], cache)
+        again = [part.index_select(0, writes.tokens) for part in (key, value)]
+        self._write(again[0], again[1], writes.token_slots, cache)
         size = (len(writes.empty_slots), kernel.num_kv_heads, kernel.size)
         empty, zero = (kernel.scratch.take(name, *size) for name in ("empty key", "empty value"))
         empty[..., head_size] = _EMPTY_SCORE / scale
