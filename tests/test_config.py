@@ -104,6 +104,25 @@ def test_resolving_derives_what_was_left_open_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "max_model_len", "max_separators"),
+    [
+        ({}, 1 << 20, 256),
+        ({}, 1000, 250),
+        ({"max_separators": 300}, 1000, 300),
+        ({"separators": "extended"}, 1 << 20, 1 << 18),
+        ({"separators": [7]}, 1 << 20, 1 << 18),
+    ],
+)
+def test_the_default_rule_alone_keeps_no_more_than_256(
+    given: dict[str, Any], max_model_len: int, max_separators: int
+) -> None:
+    resolved = read(given).resolve(
+        separators=TokenSeparators((7,)), num_layers=2, max_model_len=max_model_len, block_size=32
+    )
+    assert resolved.max_separators == max_separators
+
+
+@pytest.mark.parametrize(
     ("given", "max_separators"),
     [
         ({"preset": "streaming-llm"}, 0),
@@ -178,11 +197,11 @@ RENUMBERED = {"separators": TokenSeparators((7,)), "num_layers": 2, "block_size"
 def test_renumbered_positions_bound_what_a_request_keeps() -> None:
     """Proves it for lengths given and trained, and that a length of millions changes nothing."""
     for fields, trained, length in (({"max_position": 800}, 8192, 800), ({}, 8192, 8192)):
-        config = read({"positions": "renumbered"} | fields)
+        config = read({"positions": "renumbered", "separators": "extended"} | fields)
         resolved = config.resolve(**RENUMBERED, max_model_len=4_000_000, trained_length=trained)
         assert resolved.policy == Policy(4, 508, length // 4, max_position=length)
         assert ResolvedConfig.from_json(json.loads(json.dumps(resolved.to_json()))) == resolved
-    short = read({"positions": "renumbered"}).resolve(
+    short = read({"positions": "renumbered", "separators": "extended"}).resolve(
         **RENUMBERED, max_model_len=1000, trained_length=8192
     )
     assert short.max_separators == 250

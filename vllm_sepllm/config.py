@@ -25,6 +25,8 @@ MIN_WINDOW = 16
 # more tokens than any request has, and few enough that sums of them fit the kernels' 32 bits
 _MAX_TOKENS = 2**30 - 1
 _MAX_PROTECTED = 4096
+# of the rule "sentences", unless max_separators is set: more did not help in long texts
+MAX_SENTENCES = 256
 
 Count = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKENS)]
 
@@ -49,10 +51,11 @@ class SepLLMConfig(BaseModel):
             besides (the paper's FixLLM).
         interval: of "fixed-interval": tokens at positions that it divides are kept as separators
             are.
-        max_separators: separators older than the window that stay visible. None: a quarter of
-            max_model_len, which the text of a request reaches only if more than one token in
-            four is a separator; 0 if there are none; enough for every token of an ``interval``.
-            vLLM sizes and admits by it, so a request always fits.
+        max_separators: separators older than the window that stay visible, the latest. None: 256
+            of the rule "sentences"; of any other a quarter of max_model_len, which the text of a
+            request reaches only if more than one token in four is a separator; 0 if there are
+            none; enough for every token of an ``interval``. vLLM sizes and admits by it, so a
+            request always fits.
         full_layers: layers that keep full attention, negative ones counted from the last.
         checkpoint_interval: with prefix caching, tokens between the regular checkpoints of a
             request; must be a multiple of the block size. None: eight times initial_tokens +
@@ -228,7 +231,8 @@ class SepLLMConfig(BaseModel):
             return self.max_separators
         if self.separators == () and self.interval is None:
             return 0
-        return max_model_len // min(4, self.interval or 4)
+        quarter = max_model_len // min(4, self.interval or 4)
+        return min(quarter, MAX_SENTENCES) if self.separators == "sentences" else quarter
 
     def _resolved_checkpoints(self, block_size: int) -> int:
         if self.checkpoint_interval is None:

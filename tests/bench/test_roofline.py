@@ -10,7 +10,7 @@ import pytest
 
 from vllm_sepllm.bench import roofline
 from vllm_sepllm.bench.gpus import GPUS
-from vllm_sepllm.config import SepLLMConfig
+from vllm_sepllm.config import MAX_SENTENCES, SepLLMConfig
 from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ def test_sizes_of_the_models() -> None:
 def test_the_policy_is_the_default_one() -> None:
     """Which the cost model spells out: it has no dependency on the configuration."""
     config = SepLLMConfig()
-    assert Policy(config.initial_tokens, config.window) == roofline.POLICY
+    assert Policy(config.initial_tokens, config.window, MAX_SENTENCES) == roofline.POLICY
 
 
 def test_keys_by_hand() -> None:

@@ -43,7 +43,7 @@ def test_a_whole_installation(run: Run) -> None:
 def test_a_model_that_passes(run: Run, tiny_model: Path) -> None:
     found = findings(run, tiny_model, "--config", '{"window": 60}')
     assert found[str(tiny_model)]["detail"].startswith("not refused; ")
-    assert "window 60, max_separators 1024, full_layers []" in found["settings"]["detail"]
+    assert "window 60, max_separators 256, full_layers []" in found["settings"]["detail"]
     num_ids = len(token_separators("sentences", load_tokenizer(str(tiny_model))).token_ids)
     assert f"num_separator_ids {num_ids}, " in found["settings"]["detail"]
     given = findings(run, tiny_model, "--config", '{"separators": [5, 6]}')

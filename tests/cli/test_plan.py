@@ -30,7 +30,7 @@ def test_bytes_and_requests_of_a_tiny_llama(run: Run, tiny_model: Path) -> None:
     assert answer["full"] == full
     # 256 + 768 / 8 = 352 entries = 22 blocks of 16
     assert answer["sepllm"] == {"entries": 352, "request_bytes": 180_224, "concurrent": 58}
-    # max_separators is a quarter of the context: 256 + 256 = 512
+    # max_separators is 256: 256 + 256 = 512
     worst = {"entries": 512, "request_bytes": 262_144, "concurrent": 40}
     assert answer["worst"] == worst
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 # what the examples take, which say nothing about the policy
-DEFAULTS = Rule(4, 508, frozenset(SEPARATORS), max_separators=1024)
+DEFAULTS = Rule(4, 508, frozenset(SEPARATORS), max_separators=256)
 NUM_TEXTS = 8
 EXECUTOR_VARIABLE = "VLLM_USE_RAY_V2_EXECUTOR_BACKEND"
 FLOAT32 = ("--dtype", "float32")  # as the oracle

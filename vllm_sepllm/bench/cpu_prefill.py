@@ -80,7 +80,7 @@ def main(
 ) -> None:
     """Time one layer and print a table."""
     heads = (num_heads, num_kv_heads, head_size)
-    policy = replace(POLICY, window=window)
+    policy = replace(POLICY, window=window, max_separators=None)
     rows = [measure(heads, n, policy, density, rounds) for n in length or (1024, 8192, 32768)]
     if as_json:
         for row in rows:

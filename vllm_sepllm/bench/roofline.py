@@ -64,7 +64,7 @@ class Transformer:
 
 
 # sepllm's defaults, and the ends of sentences among the tokens of English text
-POLICY, DENSITY = Policy(initial_tokens=4, window=508), 0.05
+POLICY, DENSITY = Policy(initial_tokens=4, window=508, max_separators=256), 0.05
 LLAMA_3_8B = Transformer("Llama-3-8B", 32, 4096, 32, 8, 128, 14336, 128256)
 MODELS = (
     LLAMA_3_8B,
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append", help=f"default: {BATCHES}")
     parser.add_argument("--initial-tokens", type=int, default=POLICY.initial_tokens)
     parser.add_argument("--window", type=int, default=POLICY.window)
-    parser.add_argument("--max-separators", type=int, default=None)
+    parser.add_argument("--max-separators", type=int, default=POLICY.max_separators)
     parser.add_argument(
         "--density", type=float, default=DENSITY, help="separators among far tokens"
     )

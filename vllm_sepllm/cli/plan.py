@@ -99,7 +99,7 @@ def plan(
 ) -> None:
     """Memory of a request, and how many fit: arithmetic from the model's config alone.
 
-    Without --max-separators they are a quarter of --context at most, as in an engine.
+    Without --max-separators they are 256 at most, as in an engine with the default separators.
     """
     try:
         shape = load_shape(model)

@@ -9,6 +9,7 @@ from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
+from vllm_sepllm.config import MAX_SENTENCES
 from vllm_sepllm.policy.epochs import MIN_EPOCH, epochs_of, has_room
 from vllm_sepllm.policy.initial import Initial, protected_end
 from vllm_sepllm.policy.separators.rules import RULES, token_separators
@@ -55,8 +56,10 @@ def show(
 ) -> None:
     """Write an HTML page of a text that colours what the KV cache keeps, at any position.
 
-    Without --max-separators no separator is forgotten.
+    Without --max-separators the latest 256 of the rule "sentences" stay, and all of any other.
     """
+    if max_separators is None and separators == "sentences":
+        max_separators = MAX_SENTENCES
     text = options.read_text(file)
     page = output or Path(f"{file.stem}-kept.html")
     if page.resolve() == file.resolve():

@@ -150,6 +150,7 @@ def test_memory_is_held_while_vllm_profiles() -> None:
 
 def live(num_bytes: int) -> list[torch.Tensor]:
     """Tensors of that size that somebody holds."""
+    gc.collect()
     return [
         one for one in gc.get_objects() if type(one) is torch.Tensor and one.nbytes == num_bytes
     ]
