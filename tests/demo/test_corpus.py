@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sepllm.demo.corpus import QUESTIONS, Question, chat
+from vllm_sepllm.demo.corpus import QUESTIONS, Question, chat, part
 from vllm_sepllm.sample import FOLDER, documents
 
 
@@ -14,14 +14,13 @@ def test_every_document_is_named_in_the_source_list() -> None:
     assert all(f"| {title}.txt |" in listed for title in documents())
 
 
-def test_every_question_is_answered_by_its_document_in_one_place() -> None:
-    texts = documents()
-    assert QUESTIONS.keys() == texts.keys()
-    assert all(texts[title].count(question.told) == 1 for title, question in QUESTIONS.items())
+@pytest.mark.parametrize("num_characters", [None, 8400])
+def test_every_question_is_answered_by_its_text_in_one_place(num_characters: int | None) -> None:
+    assert QUESTIONS.keys() == documents().keys()
+    told = {title: part(title, num_characters) for title in QUESTIONS}
+    assert all(told[title].count(question.told) == 1 for title, question in QUESTIONS.items())
     # at least four characters a token: two are told in the window of 508, the others long before
-    behind = [
-        len(texts[title].partition(question.told)[2]) for title, question in QUESTIONS.items()
-    ]
+    behind = [len(told[title].partition(question.told)[2]) for title, question in QUESTIONS.items()]
     assert sorted(length < 600 for length in behind) == [False] * 4 + [True] * 2
     assert all(length < 600 or length > 4000 for length in behind)
 

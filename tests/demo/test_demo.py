@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sepllm.demo.offline import BLOCK_SIZE, Result, precision
+from vllm_sepllm.demo.offline import BLOCK_SIZE, Result, scale
 from vllm_sepllm.processes import run_in_process
 
 # three documents of about 2,000 tokens instead of six of 6,700, and shorter answers, of which
 # nobody asks that they be right
 SHORTER = """
-from vllm_sepllm import sample
 from vllm_sepllm.demo import offline
 
-titles = ["glow-worm", "redwoods", "revere"]
-offline.documents = lambda: {title: sample.documents()[title][:8000] for title in titles}
+# the KV cache holds no longer request of this model
+engine = offline.scale().engine | {"max_model_len": 4096, "kv_cache_memory_bytes": 330 << 20}
+small = offline.Scale(("glow-worm", "redwoods", "revere"), 8400, engine)
+offline.scale = lambda: small
 offline.MAX_ANSWER_TOKENS = 16
-offline.MAX_MODEL_LEN = 4096  # the KV cache holds no longer request of this model
 offline.main()
 """
 
@@ -45,20 +45,20 @@ def test_both_backends_answer_and_sepllm_holds_less(four_layers_path: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    ("has_bfloat16", "is_gpu_build", "dtype", "num_bytes"),
+    ("has_bfloat16", "is_gpu_build", "dtype", "num_characters"),
     [
-        (True, False, "bfloat16", 165 << 20),
-        (False, False, "float32", 330 << 20),
-        (False, True, "bfloat16", 165 << 20),
+        (True, False, "bfloat16", None),
+        (False, False, "float32", 8400),
+        (False, True, "bfloat16", None),
     ],
 )
 def test_bfloat16_where_it_is_not_emulated(
     has_bfloat16: bool,
     is_gpu_build: bool,
     dtype: str,
-    num_bytes: int,
+    num_characters: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: has_bfloat16)
     monkeypatch.setattr("torch.backends.cuda.is_built", lambda: is_gpu_build)
-    assert precision() == {"dtype": dtype, "kv_cache_memory_bytes": num_bytes}
+    assert (scale().engine["dtype"], scale().num_characters) == (dtype, num_characters)

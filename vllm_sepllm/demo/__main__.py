@@ -12,15 +12,13 @@ from pathlib import Path
 from rich.console import Console
 
 from vllm_sepllm.demo.corpus import QUESTIONS, chat
-from vllm_sepllm.demo.offline import MAX_ANSWER_TOKENS, MAX_MODEL_LEN, Result, precision
+from vllm_sepllm.demo.offline import MAX_ANSWER_TOKENS, Result, scale
 from vllm_sepllm.demo.report import comparison
 from vllm_sepllm.models import QWEN_SMALL, ensure_model
 from vllm_sepllm.processes import run_in_process, serving
-from vllm_sepllm.sample import documents
 
 TITLE = "revere"
 SERVE_OPTIONS = ["--attention-backend", "sepllm", "--enforce-eager"]
-SERVE_OPTIONS += ["--max-model-len", str(MAX_MODEL_LEN)]
 START_SECONDS = 300.0
 
 console = Console()
@@ -43,7 +41,7 @@ def ask(base_url: str, model: Path) -> None:
     client = OpenAI(base_url=base_url, api_key="unused")
     stream = client.chat.completions.create(
         model=str(model),
-        messages=chat(documents()[TITLE], question),
+        messages=chat(scale().texts[TITLE], question),
         temperature=0.0,
         max_tokens=MAX_ANSWER_TOKENS,
         stream=True,
@@ -68,14 +66,15 @@ def main() -> None:
     console.rule(f"1/4 model: {QWEN_SMALL.name}, a download of {QWEN_SMALL.num_bytes / 1e6:.0f} MB")
     model = ensure_model(args.model, QWEN_SMALL)
     console.print(f"  {model}")
-    console.rule(f"2/4 LLM.generate over {len(documents())} documents, stock vLLM")
+    share = "" if scale().num_characters is None else "a third of each of "
+    console.rule(f"2/4 LLM.generate over {share}{len(scale().titles)} documents, stock vLLM")
     stock = measure(model, "stock", folder)
     console.rule("3/4 the same with LLM(attention_backend='sepllm')")
     sepllm = measure(model, "sepllm", folder)
     console.print(comparison(stock, sepllm))
     console.rule("4/4 vllm serve --attention-backend sepllm, one streaming question")
     command = ["vllm", "serve", str(model), *SERVE_OPTIONS]
-    for name, value in precision().items():
+    for name, value in scale().engine.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     with serving(command, folder / "serve.log", START_SECONDS) as base_url:
         ask(base_url, model)

@@ -11,14 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sepllm.demo.corpus import QUESTIONS, chat
+from vllm_sepllm.demo.corpus import QUESTIONS, chat, part
 from vllm_sepllm.demo.probe import Probe
-from vllm_sepllm.sample import documents
 
 BLOCK_SIZE = 32
-MAX_MODEL_LEN = 8192
-# room for two of the documents with full attention: 440 blocks of the 0.5B model
-_KV_CACHE_BYTES = {"bfloat16": 165 * 2**20, "float32": 330 * 2**20}
 MAX_ANSWER_TOKENS = 40
 AS_TEXT: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
 
@@ -64,8 +60,41 @@ class Result:
         return (self.num_blocks - 1) // self.blocks_per_request
 
 
-def precision() -> dict[str, Any]:
-    """Arguments of an engine: its dtype, with the same number of blocks in each.
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much a processor can do in a few minutes.
+
+    Attributes:
+        titles: of the documents.
+        num_characters: of each document that is read; None: all.
+        engine: arguments of an engine. With full attention and the 0.5B model its KV cache has
+            room for a third of the texts.
+    """
+
+    titles: tuple[str, ...]
+    num_characters: int | None
+    engine: dict[str, Any]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Title -> what is read."""
+        return {title: part(title, self.num_characters) for title in self.titles}
+
+
+_WHOLE = Scale(
+    titles=tuple(QUESTIONS),
+    num_characters=None,
+    engine={"dtype": "bfloat16", "kv_cache_memory_bytes": 165 << 20, "max_model_len": 8192},
+)
+_PARTS = Scale(
+    titles=("glow-worm", "revere", "versailles"),
+    num_characters=8400,
+    engine={"dtype": "float32", "kv_cache_memory_bytes": 64 << 20, "max_model_len": 2560},
+)
+
+
+def scale() -> Scale:
+    """All documents in bfloat16, or a third of three in float32.
 
     x86 CPUs without instructions for bfloat16 emulate it, at a third of float32's speed or less.
     With a GPU the CPU does not matter; to ask for one would start CUDA before vLLM forks, so
@@ -76,18 +105,16 @@ def precision() -> dict[str, Any]:
 
     is_for_gpus = cuda.is_built()  # type: ignore[no-untyped-call]  # torch has no types for it
     is_emulated = not is_for_gpus and not cpu._is_avx512_bf16_supported()
-    dtype = "float32" if is_emulated else "bfloat16"
-    return {"dtype": dtype, "kv_cache_memory_bytes": _KV_CACHE_BYTES[dtype]}
+    return _PARTS if is_emulated else _WHOLE
 
 
 def engine_arguments(model: Path, backend: str) -> dict[str, Any]:
     """Keyword arguments of ``LLM``; the two backends differ in the backend alone."""
     arguments: dict[str, Any] = {
         "model": str(model),
-        **precision(),
+        **scale().engine,
         "enforce_eager": True,
         "block_size": BLOCK_SIZE,
-        "max_model_len": MAX_MODEL_LEN,
         "enable_prefix_caching": False,
     }
     return arguments | ({"attention_backend": "sepllm"} if backend == "sepllm" else {})
@@ -99,7 +126,7 @@ def run(model: Path, backend: str) -> Result:
 
     print(f"  starting vLLM ({backend}), half a minute", flush=True)
     llm = LLM(**engine_arguments(model, backend))
-    texts = documents()
+    texts = scale().texts
     tokenizer = llm.get_tokenizer()
     template = tokenizer.apply_chat_template
     prompts = {

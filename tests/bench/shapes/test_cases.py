@@ -112,8 +112,8 @@ def test_predictions_are_the_rooflines() -> None:
     assert predicted(TTFT, "sepllm", LLAMA, H100, LONGEST) == first
     step = decode_cost(LLAMA, H100, 1, 8192 + MAX_TOKENS // 2, 16, None, DENSITY)
     assert predicted(DECODE, "stock", LLAMA, H100, LONGEST) == step.bound_ms / 1e3
-    # 4 + 508 and 5 % of the other 7680
-    compact = decode_cost(LLAMA, H100, 1, 896, 16, None, DENSITY)
+    # 4 + 508 and the latest 256 of the 5 % of the other 7680
+    compact = decode_cost(LLAMA, H100, 1, 768, 16, None, DENSITY)
     side = "stock at the compact length"
     assert predicted(DECODE, side, LLAMA, H100, LONGEST) == compact.bound_ms / 1e3
     assert predicted(DECODE, "streaming-llm", LLAMA, H100, LONGEST) is None

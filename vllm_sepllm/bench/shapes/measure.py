@@ -16,6 +16,7 @@ from rich.console import Console
 
 from vllm_sepllm.bench.gpus import GPUS
 from vllm_sepllm.bench.results import Results
+from vllm_sepllm.bench.roofline import POLICY
 from vllm_sepllm.bench.shapes.cases import (
     MAX_TOKENS,
     Budget,
@@ -124,7 +125,8 @@ def main() -> None:
     folder, shape = Path(job.folder), SHAPES[job.shape]
     longest = max(job.lengths)
     model = shape.write(folder / "model", longest)
-    own = {"sepllm": {"additional_config": {"sepllm": {"separators": list(SEPARATORS)}}}}
+    policy = {"separators": list(SEPARATORS), "max_separators": POLICY.max_separators}
+    own = {"sepllm": {"additional_config": {"sepllm": policy}}}
     with running(SIDES, str(model), arguments_of(job), folder, own) as sides:
         gate(sides, work_of(Case("ttft", longest, 1), shape.sizes.vocab_size, 0, longest))
         measure(sides, job, budget)
