@@ -60,8 +60,9 @@ class SepLLMConfig(BaseModel):
         checkpoint_interval: with prefix caching, tokens between the regular checkpoints of a
             request; must be a multiple of the block size. None: eight times initial_tokens +
             window, rounded up, so that the checkpoints of a long text, of which each holds the
-            ring, stay an eighth of what full attention would cache. Others are left where
-            prompts part, at the end of each prompt and of each request.
+            ring, stay an eighth of what full attention would cache, and with 256 separators that
+            are a ring as well a fifth. Others are left where prompts part, at the end of each
+            prompt and of each request.
         decode_backend: vLLM's attention backend that decodes on a GPU, by its name. None: the one
             that vLLM would choose without us; on ROCm TRITON_ATTN.
         positions: "text", those in the request, or "renumbered": whenever the next position would

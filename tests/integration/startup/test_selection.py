@@ -194,6 +194,16 @@ def test_prefix_caching_is_on_unless_the_user_says_no(
     assert config.cache_config.enable_prefix_caching is is_on
 
 
+@pytest.mark.parametrize("is_on", [True, False])
+def test_checkpoints_without_prefix_caching_are_warned_of(
+    llama: str, is_on: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = ADDITIONAL_CONFIG["sepllm"] | {"checkpoint_interval": 64}
+    args = selected(llama, enable_prefix_caching=is_on, additional_config={"sepllm": policy})
+    args.create_engine_config()
+    assert ("checkpoint_interval has no effect" in caplog.text) is not is_on
+
+
 @pytest.mark.parametrize(("preset", "has_separators"), [(None, True), ("streaming-llm", False)])
 def test_the_log_says_what_vllms_concurrency_counts_on(
     llama: str,

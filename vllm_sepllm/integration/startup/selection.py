@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from vllm import envs
-from vllm.config import AttentionConfig, ModelConfig, VllmConfig
+from vllm.config import AttentionConfig, CacheConfig, ModelConfig, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.tokenizers import cached_tokenizer_from_config
@@ -69,6 +69,7 @@ def _create_engine_config(
         write_host_bytes(vllm_config, int(size * (1 << 30)))
     if not is_renumbered:
         _warn_of_positions(vllm_config.model_config)
+    _warn_of_checkpoints(given, vllm_config.cache_config)
     _log(given, config, vllm_config.cache_config.block_size)
     _install_in_front_end()
     return vllm_config
@@ -214,6 +215,15 @@ def _warn_of_positions(model_config: ModelConfig) -> None:
             trained,
             model_config.max_model_len,
             trained,
+        )
+
+
+def _warn_of_checkpoints(given: SepLLMConfig, cache_config: CacheConfig) -> None:
+    """A warning where ``checkpoint_interval`` is set to no purpose."""
+    if given.checkpoint_interval is not None and not cache_config.enable_prefix_caching:
+        logger.warning(
+            "sepllm's checkpoint_interval has no effect: prefix caching is off, and checkpoints "
+            "are what it caches."
         )
 
 
