@@ -35,6 +35,13 @@ def test_bytes_and_requests_of_a_tiny_llama(run: Run, tiny_model: Path) -> None:
     assert answer["worst"] == worst
 
 
+@pytest.mark.parametrize(("rule", "bound"), [("sentences", 256), ("paper", 1024)])
+def test_the_rule_sets_the_bound(run: Run, tiny_model: Path, rule: str, bound: int) -> None:
+    answer = plan(run, tiny_model, "--context", "4k", "--separators", rule)
+    assert answer["config"]["max_separators"] == bound  # type: ignore[index]
+    assert answer["worst"]["entries"] == 256 + bound  # type: ignore[index]
+
+
 def test_full_layers_dtype_and_tensor_parallel(run: Run, tiny_model: Path) -> None:
     options = ("--density", "0", "--full-layers", "0,-1", "--dtype", "float32")
     answer = plan(run, tiny_model, *options, "--tensor-parallel", "2", "--block-size", "32")

@@ -22,6 +22,7 @@ from vllm_sepllm.cli.sizes import format_bytes
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import TokenSeparators
+from vllm_sepllm.policy.separators.rules import RULES
 
 LABEL = "arithmetic, not a measurement"
 WINDOWS = (252, 508, 1020, 2044)
@@ -82,6 +83,9 @@ def plan(
         int, typer.Option(min=0, help="Tokens of the prefix that `protect` keeps of each request.")
     ] = 0,
     window: options.Window = options.DEFAULTS.window,
+    separators: Annotated[
+        str, typer.Option(help=f"Rule, which sets the default bound: {', '.join(RULES)}.")
+    ] = str(options.DEFAULTS.separators),
     max_separators: options.MaxSeparators = None,
     max_position: options.MaxPosition = None,
     full_layers: options.FullLayers = None,
@@ -99,7 +103,8 @@ def plan(
 ) -> None:
     """Memory of a request, and how many fit: arithmetic from the model's config alone.
 
-    Without --max-separators they are 256 at most, as in an engine with the default separators.
+    Without --max-separators they are bounded as in an engine: the latest 256 of the rule
+    "sentences", a quarter of --context with any other.
     """
     try:
         shape = load_shape(model)
@@ -111,6 +116,7 @@ def plan(
     config = options.make_config(
         initial_tokens=initial_tokens,
         window=window,
+        separators=separators,
         max_separators=max_separators,
         positions="text" if max_position is None else "renumbered",
         max_position=max_position,

@@ -83,8 +83,8 @@ def show(
     if max_position is not None and not has_room(policy):
         raise typer.BadParameter(
             f"--max-position {max_position} leaves no room for {policy.initial_tokens} initial "
-            f"tokens, a window of {window}, --max-separators, which must be set, and "
-            f"{MIN_EPOCH} new tokens"
+            f"tokens, a window of {window}, the separators and {MIN_EPOCH} new tokens; set "
+            "--max-separators lower"
         )
     is_protected = protect is not None and initial.is_in(ids)
     kind = "protected" if is_protected else "initial"
