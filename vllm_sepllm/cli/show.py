@@ -59,7 +59,8 @@ def show(
     Without --max-separators the latest 256 of the rule "sentences" stay, and all of any other.
     """
     if max_separators is None and separators == "sentences":
-        max_separators = MAX_SENTENCES
+        quarter = MAX_SENTENCES if max_position is None else max_position // 4
+        max_separators = min(MAX_SENTENCES, quarter)
     text = options.read_text(file)
     page = output or Path(f"{file.stem}-kept.html")
     if page.resolve() == file.resolve():

@@ -16,7 +16,9 @@ SLACK = _STEPS * _MARGIN
 LIMIT = 2 * SLACK
 
 
-def make(token_ids: list[int], max_tokens: int, **fields: Any) -> tuple[SharedTails, LiveRequest]:
+def make(
+    token_ids: list[int], max_tokens: int, window: int = 16, **fields: Any
+) -> tuple[SharedTails, LiveRequest]:
     """A running request, whose separators are its ones; ``grow`` gives it one more token."""
     request = SimpleNamespace(
         request_id="r",
@@ -28,7 +30,7 @@ def make(token_ids: list[int], max_tokens: int, **fields: Any) -> tuple[SharedTa
         block_hashes=[],
     )
     vars(request).update(fields)
-    policy = Policy(0, 16, LIMIT)
+    policy = Policy(0, window, LIMIT)
     requests = LiveRequests(TokenSeparators((1,)), policy)
     live = requests.add(request, policy)  # type: ignore[arg-type]
     return SharedTails(requests, 1), live
@@ -61,6 +63,27 @@ def test_one_that_comes_near_the_bound_is_found_before_it_is_there() -> None:
     tails.takes_part(live)
     assert tails.may_wrap(live)
     for _ in range(3 * _STEPS):
+        assert not tails.near_the_bound([live.request])
+        grow(live.request, 1)
+
+
+def test_a_tail_no_longer_than_the_ring_is_never_shared_and_never_a_reason_to_preempt() -> None:
+    for window, is_short in ((LIMIT, True), (LIMIT - 1, False)):
+        tails, live = make([1] * 10, max_tokens=100_000, window=window)
+        tails.takes_part(live)
+        assert tails.may_wrap(live) is is_short
+        for _ in range(LIMIT + _STEPS):
+            grow(live.request, 1)
+        found = [tails.near_the_bound([live.request]) for _ in range(_STEPS)]
+        assert any(found) is not is_short
+
+
+def test_a_request_without_a_tail_is_not_preempted() -> None:
+    """Such as one that chose full attention, whose window is the longest request."""
+    tails, live = make([1] * 10, max_tokens=LIMIT)
+    live.index.policy = Policy(0, 10 + LIMIT, LIMIT)
+    tails.takes_part(live)
+    for _ in range(LIMIT):
         assert not tails.near_the_bound([live.request])
         grow(live.request, 1)
 

@@ -3,7 +3,8 @@
 With ``max_separators`` separators in it the tail is a ring, too, and its blocks are written again.
 The number of separators in an answer is not known, and most requests may be as long as the model
 allows. So a request shares its tail until it comes near the bound; then it is preempted once, and
-goes on with copies of everything.
+goes on with copies of everything. A tail that is no longer than the ring is copied from the start,
+as the ring is: that costs less than preemptions.
 """
 
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ class SharedTails:
         """``most_per_step``: tokens that a request can gain in a step."""
         self._requests = requests
         self._limit = requests.engine.bound
+        self._is_short = self._limit <= requests.engine.num_dense
         self._slack = _STEPS * _MARGIN * most_per_step
         self._num_steps = 0
 
@@ -34,7 +36,7 @@ class SharedTails:
 
         Nor is the tail shared of a request that may renumber its positions: all keys are turned.
         """
-        if live.may_renumber:
+        if live.may_renumber or self._is_short:
             return True
         # a request that did not share from the start is not looked at
         shares_nothing = live.holding.next_look == _NEVER
@@ -54,7 +56,8 @@ class SharedTails:
     def takes_part(self, live: LiveRequest) -> None:
         """The request is in the step that is being scheduled."""
         if live.holding.next_look is None:
-            is_near = self.may_wrap(live)
+            # without a tail there is nothing to look for
+            is_near = live.stays_dense or self.may_wrap(live)
             live.holding.next_look = _NEVER if is_near else self._next_look(live)
 
     def _next_look(self, live: LiveRequest) -> int:
