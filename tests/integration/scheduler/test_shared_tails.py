@@ -67,7 +67,7 @@ def test_one_that_comes_near_the_bound_is_found_before_it_is_there() -> None:
         grow(live.request, 1)
 
 
-def test_a_tail_no_longer_than_the_ring_is_never_shared_and_never_a_reason_to_preempt() -> None:
+def test_a_tail_no_longer_than_the_ring_is_no_reason_to_preempt() -> None:
     for window, is_short in ((LIMIT, True), (LIMIT - 1, False)):
         tails, live = make([1] * 10, max_tokens=100_000, window=window)
         tails.takes_part(live)
@@ -76,6 +76,8 @@ def test_a_tail_no_longer_than_the_ring_is_never_shared_and_never_a_reason_to_pr
             grow(live.request, 1)
         found = [tails.near_the_bound([live.request]) for _ in range(_STEPS)]
         assert any(found) is not is_short
+    tails, live = make([1] * 10, max_tokens=LIMIT - 10, window=LIMIT)
+    assert not tails.may_wrap(live), "all that it may generate fits"
 
 
 def test_a_request_without_a_tail_is_not_preempted() -> None:

@@ -3,8 +3,8 @@
 With ``max_separators`` separators in it the tail is a ring, too, and its blocks are written again.
 The number of separators in an answer is not known, and most requests may be as long as the model
 allows. So a request shares its tail until it comes near the bound; then it is preempted once, and
-goes on with copies of everything. A tail that is no longer than the ring is copied from the start,
-as the ring is: that costs less than preemptions.
+goes on with copies of everything. Where a full tail is no longer than the ring it is copied from
+the start, as the ring is, unless all that the request may generate fits: no preemption is worth it.
 """
 
 from collections.abc import Iterable
@@ -27,8 +27,8 @@ class SharedTails:
         """``most_per_step``: tokens that a request can gain in a step."""
         self._requests = requests
         self._limit = requests.engine.bound
-        self._is_short = self._limit <= requests.engine.num_dense
-        self._slack = _STEPS * _MARGIN * most_per_step
+        is_short = self._limit <= requests.engine.num_dense
+        self._slack = _NEVER if is_short else _STEPS * _MARGIN * most_per_step
         self._num_steps = 0
 
     def may_wrap(self, live: LiveRequest) -> bool:
@@ -36,7 +36,7 @@ class SharedTails:
 
         Nor is the tail shared of a request that may renumber its positions: all keys are turned.
         """
-        if live.may_renumber or self._is_short:
+        if live.may_renumber:
             return True
         # a request that did not share from the start is not looked at
         shares_nothing = live.holding.next_look == _NEVER
