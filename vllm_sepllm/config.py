@@ -27,8 +27,15 @@ _MAX_TOKENS = 2**30 - 1
 _MAX_PROTECTED = 4096
 # of the rule "sentences", unless max_separators is set: more did not help in long texts
 MAX_SENTENCES = 256
+# a longest request's tokens over the separators that it may have by default
+_SHARE = 4
 
 Count = Annotated[StrictInt, Field(ge=0, le=_MAX_TOKENS)]
+
+
+def most_sentences(longest: int) -> int:
+    """Default of ``max_separators`` for "sentences" in requests of at most ``longest`` tokens."""
+    return min(MAX_SENTENCES, longest // _SHARE)
 
 
 class SepLLMConfig(BaseModel):
@@ -232,8 +239,9 @@ class SepLLMConfig(BaseModel):
             return self.max_separators
         if self.separators == () and self.interval is None:
             return 0
-        quarter = max_model_len // min(4, self.interval or 4)
-        return min(quarter, MAX_SENTENCES) if self.separators == "sentences" else quarter
+        if self.separators == "sentences":
+            return most_sentences(max_model_len)
+        return max_model_len // min(_SHARE, self.interval or _SHARE)
 
     def _resolved_checkpoints(self, block_size: int) -> int:
         if self.checkpoint_interval is None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sepllm.demo.corpus import QUESTIONS, Question, chat, part
+from vllm_sepllm.demo.corpus import QUESTIONS, Question, chat
 from vllm_sepllm.sample import FOLDER, documents
 
 
@@ -16,8 +16,9 @@ def test_every_document_is_named_in_the_source_list() -> None:
 
 @pytest.mark.parametrize("num_characters", [None, 8400])
 def test_every_question_is_answered_by_its_text_in_one_place(num_characters: int | None) -> None:
-    assert QUESTIONS.keys() == documents().keys()
-    told = {title: part(title, num_characters) for title in QUESTIONS}
+    texts = documents()
+    assert QUESTIONS.keys() == texts.keys()
+    told = {t: question.part_of(texts[t], num_characters) for t, question in QUESTIONS.items()}
     assert all(told[title].count(question.told) == 1 for title, question in QUESTIONS.items())
     # at least four characters a token: two are told in the window of 508, the others long before
     behind = [len(told[title].partition(question.told)[2]) for title, question in QUESTIONS.items()]

@@ -10,6 +10,7 @@ import typer
 
 from vllm_sepllm.cli.sizes import parse_bytes, parse_tokens
 from vllm_sepllm.config import ADDITIONAL_CONFIG_KEY, SepLLMConfig
+from vllm_sepllm.policy.separators.rules import RULES
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ Model = Annotated[str, typer.Argument(help="Model folder, or a name in the Huggi
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 InitialTokens = Annotated[int, typer.Option(min=0, help="Tokens at the start, always kept.")]
 Window = Annotated[int, typer.Option(min=1, help="Last tokens kept, the query included.")]
+Separators = Annotated[str, typer.Option(help=f"Rule: {', '.join(RULES)}.")]
 MaxSeparators = Annotated[
     int | None,
     typer.Option(min=0, help="Most separators kept beyond the window, the latest."),

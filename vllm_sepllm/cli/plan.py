@@ -22,7 +22,6 @@ from vllm_sepllm.cli.sizes import format_bytes
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.initial import Initial
 from vllm_sepllm.policy.separators.definition import TokenSeparators
-from vllm_sepllm.policy.separators.rules import RULES
 
 LABEL = "arithmetic, not a measurement"
 WINDOWS = (252, 508, 1020, 2044)
@@ -83,9 +82,7 @@ def plan(
         int, typer.Option(min=0, help="Tokens of the prefix that `protect` keeps of each request.")
     ] = 0,
     window: options.Window = options.DEFAULTS.window,
-    separators: Annotated[
-        str, typer.Option(help=f"Rule, which sets the default bound: {', '.join(RULES)}.")
-    ] = str(options.DEFAULTS.separators),
+    separators: options.Separators = str(options.DEFAULTS.separators),
     max_separators: options.MaxSeparators = None,
     max_position: options.MaxPosition = None,
     full_layers: options.FullLayers = None,

@@ -9,10 +9,10 @@ from vllm_sepllm.cli import options
 from vllm_sepllm.cli.console import make_console
 from vllm_sepllm.cli.page import build_page
 from vllm_sepllm.cli.tokens import load_tokenizer, tokenise
-from vllm_sepllm.config import MAX_SENTENCES
+from vllm_sepllm.config import MAX_SENTENCES, most_sentences
 from vllm_sepllm.policy.epochs import MIN_EPOCH, epochs_of, has_room
 from vllm_sepllm.policy.initial import Initial, protected_end
-from vllm_sepllm.policy.separators.rules import RULES, token_separators
+from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.visibility import BoolArray, Policy
 
 _MAX_ATTENTION = 4096
@@ -24,9 +24,7 @@ def show(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Page to write; default: FILE-kept.html.")
     ] = None,
-    separators: Annotated[str, typer.Option(help=f"Rule: {', '.join(RULES)}.")] = str(
-        options.DEFAULTS.separators
-    ),
+    separators: options.Separators = str(options.DEFAULTS.separators),
     initial_tokens: options.InitialTokens = options.DEFAULTS.initial_tokens,
     protect: Annotated[
         str | None,
@@ -59,8 +57,7 @@ def show(
     Without --max-separators the latest 256 of the rule "sentences" stay, and all of any other.
     """
     if max_separators is None and separators == "sentences":
-        quarter = MAX_SENTENCES if max_position is None else max_position // 4
-        max_separators = min(MAX_SENTENCES, quarter)
+        max_separators = MAX_SENTENCES if max_position is None else most_sentences(max_position)
     text = options.read_text(file)
     page = output or Path(f"{file.stem}-kept.html")
     if page.resolve() == file.resolve():

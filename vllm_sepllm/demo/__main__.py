@@ -32,8 +32,8 @@ def measure(model: Path, backend: str, folder: Path) -> Result:
     return Result(**json.loads(out.read_text()))
 
 
-def ask(base_url: str, model: Path) -> None:
-    """Stream the answer to one question about one document, through the openai client."""
+def ask(base_url: str, model: Path, document: str) -> None:
+    """Stream the answer to one question about a document, through the openai client."""
     from openai import OpenAI
 
     question = QUESTIONS[TITLE].text
@@ -41,7 +41,7 @@ def ask(base_url: str, model: Path) -> None:
     client = OpenAI(base_url=base_url, api_key="unused")
     stream = client.chat.completions.create(
         model=str(model),
-        messages=chat(scale().texts[TITLE], question),
+        messages=chat(document, question),
         temperature=0.0,
         max_tokens=MAX_ANSWER_TOKENS,
         stream=True,
@@ -66,18 +66,19 @@ def main() -> None:
     console.rule(f"1/4 model: {QWEN_SMALL.name}, a download of {QWEN_SMALL.num_bytes / 1e6:.0f} MB")
     model = ensure_model(args.model, QWEN_SMALL)
     console.print(f"  {model}")
-    share = "" if scale().num_characters is None else "a third of each of "
-    console.rule(f"2/4 LLM.generate over {share}{len(scale().titles)} documents, stock vLLM")
+    size = scale()
+    share = "" if size.num_characters is None else "a third of each of "
+    console.rule(f"2/4 LLM.generate over {share}{len(size.titles)} documents, stock vLLM")
     stock = measure(model, "stock", folder)
     console.rule("3/4 the same with LLM(attention_backend='sepllm')")
     sepllm = measure(model, "sepllm", folder)
     console.print(comparison(stock, sepllm))
     console.rule("4/4 vllm serve --attention-backend sepllm, one streaming question")
     command = ["vllm", "serve", str(model), *SERVE_OPTIONS]
-    for name, value in scale().engine.items():
+    for name, value in size.engine.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     with serving(command, folder / "serve.log", START_SECONDS) as base_url:
-        ask(base_url, model)
+        ask(base_url, model, size.texts[TITLE])
         console.print("  stopping the server")
     console.print(f"Done in {time.monotonic() - start:.0f} s")
 

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_sepllm.sample import documents
-
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
 
@@ -20,6 +18,13 @@ class Question:
 
     text: str
     told: str
+
+    def part_of(self, document: str, num_characters: int | None) -> str:
+        """The document, or so much of its beginning or end, whichever answers."""
+        beginning = document[:num_characters]
+        if num_characters is None or self.told in beginning:
+            return beginning
+        return document[-num_characters:]
 
     def is_answered_by(self, answer: str) -> bool:
         """Whether an answer has the words, whatever its line breaks and capitals."""
@@ -37,15 +42,6 @@ QUESTIONS = {
     "sierras": Question("What is the name of the mining company?", "Eureka Mining Company"),
     "versailles": Question("On which date did the Versailles accident happen?", "8th of May, 1842"),
 }
-
-
-def part(title: str, num_characters: int | None) -> str:
-    """The document, or so much of its beginning or end, whichever answers its question."""
-    text = documents()[title]
-    beginning = text[:num_characters]
-    if num_characters is None or QUESTIONS[title].told in beginning:
-        return beginning
-    return text[-num_characters:]
 
 
 def chat(document: str, question: str) -> list["ChatCompletionMessageParam"]:

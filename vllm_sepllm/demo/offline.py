@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_sepllm.demo.corpus import QUESTIONS, chat, part
+from vllm_sepllm.demo.corpus import QUESTIONS, chat
 from vllm_sepllm.demo.probe import Probe
+from vllm_sepllm.sample import documents
 
 BLOCK_SIZE = 32
 MAX_ANSWER_TOKENS = 40
@@ -78,7 +79,11 @@ class Scale:
     @property
     def texts(self) -> dict[str, str]:
         """Title -> what is read."""
-        return {title: part(title, self.num_characters) for title in self.titles}
+        whole = documents()
+        return {
+            title: QUESTIONS[title].part_of(whole[title], self.num_characters)
+            for title in self.titles
+        }
 
 
 _WHOLE = Scale(

@@ -260,15 +260,10 @@ class ChunkSequences:
         blocks = kernel.scratch.take("cache", writes.num_blocks, *block)
         cache = split_cache(blocks)
         self._write(key, value, writes.window_slots, cache)
-        at = writes.num_first
-        if cached is not None:
-            rows = cached.index_select(1, writes.cached).transpose(0, 1)
-            keys, values = rows.chunk(2, dim=2)
-            self._write(keys[:at], values[:at], writes.cached_slots[:at], cache)
+        self._write_cached(cached, slice(writes.num_first), cache)
         copied = writes.copied
         blocks[copied] = blocks[: copied.stop - copied.start]
-        if cached is not None:
-            self._write(keys[at:], values[at:], writes.cached_slots[at:], cache)
+        self._write_cached(cached, slice(writes.num_first, None), cache)
         again = [part.index_select(0, writes.tokens) for part in (key, value)]
         self._write(again[0], again[1], writes.token_slots, cache)
         size = (len(writes.empty_slots), kernel.num_kv_heads, kernel.size)
@@ -276,6 +271,18 @@ class ChunkSequences:
         empty[..., head_size] = _EMPTY_SCORE / scale
         vllm_ops.cpu_attn_reshape_and_cache(empty, zero, *cache, writes.empty_slots, kernel.isa)
         return cache
+
+    def _write_cached(
+        self,
+        cached: torch.Tensor | None,
+        which: slice,
+        cache: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Write some of the cache's keys; ``cached`` as of ``attend``."""
+        if cached is not None:
+            rows = cached.index_select(1, self.writes.cached[which]).transpose(0, 1)
+            key, value = rows.chunk(2, dim=2)
+            self._write(key, value, self.writes.cached_slots[which], cache)
 
     def _write(
         self,
