@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support import rule
 from vllm_sepllm.config import ResolvedConfig, SepLLMConfig
 from vllm_sepllm.policy.initial import protected_end
 from vllm_sepllm.policy.layout import compact_length
@@ -15,7 +16,7 @@ from vllm_sepllm.policy.separators.index import SeparatorIndex
 from vllm_sepllm.policy.separators.rules import token_separators
 from vllm_sepllm.policy.step.checkpoint import checkpoint_positions
 from vllm_sepllm.policy.step.plan import StepPlanBuilder
-from vllm_sepllm.policy.visibility import is_visible, visible_mask
+from vllm_sepllm.policy.visibility import visible_mask
 
 VOCAB_SIZE = 128
 SCALARS = st.one_of(
@@ -78,10 +79,9 @@ def usable(config: ResolvedConfig, num_layers: int, max_model_len: int) -> None:
     assert config.policy.initial_tokens <= policy.initial_tokens
     assert policy.initial_tokens <= config.largest_policy.initial_tokens
     is_separator = config.separators.mask(token_ids)
-    mask = visible_mask(policy, is_separator)
-    row = [is_visible(policy, list(is_separator), 59, key) for key in range(60)]
-    assert mask[59].tolist() == row
-    assert row[59], "a query reads itself"
+    read = np.flatnonzero(visible_mask(policy, is_separator)[59]).tolist()
+    assert read == rule.visible(policy, list(is_separator), 59)
+    assert read[-1] == 59, "a query reads itself"
     index = SeparatorIndex(policy, config.separators)
     builder = StepPlanBuilder(policy)
     builder.add("request", index, token_ids, 0, 50)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sepllm.policy.visibility import Policy, is_visible, visible_mask
+from tests.support import rule
+from vllm_sepllm.policy.visibility import Policy, visible_mask
 
 policies = st.builds(
     Policy,
@@ -17,7 +18,8 @@ flags = st.lists(st.booleans(), min_size=1, max_size=40)
 
 
 def row(policy: Policy, is_separator: list[bool], query: int) -> list[int]:
-    return [k for k in range(len(is_separator)) if is_visible(policy, is_separator, query, k)]
+    mask = visible_mask(policy, np.array(is_separator))
+    return np.flatnonzero(mask[query]).tolist()
 
 
 def test_the_window_counts_the_query() -> None:
@@ -45,10 +47,8 @@ def test_no_separator_is_the_streaming_llm_mask() -> None:
 
 @given(policies, flags)
 def test_mask_is_the_rule(policy: Policy, is_separator: list[bool]) -> None:
-    mask = visible_mask(policy, np.array(is_separator))
-    num_tokens = len(is_separator)
-    for query in range(num_tokens):
-        assert np.flatnonzero(mask[query]).tolist() == row(policy, is_separator, query)
+    for query in range(len(is_separator)):
+        assert row(policy, is_separator, query) == rule.visible(policy, is_separator, query)
 
 
 @given(policies, flags)

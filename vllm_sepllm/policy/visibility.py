@@ -97,35 +97,9 @@ class BatchPolicy:
         """The policy of one row."""
         return Policy(int(self.initial_tokens[row]), int(self.window[row]), self.max_separators)
 
-    def followed_by(self, other: "BatchPolicy") -> "BatchPolicy":
-        """The policies of these rows and then of ``other``'s, of the same engine."""
-        return BatchPolicy(
-            np.concatenate([self.initial_tokens, other.initial_tokens]),
-            np.concatenate([self.window, other.window]),
-            self.max_separators,
-        )
-
 
 # one policy for all elements of an array, or one for each
 AnyPolicy = Policy | BatchPolicy
-
-
-def is_visible(policy: Policy, is_separator: Sequence[bool], query: int, key: int) -> bool:
-    """Whether the token at position ``query`` reads the one at position ``key``.
-
-    Args:
-        policy: a, n and s.
-        is_separator: [num_tokens], whether each token of the request is a separator.
-        query: position i.
-        key: position j.
-    """
-    if key > query:
-        return False
-    if key < policy.initial_tokens or query - key < policy.window:
-        return True
-    if not is_separator[key]:
-        return False
-    return sum(is_separator[key + 1 : query - policy.window + 1]) < policy.bound
 
 
 def visible_mask(policy: Policy, is_separator: BoolArray) -> BoolArray:

@@ -4,9 +4,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.support import rule
 from tests.support.chunks import make_chunk, positions_of
 from vllm_sepllm.policy.keys.sequences import sequence_tile, tile_sequences
-from vllm_sepllm.policy.visibility import Policy, is_visible
+from vllm_sepllm.policy.visibility import Policy
 
 BLOCK = 2
 
@@ -40,8 +41,7 @@ def test_each_query_reads_what_the_rule_shows(
             read = [
                 held[key] for key in sequence[lowest : index + 1].tolist() if key != found.empty
             ]
-            wanted = [k for k in range(query + 1) if is_visible(policy, is_separator, query, k)]
-            assert sorted(read) == wanted
+            assert sorted(read) == rule.visible(policy, is_separator, query)
 
 
 def test_calls_are_runs_of_tiles_with_one_window() -> None:

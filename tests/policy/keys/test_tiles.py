@@ -5,6 +5,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from tests.support import rule
 from vllm_sepllm.policy.keys.columns import REQUEST, RUNS, TILE
 from vllm_sepllm.policy.keys.tiles import (
     NEVER,
@@ -12,7 +13,7 @@ from vllm_sepllm.policy.keys.tiles import (
     PrefillTiles,
     plan_tiles,
 )
-from vllm_sepllm.policy.visibility import BatchPolicy, Policy, is_visible
+from vllm_sepllm.policy.visibility import BatchPolicy, Policy
 
 policies = st.builds(
     Policy,
@@ -170,9 +171,7 @@ def test_tile_reads_what_the_rule_shows(policy, initial, window, prompts, tile_t
         touched = set()
         for query in range(first, first + num_tokens):
             read = sorted(p for p, until in keys if p <= query < until)
-            assert read == [
-                key for key in range(query + 1) if is_visible(own, is_separator, query, key)
-            ]
+            assert read == rule.visible(own, is_separator, query)
             touched |= set(read)
         assert touched == {p for p, _ in keys}
     assert covered == [

@@ -184,10 +184,12 @@ def test_staging_lies_behind_what_the_next_commit_may_fill() -> None:
     commit, staged = propose(index, staged, 22, 0, 3)
     assert staged is None
     assert commit is not None
-    moves = staging.commit_moves(policy, commit)
-    assert moves.source.tolist() == [15, 16]
-    assert moves.target.tolist() == [3 + (20 - 3) % 8, 3 + (21 - 3) % 8]
-    assert moves.spill_source.tolist() == []
+    plan = StepPlanBuilder(policy)
+    plan.add_proposing("only", index, [0] * 23, 22, commit, staged)
+    step = plan_batch(plan.build().of(np.arange(1), 0), np.array([0, 1]), 1, BLOCK_SIZE)
+    assert step.commits.source.tolist() == [15, 16]
+    assert step.commits.target.tolist() == [3 + (20 - 3) % 8, 3 + (21 - 3) % 8]
+    assert step.commit_spills.source.tolist() == []
     assert staging.num_entries(3) == 6
 
 

@@ -1,7 +1,6 @@
 """Planner of a scheduler's steps: decode rows all at once, others one by one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from operator import attrgetter
 
 import numpy as np
@@ -9,9 +8,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 
 from vllm_sepllm.integration.scheduler.live_requests import Batch, LiveRequest, LiveRequests
 from vllm_sepllm.policy.epochs import Epochs
-from vllm_sepllm.policy.step.plan import PlannedCheckpoint, StepPlan, StepPlanBuilder
+from vllm_sepllm.policy.step.plan import (
+    ListedRow,
+    PlannedCheckpoint,
+    Positions,
+    StepPlan,
+    StepPlanBuilder,
+)
 from vllm_sepllm.policy.step.staging import propose
-from vllm_sepllm.policy.visibility import BatchPolicy, IntArray, Policy
+from vllm_sepllm.policy.visibility import IntArray, Policy
 
 # request, start and end of its step -> checkpoints that the step leaves
 PlanCheckpoints = Callable[[LiveRequest, int, int], tuple[PlannedCheckpoint, ...]]
@@ -60,36 +65,36 @@ class StepPlanner:
         if output.total_num_scheduled_tokens > len(num_new):
             others = [row for row, size in enumerate(num_new.values()) if size > 1]
         start = np.fromiter(map(_NUM_COMPUTED, batch.requests), np.int64, len(batch.ids))
-        for row in self._live.decodes.unknown(batch.slots, start).tolist():
+        decodes = self._live.decodes
+        for row in decodes.unknown(batch.slots, start).tolist():
             if num_new[batch.ids[row]] == 1 and not self._look_up(batch.live[row]):
                 others.append(row)
-        if not others:
-            plan = self._decodes(batch.rows, batch.slots, start, batch.policy)
-            return self._positioned(plan, batch, start)
-        single = sorted(set(range(len(start))).difference(others))
-        builder = StepPlanBuilder(self._live.engine)
-        for row in others:
-            self._add(builder, batch.live[row], num_new[batch.ids[row]])
-        rows = {batch.ids[row]: number for number, row in enumerate(single)}
-        policy = batch.policy.of_rows(single)
-        decodes = self._decodes(rows, batch.slots[single], start[single], policy)
-        plan = builder.build_after(decodes)
-        return self._positioned(plan, batch, start, np.array([*single, *others]))
+        listed: dict[int, ListedRow] = {}
+        if others:
+            single = np.delete(np.arange(len(start)), others)
+            num_spilled, spills = np.zeros_like(start), np.zeros(len(start), dtype=np.bool_)
+            num_spilled[single], spills[single] = decodes.step(batch.slots[single], start[single])
+            builder = StepPlanBuilder(self._live.engine)
+            for row in others:
+                self._add(builder, batch.live[row], num_new[batch.ids[row]])
+            own = builder.build()
+            num_spilled[others], spills[others] = own.num_spilled, own.spills
+            listed = {others[row]: item for row, item in own.listed.items()}
+        else:
+            num_spilled, spills = decodes.step(batch.slots, start)
+        positions = self._positions(batch, start)
+        return StepPlan(batch.rows, start, num_spilled, spills, batch.policy, listed, positions)
 
-    def _positioned(
-        self, plan: StepPlan, batch: Batch, start: IntArray, order: IntArray | None = None
-    ) -> StepPlan:
-        """``plan`` with the positions of its rows, which are those of the batch in ``order``."""
+    def _positions(self, batch: Batch, start: IntArray) -> Positions | None:
         if self._live.engine.max_position is None:
-            return plan
+            return None
 
         def of_row(row: int) -> tuple[Epochs, Sequence[int]]:
             live = batch.live[row]
             assert live.epochs is not None, "the engine's max_position is every request's"
             return live.epochs, live.request._all_token_ids
 
-        positions = self._live.epochs.step(batch.slots, start, of_row)
-        return replace(plan, positions=positions if order is None else positions.of(order))
+        return self._live.epochs.step(batch.slots, start, of_row)
 
     def _look_up(self, live: LiveRequest) -> bool:
         """Prepare a step of one token; False if it may leave a checkpoint: it is planned alone."""
@@ -113,12 +118,6 @@ class StepPlanner:
         offset = start % self._block_size
         wait = 0 if offset == 0 else self._block_size - 1 - offset
         return min(start + wait, policy.num_dense)
-
-    def _decodes(
-        self, rows: dict[str, int], slots: IntArray, start: IntArray, policy: BatchPolicy
-    ) -> StepPlan:
-        num_spilled, spills = self._live.decodes.step(slots, start)
-        return StepPlan(rows, start, num_spilled, spills, policy)
 
     def _add(self, plan: StepPlanBuilder, live: LiveRequest, num_new_tokens: int) -> None:
         request = live.request

@@ -5,7 +5,7 @@ look at the clock.
 """
 
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -52,18 +52,14 @@ class KvUsage:
         self._max_model_len = max_model_len
         self._sizes = {m.kv_cache_group_id: m.block_size for m in managers}
         self._labels: dict[int, str] = {}
-        # label -> since the last report, separators that left a window, and requests without a
-        # prefix to protect
-        self._num_spilled: Counter[str] = Counter()
-        self._num_unprotected: Counter[str] = Counter()
-        # label -> what was moved since the last report
-        self._moved: defaultdict[str, PolicyUsage] = defaultdict(PolicyUsage)
+        # label -> what has happened since the last report
+        self._counted: defaultdict[str, PolicyUsage] = defaultdict(PolicyUsage)
         self._next = 0.0
         self._was_busy = False
 
     def arrives_unprotected(self, live: LiveRequest) -> None:
         """The request's prompt has no prefix to protect, though the engine protects one."""
-        self._num_unprotected[self._label(live.policy.window)] += 1
+        self._counted[self._label(live.policy.window)].unprotected_requests += 1
 
     def receives(self, live: LiveRequest, block_bytes: int, layer_bytes: Sequence[int]) -> None:
         """The state that the request was waiting for has arrived whole.
@@ -80,14 +76,14 @@ class KvUsage:
             -(-loading.num_tokens // self._sizes[group_id]) if group_id in self._sizes else number
             for group_id, number in enumerate(loading.num_blocks)
         ]
-        received = self._moved[self._label(live.policy.window)]
+        received = self._counted[self._label(live.policy.window)]
         received.received_tokens += loading.num_tokens
         received.received_bytes += sum(loading.num_blocks) * block_bytes
         received.received_bytes_full += sum(n * b for n, b in zip(full, layer_bytes, strict=True))
 
     def restores(self, live: LiveRequest, loading: Loading, block_bytes: int) -> None:
         """A state that the request can begin with comes back from host memory; see ``receives``."""
-        restored = self._moved[self._label(live.policy.window)]
+        restored = self._counted[self._label(live.policy.window)]
         restored.restored_tokens += loading.num_tokens
         restored.restored_bytes += sum(loading.num_blocks) * block_bytes
 
@@ -95,7 +91,7 @@ class KvUsage:
         """The step that is scheduled now copies blocks to these slots of host memory."""
         assert self._host is not None, "only host memory has slots"
         for slot in slots:
-            self._moved[self._label(self._host.windows[slot])].saved_bytes += block_bytes
+            self._counted[self._label(self._host.windows[slot])].saved_bytes += block_bytes
 
     def leaves(self, live: LiveRequest) -> None:
         """The request is about to lose its blocks."""
@@ -123,7 +119,7 @@ class KvUsage:
         on_host = {} if self._host is None else self._host.usage()
         windows = [*self._labels, *num_blocks, *on_host]
         names = dict.fromkeys(self._label(window) for window in windows)
-        report = {name: self._moved.pop(name, PolicyUsage()) for name in names}
+        report = {name: self._counted.pop(name, PolicyUsage()) for name in names}
         for name, requests in rows.items():
             policies = [live.policy for live, _ in requests]
             held = usage(
@@ -139,19 +135,13 @@ class KvUsage:
             report[self._label(window)].checkpoint_blocks += number
         for window, part in on_host.items():
             report[self._label(window)].host_memory_usage_perc += part
-        for name, number in self._num_spilled.items():
-            report[name].spilled_separators = number
-        for name, number in self._num_unprotected.items():
-            report[name].unprotected_requests = number
-        self._num_spilled.clear()
-        self._num_unprotected.clear()
         return report
 
     def _count(self, live: LiveRequest, num_spilled: int) -> None:
         name, known = self._label(live.policy.window), live.holding.num_counted
         # drafts that turn out wrong take tokens back; what was counted stays so
         if num_spilled > known:
-            self._num_spilled[name] += num_spilled - known
+            self._counted[name].spilled_separators += num_spilled - known
             live.holding.num_counted = num_spilled
 
     def _label(self, window: int) -> str:

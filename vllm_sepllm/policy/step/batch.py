@@ -16,7 +16,6 @@ from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.keys.tiles import PrefillRequests
 from vllm_sepllm.policy.step import checkpoint, prefill
 from vllm_sepllm.policy.step.plan import BatchRows
-from vllm_sepllm.policy.step.staging import commit_moves
 from vllm_sepllm.policy.visibility import AnyPolicy, BoolArray, IntArray
 
 _NONE = np.zeros(0, dtype=np.int64)
@@ -266,15 +265,18 @@ def _write_chunks(
 
 
 def _commits(rows: BatchRows) -> tuple[Moves, Moves]:
-    """Copies of the rows' commits: spills, which come first, and tokens."""
+    """Copies of the rows' commits: spills, which come first, and tokens, fewer than the window."""
     spills: list[IntArray] = []
     tokens: list[IntArray] = []
     for row, listed in rows.listed.items():
-        if listed.commit is None:
+        if (commit := listed.commit) is None:
             continue
-        moves = commit_moves(rows.policy.of_row(row), listed.commit)
-        spills.append(_of_row(row, moves.spill_source, moves.spill_target))
-        tokens.append(_of_row(row, moves.source, moves.target))
+        policy, staged = rows.policy.of_row(row), commit.staged
+        separators, tail = layout.spilled(policy, commit.num_spilled, commit.separators)
+        spills.append(_of_row(row, layout.ring_index(policy, separators), tail))
+        position = np.arange(staged.position, commit.end)
+        entry = staged.entry + position - staged.position
+        tokens.append(_of_row(row, entry, layout.ring_index(policy, position)))
     return Moves(*_joined(spills)), Moves(*_joined(tokens))
 
 

@@ -209,15 +209,3 @@ class StepPlanBuilder:
             policy=BatchPolicy.of(self._policies, self.policy),
             listed=self._listed,
         )
-
-    def build_after(self, decodes: StepPlan) -> StepPlan:
-        """The rows of ``decodes``, of which nothing is listed, then these."""
-        own, offset = self.build(), len(decodes.rows)
-        return StepPlan(
-            rows=decodes.rows | {name: offset + row for name, row in own.rows.items()},
-            start=np.concatenate([decodes.start, own.start]),
-            num_spilled=np.concatenate([decodes.num_spilled, own.num_spilled]),
-            spills=np.concatenate([decodes.spills, own.spills]),
-            policy=decodes.policy.followed_by(own.policy),
-            listed={offset + row: listed for row, listed in own.listed.items()},
-        )

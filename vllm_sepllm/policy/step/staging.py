@@ -12,11 +12,9 @@ those, before anything else. The entries of a request are then
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from vllm_sepllm.policy import layout
 from vllm_sepllm.policy.separators.index import SeparatorIndex
-from vllm_sepllm.policy.visibility import IntArray, Policy
+from vllm_sepllm.policy.visibility import IntArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +45,6 @@ class Commit:
     end: int
     num_spilled: int
     separators: IntArray
-
-
-@dataclass(frozen=True, slots=True)
-class CommitMoves:
-    """The copies of a commit; spills come first, all sources of a kind before its targets.
-
-    Attributes:
-        spill_source: [num_spills], compact index in the ring.
-        spill_target: [num_spills], compact index in the tail.
-        source: [num_tokens], compact index in staging.
-        target: [num_tokens], compact index among the initial tokens or in the ring.
-    """
-
-    spill_source: IntArray
-    spill_target: IntArray
-    source: IntArray
-    target: IntArray
 
 
 def num_entries(max_tokens: int) -> int:
@@ -106,15 +87,3 @@ def propose(
         entry = layout.compact_length(policy, start, num_spilled) + max_tokens
         staged = Staged(start, entry)
     return commit, staged
-
-
-def commit_moves(policy: Policy, commit: Commit) -> CommitMoves:
-    """What a commit copies. The window must be longer than the commit."""
-    separators, tail = layout.spilled(policy, commit.num_spilled, commit.separators)
-    position = np.arange(commit.staged.position, commit.end)
-    return CommitMoves(
-        spill_source=layout.ring_index(policy, separators),
-        spill_target=tail,
-        source=commit.staged.entry + position - commit.staged.position,
-        target=layout.ring_index(policy, position),
-    )

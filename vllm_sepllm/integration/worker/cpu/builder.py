@@ -106,9 +106,7 @@ class CPUBuilderMixin(BuilderMixin, CPUAttentionMetadataBuilder):
             self._chunk_rows(chunk, int(step.first[row]), table[row])
             for row, chunk in enumerate(step.chunks, start=step.num_library)
         ]
-        most_keys = max((len(tile.keys) for chunk in chunks for tile in chunk.tiles), default=0)
-        zeros = torch.zeros(_TILE_SIZE, most_keys, dtype=self._query_dtype)
-        return PrefillRows(self._layout, chunks, zeros)
+        return PrefillRows(self._layout, chunks)
 
     def _chunk_rows(self, chunk: Chunk, first: int, block_ids: IntArray) -> ChunkRows:
         num_blocks = -(-chunk.num_cached // self._block_size)

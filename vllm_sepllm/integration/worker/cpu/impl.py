@@ -40,12 +40,10 @@ class PrefillRows:
     Attributes:
         layout: of the cache that the chunks read.
         chunks: each attends on its own.
-        zeros: [most queries of a tile, most keys of one], where tiles put their masks.
     """
 
     layout: CPUCacheLayout
     chunks: list[ChunkRows]
-    zeros: torch.Tensor
 
 
 class SepLLMCPUImpl(SepLLMImpl[PrefillRows]):
@@ -81,7 +79,7 @@ class SepLLMCPUImpl(SepLLMImpl[PrefillRows]):
             if chunk.sequences is not None:
                 chunk.sequences.attend(*part, self.scale, self._sinks, output[own])
             else:
-                self._masked(*part, chunk, rows.zeros, output[own])
+                self._masked(*part, chunk.tiles, output[own])
 
     def _masked(
         self,
@@ -89,8 +87,7 @@ class SepLLMCPUImpl(SepLLMImpl[PrefillRows]):
         key: torch.Tensor,
         value: torch.Tensor,
         cached: torch.Tensor | None,
-        chunk: ChunkRows,
-        zeros: torch.Tensor,
+        tiles: list[TileTensors],
         output: torch.Tensor,
     ) -> None:
         # [num_kv_heads, num_cached + chunk, head_size], cache first
@@ -99,15 +96,14 @@ class SepLLMCPUImpl(SepLLMImpl[PrefillRows]):
             cached_keys, cached_values = cached.chunk(2, dim=2)
             keys = torch.cat([cached_keys, keys], 1)
             values = torch.cat([cached_values, values], 1)
-        for tile in chunk.tiles:
+        for tile in tiles:
             queries = slice(tile.first, tile.last)
             output[queries] = self._attend(
                 query[queries],
                 keys.index_select(1, tile.keys),
                 values.index_select(1, tile.keys),
-                tile.mask(zeros),
+                tile.mask(),
             )
-            tile.clear(zeros)
 
     def _cached(
         self, chunk: ChunkRows, kv_cache: torch.Tensor, layout: CPUCacheLayout

@@ -31,24 +31,12 @@ class TileTensors:
         bias.masked_fill_(torch.from_numpy(tile.hidden), float("-inf"))
         return cls(tile.first, tile.last, torch.from_numpy(tile.keys), bias)
 
-    def mask(self, zeros: torch.Tensor) -> torch.Tensor | None:
-        """[last - first, num_keys] to add to scores, a view of ``zeros``; None: nothing is hidden.
-
-        Holds until the next call for the same ``zeros``, which is [most queries of a tile, most
-        keys]. Only the last columns are written: a mask for each tile would take as much memory as
-        the whole chunk's scores of a head.
-        """
-        num_queries, num_partial = self.bias.shape
+    def mask(self) -> torch.Tensor | None:
+        """[last - first, num_keys] to add to scores; None: nothing is hidden."""
+        num_partial = self.bias.shape[1]
         if num_partial == 0:
             return None
-        mask = zeros[:num_queries, zeros.shape[1] - len(self.keys) :]
-        mask[:, -num_partial:] = self.bias
-        return mask
-
-    def clear(self, zeros: torch.Tensor) -> None:
-        """Undo :meth:`mask`."""
-        num_queries, num_partial = self.bias.shape
-        zeros[:num_queries, zeros.shape[1] - num_partial :] = 0
+        return F.pad(self.bias, (len(self.keys) - num_partial, 0))
 
 
 @dataclass(frozen=True, slots=True)
