@@ -26,7 +26,7 @@ def test_a_chunk_is_what_the_reference_reads(start) -> None:
     case = chunk(HEADS, start, start + 50, policy=Policy(4, 24), dtype=torch.float32)
     got, wanted = (torch.full_like(case.query, float("nan")) for _ in range(2))
     case.run(got)
-    case.run(wanted, "reference")
+    case.run_reference(wanted)
     assert (got - wanted).abs().max() <= 2e-6
 
 

@@ -56,7 +56,7 @@ def test_prefill_computes_in_float32(narrow_operands, dtype, cache_dtype) -> Non
     shape = Shape(dtype=dtype, cache_dtype=cache_dtype, head_size=32)
     case = make_case(Policy(3, 8, 4), [prompt(40, 20)], shape)
     sinks = torch.zeros(2, dtype=dtype)
-    out = case.run("triton", torch.float32, soft_cap=4.0, sinks=sinks)
+    out = case.run(torch.float32, soft_cap=4.0, sinks=sinks)
     assert not narrow_operands
     oracle = case.dense(torch.float64, soft_cap=4.0, sinks=sinks)
     # the error of float32, not that of the inputs' dtype (bfloat16: about 1e-2)

@@ -20,7 +20,7 @@ ATOL = {torch.float32: 2e-6, torch.float16: 2e-4, torch.bfloat16: 2e-3}
 
 def check(case: Case, **options) -> None:
     oracle = case.dense(torch.float64, **options)
-    out = case.run("triton", **options).cpu().double()
+    out = case.run(**options).cpu().double()
     assert not out.isnan().any()
     same_dtype = case.dense(case.query.dtype, **options).double()
     allowed = 2 * (same_dtype - oracle).abs().max() + ATOL[case.query.dtype]
@@ -100,7 +100,7 @@ def test_soft_cap_and_sinks(soft_cap, use_sinks) -> None:
     sinks = torch.linspace(-2, 3, 4) if use_sinks else None
     oracle = case.dense(torch.float64, soft_cap=soft_cap, sinks=sinks)
     device_sinks = None if sinks is None else sinks.to(DEVICE)
-    out = case.run("triton", soft_cap=soft_cap, sinks=device_sinks).cpu()
+    out = case.run(soft_cap=soft_cap, sinks=device_sinks).cpu()
     assert (out - oracle).abs().max() <= 5e-6
 
 
@@ -114,20 +114,20 @@ def test_empty_chunks_and_padded_tiles_are_skipped() -> None:
     case = make_case(Policy(3, 8), [prompt(20, 20), prompt(40, 17), prompt(5, 5)], Shape())
     meta = case.metadata
     padded = replace(meta, tiles=torch.cat([meta.tiles, torch.zeros_like(meta.tiles)]))
-    assert torch.equal(replace(case, metadata=padded).run("triton"), case.run("triton"))
+    assert torch.equal(replace(case, metadata=padded).run(), case.run())
     nothing = replace(case, metadata=replace(meta, tiles=meta.tiles[:0]))
-    assert nothing.run("triton").isnan().all()
+    assert nothing.run().isnan().all()
 
 
 def test_result_does_not_depend_on_the_chunk_size() -> None:
     flags, _ = prompt(90, 0)
     policy = Policy(4, 16, 6)
-    whole = make_case(policy, [(flags, 0)], Shape()).run("triton")
+    whole = make_case(policy, [(flags, 0)], Shape()).run()
     for start in (1, 16, 33, 89):
         case = make_case(policy, [(flags, start)], Shape())
         full = make_case(policy, [(flags, 0)], Shape())
         case = replace(case, query=full.query[start:])
-        assert (case.run("triton") - whole[start:]).abs().max() <= 2e-6
+        assert (case.run() - whole[start:]).abs().max() <= 2e-6
 
 
 def test_requests_with_windows_of_their_own() -> None:
@@ -136,7 +136,7 @@ def test_requests_with_windows_of_their_own() -> None:
     prompts = [prompt(60, 25), prompt(70, 50), prompt(64, 62), prompt(50, 7)]
     case = make_case(policy, prompts, Shape())
     check(case)
-    assert (case.run("reference") - case.run("triton")).abs().max() <= 2e-6
+    assert (case.run_reference() - case.run()).abs().max() <= 2e-6
 
 
 @pytest.mark.parametrize("max_separators", [None, 6])
@@ -147,12 +147,12 @@ def test_requests_with_initial_tokens_of_their_own(max_separators) -> None:
     sizes = [(60, 25), (70, 50), (64, 62), (360, 310), (330, 290), (40, 10)]
     case = make_case(policy, [prompt(*size) for size in sizes], Shape())
     check(case)
-    assert (case.run("reference") - case.run("triton")).abs().max() <= 2e-6
+    assert (case.run_reference() - case.run()).abs().max() <= 2e-6
 
 
 def test_matches_the_reference_implementation() -> None:
     case = make_case(Policy(4, 12, 5), [prompt(60, 25), prompt(33, 30)], Shape(group=3))
-    assert (case.run("triton") - case.run("reference")).abs().max() <= 2e-6
+    assert (case.run() - case.run_reference()).abs().max() <= 2e-6
 
 
 def test_activations_may_be_parts_of_wider_rows() -> None:
@@ -162,24 +162,24 @@ def test_activations_may_be_parts_of_wider_rows() -> None:
     parts = [part.unflatten(1, (-1, 16)) for part in joined.split([32, 16, 16], dim=1)]
     split = replace(case, query=parts[0], key=parts[1], value=parts[2])
     assert split.query.stride(0) == 64
-    assert torch.equal(split.run("triton"), case.run("triton"))
+    assert torch.equal(split.run(), case.run())
 
 
 def test_errors_name_the_argument_and_the_value() -> None:
     case = make_case(Policy(4, 12), [prompt(20, 10)], Shape())
     uint8 = case.cache.key.to(torch.uint8)
     with pytest.raises(ValueError, match=r"cache.key must be torch.float32 or fp8, got torch.uint"):
-        replace(case, cache=replace(case.cache, key=uint8, value=uint8)).run("triton")
+        replace(case, cache=replace(case.cache, key=uint8, value=uint8)).run()
     scales = (torch.ones(1, device=DEVICE),) * 2
     with pytest.raises(ValueError, match="scales must be given for an fp8 cache and no other"):
-        replace(case, cache=replace(case.cache, scales=scales)).run("triton")
+        replace(case, cache=replace(case.cache, scales=scales)).run()
     with pytest.raises(ValueError, match="soft_cap must be >= 0"):
-        case.run("triton", soft_cap=-1.0)
+        case.run(soft_cap=-1.0)
     with pytest.raises(ValueError, match="scale must be > 0"):
-        case.run("triton", scale=-1.0)
+        case.run(scale=-1.0)
     most = ops.prefill_tile_tokens(2, 1, 16, torch.float32)
     wide = replace(case, metadata=replace(case.metadata, tile_tokens=most + 1))
     with pytest.raises(ValueError, match=f"tile_tokens must be <= {most} here, got {most + 1}"):
-        wide.run("triton")
+        wide.run()
     with pytest.raises(ValueError, match=r"query must be \[num_tokens, heads, head_size\]"):
-        replace(case, query=case.query.expand(-1, -1, -1).transpose(0, 1)).run("triton")
+        replace(case, query=case.query.expand(-1, -1, -1).transpose(0, 1)).run()

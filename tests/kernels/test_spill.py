@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from vllm_sepllm import ops
 from vllm_sepllm.kernels.arguments import unit_bytes
+from vllm_sepllm.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.float8_e4m3fn]
@@ -47,7 +48,7 @@ def test_moves_bytes_in_every_cache(
     slots = torch.randperm(num_blocks * block_size, generator=gen).to(DEVICE)
     src, dst = slots[:num_moves].clone(), slots[num_moves : 2 * num_moves].clone()
     dst[::3] = -1
-    ops.spill(ops.CacheTable.build(copies), src, dst, impl="reference")
+    reference.spill(copies, src, dst)
     ops.spill(ops.CacheTable.build(caches), src, dst)
     assert torch.equal(memory.view(torch.uint8), wanted.view(torch.uint8))
 

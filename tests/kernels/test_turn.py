@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_sepllm import ops
+from vllm_sepllm.ops import reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_POSITIONS = 50
@@ -65,7 +66,7 @@ def test_keys_are_those_of_the_reference(
     slots[2::3] = -1
     slots, delta = slots.to(DEVICE), delta.to(DEVICE)
     turns = rotation(rotary_dim, is_neox_style=is_neox_style)
-    ops.turn(ops.CacheTable.build(copies), turns, slots, delta, impl="reference")
+    reference.turn(copies, turns, slots, delta)
     ops.turn(ops.CacheTable.build(caches), turns, slots, delta)
     tolerance = {"rtol": STEP[dtype], "atol": 2**-20}
     torch.testing.assert_close(memory, wanted, **tolerance, equal_nan=True)

@@ -1,5 +1,6 @@
 """Random prefill steps: whole prompts, the compact cache they leave, and their dense attention."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,13 +42,20 @@ class Case:
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
-    def run(self, impl: ops.Impl, out_dtype: torch.dtype | None = None, **options) -> torch.Tensor:
+    def run(self, out_dtype: torch.dtype | None = None, **options) -> torch.Tensor:
         """[num_tokens, num_heads, head_size]; rows that the operation leaves alone are NaN."""
+        return self._run(ops.prefill, out_dtype, **options)
+
+    def run_reference(self) -> torch.Tensor:
+        """The same by the oracle."""
+        return self._run(reference.prefill)
+
+    def _run(
+        self, prefill: Callable[..., None], out_dtype: torch.dtype | None = None, **options
+    ) -> torch.Tensor:
         out = torch.full_like(self.query, float("nan"), dtype=out_dtype or self.query.dtype)
         logits = ops.Logits(**({"scale": self.query.shape[2] ** -0.5} | options))
-        ops.prefill(
-            self.query, self.key, self.value, self.cache, self.metadata, logits, out, impl=impl
-        )
+        prefill(self.query, self.key, self.value, self.cache, self.metadata, logits, out)
         return out
 
     def dense(self, dtype: torch.dtype, **options) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 
 from vllm_sepllm import ops
 from vllm_sepllm.kernels.tuning import Tuning
+from vllm_sepllm.ops import reference
 from vllm_sepllm.policy.keys.columns import TILE
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.visibility import BatchPolicy, Policy
@@ -67,13 +68,19 @@ class Chunk:
     cache: ops.PagedCache
     metadata: ops.PrefillMetadata
 
-    def run(
-        self, out: torch.Tensor, impl: ops.Impl = "triton", tuning: Tuning | None = None
-    ) -> None:
+    def run(self, out: torch.Tensor, tuning: Tuning | None = None) -> None:
         """``out`` is like ``query``; ``tuning``: the launch, None for the table's."""
-        activations = (self.query, self.key, self.value)
-        logits = ops.Logits(self.heads.size**-0.5)
-        ops.prefill(*activations, self.cache, self.metadata, logits, out, impl=impl, tuning=tuning)
+        kv = self.key, self.value, self.cache
+        ops.prefill(self.query, *kv, self.metadata, self._logits, out, tuning=tuning)
+
+    def run_reference(self, out: torch.Tensor) -> None:
+        """The same by the oracle; ``out`` of any float dtype."""
+        kv = self.key, self.value, self.cache
+        reference.prefill(self.query, *kv, self.metadata, self._logits, out)
+
+    @property
+    def _logits(self) -> ops.Logits:
+        return ops.Logits(self.heads.size**-0.5)
 
     @property
     def flops(self) -> float:

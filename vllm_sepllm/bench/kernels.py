@@ -79,7 +79,7 @@ def check() -> Iterator[Row]:
             got = torch.full_like(case.query, float("nan"))
             wanted = torch.empty_like(case.query, dtype=torch.float32)
             case.run(got)
-            case.run(wanted, "reference")
+            case.run_reference(wanted)
             error = (got.float() - wanted).norm() / wanted.norm()
             rounding = (wanted.to(dtype).float() - wanted).norm() / wanted.norm()
             yield {

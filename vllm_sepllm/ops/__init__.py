@@ -1,13 +1,14 @@
-"""Public operations on a paged KV cache: check the arguments, then call one implementation.
+"""Public operations on a paged KV cache: check the arguments, then launch a Triton kernel.
 
 A step on a GPU: :func:`entry_slots` finds where entries lie, :func:`turn` gives keys another
 position, :func:`spill` moves entries, :func:`list_keys` lists once for all layers what the prefill
-chunks read, and :func:`prefill` attends, layer by layer. Each has a Triton kernel
-(``vllm_sepllm.kernels``) and a torch reference (:mod:`vllm_sepllm.ops.reference`).
+chunks read, and :func:`prefill` attends, layer by layer. The kernels are in
+``vllm_sepllm.kernels``; each has an oracle in torch of the same name in
+:mod:`vllm_sepllm.ops.reference`.
 """
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_HEAD_SIZE",
     "CacheTable",
-    "Impl",
     "KeyLists",
     "KeyRotation",
     "Logits",
@@ -41,9 +41,6 @@ __all__ = [
     "spill",
     "turn",
 ]
-
-# which implementation of an operation runs; there is no silent fallback
-Impl = Literal["triton", "reference"]
 
 
 def prefill_tile_tokens(
@@ -60,16 +57,13 @@ def prefill_tile_tokens(
     return tuning_for(head_size, dtype.itemsize, group).block_rows // group
 
 
-def spill(
-    table: CacheTable, src: torch.Tensor, dst: torch.Tensor, *, impl: Impl = "triton"
-) -> None:
+def spill(table: CacheTable, src: torch.Tensor, dst: torch.Tensor) -> None:
     """Copy KV rows of slots ``src[i]`` to ``dst[i]`` in all caches of a table, in place.
 
     Args:
         table: the caches.
         src: [num_moves] int64 slots; slot = block_id * block_size + offset.
         dst: [num_moves] int64 slots; a negative one skips that move.
-        impl: which implementation runs.
 
     Raises:
         ValueError: on a wrong shape, dtype or device.
@@ -78,10 +72,6 @@ def spill(
     ``dst`` or twice in ``dst``. Slots are not range-checked: reading them would stall the device.
     """
     checks.check_moves(src, dst, table.addresses.device)
-    if impl == "reference":
-        from vllm_sepllm.ops import reference
-
-        return reference.spill(table.caches, src, dst)
     from vllm_sepllm.kernels import spill as kernel
 
     return kernel.launch(table, src, dst)
@@ -92,8 +82,6 @@ def turn(
     rotation: KeyRotation,
     slots: torch.Tensor,
     delta: torch.Tensor,
-    *,
-    impl: Impl = "triton",
 ) -> None:
     """Give the keys of some slots another position in all caches of a table, in place.
 
@@ -102,7 +90,6 @@ def turn(
         rotation: how their keys turn.
         slots: [num_entries] int64 slots, each at most once; a negative one is skipped.
         delta: [num_entries] int64, new position less old one; below the table's length either way.
-        impl: which implementation runs.
 
     Raises:
         ValueError: on a wrong shape, dtype or device.
@@ -111,10 +98,6 @@ def turn(
     would stall the device.
     """
     checks.check_turn(table, rotation, slots, delta)
-    if impl == "reference":
-        from vllm_sepllm.ops import reference
-
-        return reference.turn(table.caches, rotation, slots, delta)
     from vllm_sepllm.kernels import turn as kernel
 
     cos, sin, is_neox_style = rotation.cos, rotation.sin, rotation.is_neox_style
@@ -126,8 +109,6 @@ def entry_slots(
     block_table: torch.Tensor,
     block_size: int,
     out: torch.Tensor,
-    *,
-    impl: Impl = "triton",
 ) -> None:
     """Where compact entries lie in the paged cache: slot = block_id * block_size + offset.
 
@@ -137,7 +118,6 @@ def entry_slots(
         block_table: [num_rows, max_blocks] int32, rows contiguous.
         block_size: tokens a block.
         out: [num_entries] int64; -1 where there is no entry.
-        impl: which implementation runs.
 
     Raises:
         ValueError: on a wrong shape, dtype or device.
@@ -145,10 +125,6 @@ def entry_slots(
     Rows and indices are not range-checked: reading them would stall the device.
     """
     checks.check_entries(entries, block_table, out)
-    if impl == "reference":
-        from vllm_sepllm.ops import reference
-
-        return reference.entry_slots(entries, block_table, block_size, out)
     from vllm_sepllm.kernels import slots as kernel
 
     return kernel.launch(entries, block_table, block_size, out)
@@ -158,8 +134,6 @@ def list_keys(
     metadata: PrefillMetadata,
     block_table: torch.Tensor,
     block_size: int,
-    *,
-    impl: Impl = "triton",
 ) -> PrefillMetadata:
     """Find the keys that each prefill chunk reads, once for all layers of a step.
 
@@ -167,7 +141,6 @@ def list_keys(
         metadata: tiles of the step.
         block_table: [num_rows, max_blocks] int32, rows contiguous.
         block_size: tokens a block.
-        impl: which implementation runs.
 
     Returns:
         ``metadata`` with ``keys``.
@@ -186,23 +159,18 @@ def list_keys(
     length = -(-metadata.num_keys // 8) * 8
     place, until = torch.empty(2, length, dtype=torch.int32, device=block_table.device)
     keys = KeyLists(place, until)
-    if impl == "reference":
-        from vllm_sepllm.ops import reference
+    from vllm_sepllm.kernels import keys as kernel
 
-        reference.list_keys(metadata, block_table, block_size, keys)
-    else:
-        from vllm_sepllm.kernels import keys as kernel
-
-        kernel.launch(
-            metadata.requests,
-            metadata.separators,
-            metadata.until,
-            block_table,
-            block_size,
-            metadata.bound,
-            metadata.longest_list,
-            keys,
-        )
+    kernel.launch(
+        metadata.requests,
+        metadata.separators,
+        metadata.until,
+        block_table,
+        block_size,
+        metadata.bound,
+        metadata.longest_list,
+        keys,
+    )
     return replace(metadata, keys=keys)
 
 
@@ -215,7 +183,6 @@ def prefill(
     logits: Logits,
     out: torch.Tensor,
     *,
-    impl: Impl = "triton",
     tuning: "Tuning | None" = None,
 ) -> None:
     """Attention of prefill chunks to the compact cache and to the chunks' own keys.
@@ -230,7 +197,6 @@ def prefill(
         metadata: tiles of the step.
         logits: the layer's scale, soft cap and sinks.
         out: like ``query``, of any float dtype; rows outside the chunks are left alone.
-        impl: which implementation runs.
         tuning: the kernel's launch instead of the table's; for timing.
 
     Raises:
@@ -241,10 +207,6 @@ def prefill(
     checks.check_activations(query, key, value, out)
     checks.check_cache(query, key, cache)
     checks.check_logits_and_tables(query, cache, metadata.tiles, logits)
-    if impl == "reference":
-        from vllm_sepllm.ops import reference
-
-        return reference.prefill(query, key, value, cache, metadata, logits, out)
     from vllm_sepllm.kernels import prefill as kernel
     from vllm_sepllm.kernels.tuning import tuning_for
 
