@@ -74,13 +74,11 @@ class PagedCache:
     Attributes:
         key: [num_blocks, num_kv_heads, block_size, head_size], of the query's dtype or fp8.
         value: like ``key``, with the same strides.
-        block_table: [num_rows, max_blocks] int32.
         scales: float32 scalars (key, value) on the device that an fp8 cache is multiplied with.
     """
 
     key: torch.Tensor
     value: torch.Tensor
-    block_table: torch.Tensor
     scales: tuple[torch.Tensor, torch.Tensor] | None = None
 
 

@@ -34,7 +34,7 @@ def test_lists_are_those_of_the_reference(
     policy = BatchPolicy(np.array(initial_tokens), np.array(windows), max_separators)
     shape = Shape(block_size=block_size, tile_tokens=tile_tokens)
     case = make_case(policy, prompts, shape, seed)
-    table = case.cache.block_table
+    table = case.block_table
     got, num_keys = case.metadata.keys, case.metadata.num_keys
     wanted = ops.KeyLists(*torch.empty(2, num_keys, dtype=torch.int32, device=table.device))
     reference.list_keys(case.metadata, table, block_size, wanted)
@@ -51,4 +51,4 @@ def test_keys_are_listed_before_they_are_read() -> None:
 def test_errors_name_the_argument_and_the_value() -> None:
     case = make_case(BatchPolicy(np.array([4]), np.array([12])), [([True] * 20, 10)], Shape())
     with pytest.raises(ValueError, match=r"block_table must be int32 \[num_rows, max_blocks\]"):
-        ops.list_keys(case.metadata, case.cache.block_table.long(), 4)
+        ops.list_keys(case.metadata, case.block_table.long(), 4)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ class Case:
     key: torch.Tensor
     value: torch.Tensor
     cache: ops.PagedCache
+    block_table: torch.Tensor
     metadata: ops.PrefillMetadata
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
@@ -48,14 +50,15 @@ class Case:
 
     def run_reference(self) -> torch.Tensor:
         """The same by the oracle."""
-        return self._run(reference.prefill)
+        return self._run(partial(reference.prefill, block_table=self.block_table))
 
     def _run(
         self, prefill: Callable[..., None], out_dtype: torch.dtype | None = None, **options
     ) -> torch.Tensor:
         out = torch.full_like(self.query, float("nan"), dtype=out_dtype or self.query.dtype)
         logits = ops.Logits(**({"scale": self.query.shape[2] ** -0.5} | options))
-        prefill(self.query, self.key, self.value, self.cache, self.metadata, logits, out)
+        kv = self.key, self.value, self.cache
+        prefill(self.query, *kv, metadata=self.metadata, logits=logits, out=out)
         return out
 
     def dense(self, dtype: torch.dtype, **options) -> torch.Tensor:
@@ -99,7 +102,7 @@ def make_case(
 
     keys = [randn(len(flags), heads, size) for flags, _ in prompts]
     values = [randn(len(flags), heads, size) for flags, _ in prompts]
-    cache = _fill_cache(policy, prompts, shape, keys, values, gen)
+    cache, table = _fill_cache(policy, prompts, shape, keys, values, gen)
     starts = [start for _, start in prompts]
     key = torch.cat([whole[start:] for whole, start in zip(keys, starts, strict=True)])
     value = torch.cat([whole[start:] for whole, start in zip(values, starts, strict=True)])
@@ -108,11 +111,11 @@ def make_case(
     # a GPU has tiles of its own for each dtype
     most = ops.prefill_tile_tokens(heads * shape.group, heads, size, shape.dtype)
     metadata = _metadata(policy, prompts, min(shape.tile_tokens, most))
-    metadata = ops.list_keys(metadata, cache.block_table, shape.block_size)
-    return Case(policy, prompts, *parts, cache, metadata, keys, values)
+    metadata = ops.list_keys(metadata, table, shape.block_size)
+    return Case(policy, prompts, *parts, cache, table, metadata, keys, values)
 
 
-def _fill_cache(policy, prompts, shape, keys, values, gen) -> ops.PagedCache:
+def _fill_cache(policy, prompts, shape, keys, values, gen) -> tuple[ops.PagedCache, torch.Tensor]:
     """Random blocks; where the cache is fp8, ``keys`` and ``values`` become what fp8 kept."""
     held = [
         compact_positions(policy.of_row(row), flags, start)
@@ -136,7 +139,7 @@ def _fill_cache(policy, prompts, shape, keys, values, gen) -> ops.PagedCache:
                 )
     key_cache, value_cache = (cache.to(DEVICE) for cache in caches)
     device_scales = tuple(scale.to(DEVICE) for scale in scales) if is_fp8 else None
-    return ops.PagedCache(key_cache, value_cache, table.to(DEVICE), device_scales)
+    return ops.PagedCache(key_cache, value_cache, device_scales), table.to(DEVICE)
 
 
 def _empty_caches(num_blocks: int, shape: Shape) -> list[torch.Tensor]:

@@ -58,6 +58,7 @@ class Chunk:
         key: [end - start, num_kv_heads, size].
         value: like ``key``.
         cache: what the request kept of the positions before ``start``.
+        block_table: [1, max_blocks] int32.
         metadata: tables of the step.
     """
 
@@ -66,6 +67,7 @@ class Chunk:
     key: torch.Tensor
     value: torch.Tensor
     cache: ops.PagedCache
+    block_table: torch.Tensor
     metadata: ops.PrefillMetadata
 
     def run(self, out: torch.Tensor, tuning: Tuning | None = None) -> None:
@@ -75,7 +77,7 @@ class Chunk:
 
     def run_reference(self, out: torch.Tensor) -> None:
         """The same by the oracle; ``out`` of any float dtype."""
-        kv = self.key, self.value, self.cache
+        kv = self.key, self.value, self.cache, self.block_table
         reference.prefill(self.query, *kv, self.metadata, self._logits, out)
 
     @property
@@ -92,13 +94,19 @@ class Chunk:
         return 4.0 * pairs * self.heads.num_heads * self.heads.size
 
 
-def paged(heads: Heads, num_rows: int, num_tokens: int, dtype: torch.dtype) -> ops.PagedCache:
-    """A random cache of ``num_rows`` requests in scattered blocks, laid out as FlashAttention's."""
+def paged(
+    heads: Heads, num_rows: int, num_tokens: int, dtype: torch.dtype
+) -> tuple[ops.PagedCache, torch.Tensor]:
+    """A random cache of ``num_rows`` requests in scattered blocks, laid out as FlashAttention's.
+
+    Returns:
+        The cache and its block table, [num_rows, max_blocks] int32.
+    """
     max_blocks = -(-num_tokens // BLOCK_SIZE)
     shape = (2, num_rows * max_blocks, BLOCK_SIZE, heads.num_kv_heads, heads.size)
     key, value = randn(shape, dtype).transpose(2, 3)
     table = torch.randperm(num_rows * max_blocks, device=DEVICE).view(num_rows, max_blocks)
-    return ops.PagedCache(key, value, table.to(torch.int32))
+    return ops.PagedCache(key, value), table.to(torch.int32)
 
 
 def chunk(
@@ -132,7 +140,7 @@ def chunk(
     own = BatchPolicy.of([policy], policy)
     tables = plan_tiles(requests, own, tile_tokens)
     sizes: list[Any] = [(end - start, n, heads.size) for n in (heads.num_heads, heads.num_kv_heads)]
-    cache = paged(heads, 1, policy.num_dense + num_spilled + 1, dtype)
+    cache, block_table = paged(heads, 1, policy.num_dense + num_spilled + 1, dtype)
     metadata = ops.PrefillMetadata.on(DEVICE, tables)
     return Chunk(
         heads,
@@ -140,7 +148,8 @@ def chunk(
         randn(sizes[1], dtype),
         randn(sizes[1], dtype),
         cache,
-        ops.list_keys(metadata, cache.block_table, BLOCK_SIZE),
+        block_table,
+        ops.list_keys(metadata, block_table, BLOCK_SIZE),
     )
 
 

@@ -97,9 +97,9 @@ def _baseline_error(heads: Heads) -> float:
     from vllm_sepllm.integration.rigs.stock_attention import StockTriton
 
     query = randn((512, heads.num_heads, heads.size), torch.bfloat16)
-    cache, out = paged(heads, 1, 2048, query.dtype), torch.empty_like(query)
-    StockTriton(query, 2048, cache).run(out)
-    rows = cache.block_table[0].long()
+    (cache, table), out = paged(heads, 1, 2048, query.dtype), torch.empty_like(query)
+    StockTriton(query, 2048, cache, table).run(out)
+    rows = table[0].long()
     keys, values = (
         part[rows].transpose(1, 2).flatten(0, 1).float() for part in (cache.key, cache.value)
     )
@@ -137,7 +137,7 @@ def _time_chunk(heads: Heads, start: int, sums: dict[str, float]) -> float:
     case, end = chunk(heads, start, start + CHUNK), start + CHUNK
     out = torch.empty_like(case.query)
     full = paged(heads, 1, end, case.query.dtype)
-    stock = StockTriton(case.query, end, full)
+    stock = StockTriton(case.query, end, *full)
     both = {"triton_full": partial(stock.run, out), "sepllm": partial(case.run, out)}
     for name, value in interleaved(both).items():
         sums[name] += value
@@ -186,8 +186,8 @@ def decode() -> Iterator[Row]:
             out = torch.empty_like(query)
             actions: dict[str, Action] = {}
             for name, num_keys in (("full", context), ("sepllm", kept)):
-                cache = paged(heads, batch, num_keys, query.dtype)
-                stock = StockTriton(query, num_keys, cache)
+                kv = paged(heads, batch, num_keys, query.dtype)
+                stock = StockTriton(query, num_keys, *kv)
                 actions[name] = partial(stock.run, out)
             times = interleaved(actions)
             yield {
@@ -233,10 +233,10 @@ def host() -> Iterator[Row]:
     table = ops.CacheTable.build([case.cache.key, case.cache.value])
     one = torch.zeros(1, dtype=torch.int64, device="cuda")
     calls: dict[str, Action] = {
-        "list_keys": partial(ops.list_keys, case.metadata, case.cache.block_table, BLOCK_SIZE),
+        "list_keys": partial(ops.list_keys, case.metadata, case.block_table, BLOCK_SIZE),
         "prefill": partial(case.run, out),
         "spill": partial(ops.spill, table, one, one),
-        "entry_slots": partial(ops.entry_slots, entries, case.cache.block_table, BLOCK_SIZE, slots),
+        "entry_slots": partial(ops.entry_slots, entries, case.block_table, BLOCK_SIZE, slots),
     }
     for name, call in calls.items():
         call()

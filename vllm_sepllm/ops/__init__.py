@@ -150,7 +150,7 @@ def list_keys(
 
     The tables are not range-checked: reading them would stall the device.
     """
-    checks.check_block_table("block_table", block_table)
+    checks.check_block_table(block_table)
     if block_table.device != metadata.requests.device:
         raise ValueError(
             f"block_table is on {block_table.device}, metadata on {metadata.requests.device}"

@@ -14,10 +14,10 @@ FP8_DTYPES = (
 QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def check_block_table(name: str, table: torch.Tensor) -> None:
+def check_block_table(table: torch.Tensor) -> None:
     if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
         raise ValueError(
-            f"{name} must be int32 [num_rows, max_blocks] with contiguous rows, got "
+            f"block_table must be int32 [num_rows, max_blocks] with contiguous rows, got "
             f"{table.dtype} {tuple(table.shape)}"
         )
 
@@ -78,7 +78,7 @@ def check_entries(entries: torch.Tensor, block_table: torch.Tensor, out: torch.T
         )
     if not (entries.is_contiguous() and out.is_contiguous()):
         raise ValueError("entries and out must be contiguous")
-    check_block_table("block_table", block_table)
+    check_block_table(block_table)
     for name, tensor in (("block_table", block_table), ("out", out)):
         if tensor.device != entries.device:
             raise ValueError(f"{name} is on {tensor.device}, entries on {entries.device}")
@@ -145,15 +145,13 @@ def check_cache(query: torch.Tensor, key: torch.Tensor, cache: PagedCache) -> No
 def check_logits_and_tables(
     query: torch.Tensor, cache: PagedCache, tables: torch.Tensor, logits: Logits
 ) -> None:
-    table, sinks = cache.block_table, logits.sinks
-    check_block_table("cache.block_table", table)
+    sinks = logits.sinks
     if sinks is not None and (sinks.shape != (query.shape[1],) or not sinks.is_contiguous()):
         raise ValueError(f"logits.sinks must be [{query.shape[1]}], got {tuple(sinks.shape)}")
     if logits.scale <= 0:  # the kernel takes the largest score before it scales
         raise ValueError(f"logits.scale must be > 0, got {logits.scale}")
     if logits.soft_cap < 0:
         raise ValueError(f"logits.soft_cap must be >= 0 (0: none), got {logits.soft_cap}")
-    others = {"cache": cache.key, "block_table": table, "metadata": tables}
-    for name, tensor in others.items():
+    for name, tensor in {"cache": cache.key, "metadata": tables}.items():
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device}, query on {query.device}")

@@ -53,14 +53,15 @@ def prefill(
     key: torch.Tensor,
     value: torch.Tensor,
     cache: PagedCache,
+    block_table: torch.Tensor,
     metadata: PrefillMetadata,
     logits: Logits,
     out: torch.Tensor,
 ) -> None:
     """Oracle of :func:`vllm_sepllm.ops.prefill`: M1 over the keys a request holds, row by row.
 
-    Reads the table of requests (what they were given, not their lists) and the separators, never
-    the tiles. Computes in float32, or in float64 if the queries are.
+    Reads the tables of blocks and of requests (what they were given, not their lists) and the
+    separators, never the tiles. Computes in float32, or in float64 if the queries are.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     key_scale, value_scale = cache.scales or (1.0, 1.0)
@@ -70,7 +71,7 @@ def prefill(
         separators = _separators(request, metadata)
         keys = _keys_of_request(own, start, end, request["num_spilled"], separators)
         compact = torch.tensor([index for _, _, index in keys if index >= 0], dtype=torch.int64)
-        rows, blocks = slice(first, first + end - start), cache.block_table[request["table_row"]]
+        rows, blocks = slice(first, first + end - start), block_table[request["table_row"]]
         k = _gather(cache.key, blocks, compact).to(dtype) * float(key_scale)
         v = _gather(cache.value, blocks, compact).to(dtype) * float(value_scale)
         k, v = torch.cat([k, key[rows].to(dtype)]), torch.cat([v, value[rows].to(dtype)])

@@ -18,11 +18,14 @@ class StockTriton:
     Args:
         query: [num_requests * num_tokens, num_heads, head_size].
         num_keys: keys of each request, the query tokens' own included.
-        cache: that holds them, a row of its block table for each request.
+        cache: that holds them.
+        block_table: [num_requests, max_blocks] int32.
     """
 
-    def __init__(self, query: torch.Tensor, num_keys: int, cache: PagedCache) -> None:
-        (num_heads, size), num_requests = query.shape[1:], len(cache.block_table)
+    def __init__(
+        self, query: torch.Tensor, num_keys: int, cache: PagedCache, block_table: torch.Tensor
+    ) -> None:
+        (num_heads, size), num_requests = query.shape[1:], len(block_table)
         num_tokens, device = query.shape[0] // num_requests, query.device
         int32: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self._arguments: dict[str, Any] = {
@@ -37,7 +40,7 @@ class StockTriton:
             "softmax_scale": size**-0.5,
             "causal": True,
             "window_size": (-1, -1),
-            "block_table": cache.block_table,
+            "block_table": block_table,
             "softcap": 0,
             "q_descale": None,
             "k_descale": None,

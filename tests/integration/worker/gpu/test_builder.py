@@ -217,7 +217,7 @@ def test_warming_up_turns_nothing(builder: Any, cache: torch.Tensor) -> None:
 
 def read(made: Any, *columns: str) -> list[tuple[int, ...]]:
     """Columns of the requests' table, row by row."""
-    rows = made.prefill.metadata.requests.numpy()
+    rows = made.prefill.requests.numpy()
     return [tuple(row[name].item() for name in columns) for row in rows.view(REQUEST)[:, 0]]
 
 

@@ -14,7 +14,6 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from vllm_sepllm import ops
 from vllm_sepllm.integration.worker.builder import BuilderMixin
-from vllm_sepllm.integration.worker.gpu.impl import PrefillRows
 from vllm_sepllm.integration.worker.impl import LibraryRows, SepLLMMetadata, SlotMoves
 from vllm_sepllm.policy.keys.tiles import PrefillRequests, plan_tiles
 from vllm_sepllm.policy.step.batch import BatchStep, Rotations
@@ -98,7 +97,7 @@ class GPUBuilderMixin(BuilderMixin):
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
-    ) -> SepLLMMetadata[PrefillRows]:
+    ) -> SepLLMMetadata[ops.PrefillMetadata]:
         """The metadata whose buffers a graph captures; each later step fills them."""
         common = self._in_buffers(common_attn_metadata)
         self._is_capturing = True  # the wrapped builder calls build, and means its own
@@ -120,7 +119,9 @@ class GPUBuilderMixin(BuilderMixin):
             return self.build_wrapped(common_attn_metadata)
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
-    def without_requests(self, common: CommonAttentionMetadata) -> SepLLMMetadata[PrefillRows]:
+    def without_requests(
+        self, common: CommonAttentionMetadata
+    ) -> SepLLMMetadata[ops.PrefillMetadata]:
         """See the base class."""
         common = self._in_buffers(common)
         rows = LibraryRows(common.num_actual_tokens, self.build_wrapped(common))
@@ -205,18 +206,18 @@ class GPUBuilderMixin(BuilderMixin):
         finally:
             vars(self).update(saved)
 
-    def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> PrefillRows:
+    def prefill(self, step: BatchStep, common: CommonAttentionMetadata) -> ops.PrefillMetadata:
         """See the base class."""
         policy = BatchPolicy.of([chunk.policy for chunk in step.chunks], self._spec.policy)
         return self._prefill_rows(step.prefill_requests(), policy, common.block_table_tensor)
 
     def _prefill_rows(
         self, requests: PrefillRequests, policy: BatchPolicy, block_table: torch.Tensor
-    ) -> PrefillRows:
+    ) -> ops.PrefillMetadata:
         tables = plan_tiles(requests, policy, self._tile_tokens)
         packed = self.upload(tables.packed, torch.int32)
         metadata = ops.PrefillMetadata.from_packed(tables, packed)
-        return PrefillRows(ops.list_keys(metadata, block_table, self._block_size), block_table)
+        return ops.list_keys(metadata, block_table, self._block_size)
 
 
 def _turns(layers: Sequence[Any]) -> list[tuple[ops.CacheTable, ops.KeyRotation]]:

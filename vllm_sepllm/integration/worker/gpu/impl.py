@@ -1,6 +1,5 @@
 """Prefill attention of one layer on a GPU."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,20 +11,7 @@ from vllm_sepllm import ops
 from vllm_sepllm.integration.worker.impl import SepLLMImpl, SlotMoves
 
 
-@dataclass(frozen=True, slots=True)
-class PrefillRows:
-    """The prefill chunks of a step.
-
-    Attributes:
-        metadata: their tiles.
-        block_table: [num_requests, max_blocks] int32, of the whole batch.
-    """
-
-    metadata: ops.PrefillMetadata
-    block_table: torch.Tensor
-
-
-class SepLLMGPUImpl(SepLLMImpl[PrefillRows]):
+class SepLLMGPUImpl(SepLLMImpl[ops.PrefillMetadata]):
     """Our kernel over the paged cache."""
 
     # vLLM would hand over queries in fp8; our kernel multiplies in the model's dtype, so the
@@ -67,7 +53,7 @@ class SepLLMGPUImpl(SepLLMImpl[PrefillRows]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        rows: PrefillRows,
+        rows: ops.PrefillMetadata,
         output: torch.Tensor,
     ) -> None:
         """See the base class; one launch."""
@@ -77,5 +63,5 @@ class SepLLMGPUImpl(SepLLMImpl[PrefillRows]):
             fp8 = current_platform.fp8_dtype()
             keys, values = keys.view(fp8), values.view(fp8)
             scales = (layer._k_scale, layer._v_scale)
-        cache = ops.PagedCache(keys, values, rows.block_table, scales)
-        ops.prefill(query, key, value, cache, rows.metadata, self._logits, output)
+        cache = ops.PagedCache(keys, values, scales)
+        ops.prefill(query, key, value, cache, rows, self._logits, output)
