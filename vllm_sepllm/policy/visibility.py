@@ -89,7 +89,7 @@ class BatchPolicy:
         """[num_rows], as in :class:`Policy`."""
         return self.initial_tokens + self.window
 
-    def of_rows(self, rows: IntArray | Sequence[int] | slice) -> "BatchPolicy":
+    def of_rows(self, rows: IntArray | slice) -> "BatchPolicy":
         """The policies of some of the rows; with the row of each token, one for each token."""
         return BatchPolicy(self.initial_tokens[rows], self.window[rows], self.max_separators)
 
