@@ -34,7 +34,8 @@ def test_prefill_is_the_rule(
     options = {"soft_cap": soft_cap, "sinks": None if sinks is None else sinks.to(DEVICE)}
     out = torch.full_like(case.query, float("nan"))
     logits = ops.Logits(0.25, **options)
-    reference.prefill(case.query, case.key, case.value, case.cache, case.metadata, logits, out)
+    kv = case.key, case.value, case.cache, case.block_table
+    reference.prefill(case.query, *kv, case.metadata, logits, out)
     assert torch.allclose(
         out.cpu(), case.dense(torch.float64, soft_cap=soft_cap, sinks=sinks), rtol=0, atol=1e-12
     )
