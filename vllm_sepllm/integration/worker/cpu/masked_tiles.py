@@ -32,7 +32,11 @@ class TileTensors:
         return cls(tile.first, tile.last, torch.from_numpy(tile.keys), bias)
 
     def mask(self) -> torch.Tensor | None:
-        """[last - first, num_keys] to add to scores; None: nothing is hidden."""
+        """[last - first, num_keys] to add to scores; None: nothing is hidden.
+
+        Made when the tile attends: the masks of all tiles would take as much memory as the whole
+        chunk's scores of a head.
+        """
         num_partial = self.bias.shape[1]
         if num_partial == 0:
             return None
