@@ -8,6 +8,8 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import pytest
 
 from vllm_sepllm import models as model
@@ -196,6 +198,30 @@ def test_default_path_follows_the_cache_variable(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
+def test_a_gguf_file_is_parsed_once_and_as_gguf_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_token_list(["a", "bc", ""])
+    writer.add_context_length(32)
+    writer.add_tensor("weight", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    theirs = gguf.GGUFReader(path)
+    monkeypatch.setattr(gguf, "GGUFReader", gguf.GGUFReader)  # put back in the end
+    model._read_gguf_once()
+    ours = gguf.GGUFReader(path)
+    assert ours is gguf.GGUFReader(path)
+    assert ours.fields.keys() == theirs.fields.keys()
+    for name, field in ours.fields.items():
+        assert field.contents() == theirs.fields[name].contents()
+    assert [t.name for t in ours.tensors] == ["weight"]
+    np.testing.assert_array_equal(ours.tensors[0].data, theirs.tensors[0].data)
+
+
 def test_the_model_answers_and_splits_digits(smollm2_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -11,6 +11,7 @@ less than the quantiser has: a weight moves by at most an eighth of its quantisa
 """
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -223,6 +224,7 @@ def _convert(source: Source, gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
+    _read_gguf_once()
     _say(
         f"converting it to {source.dtype} for transformers and vLLM "
         f"({_megabytes(source.converted_bytes)}, some minutes at most)"
@@ -245,6 +247,23 @@ def _convert(source: Source, gguf: Path, target: Path) -> None:
     if source.splits_digits:
         _split_digits(tokenizer)
     tokenizer.save_pretrained(target)
+
+
+def _read_gguf_once() -> None:
+    """Have this process parse a GGUF file once, on a plain array.
+
+    transformers (5.19, load_gguf_checkpoint) parses it anew for the config, the weights and the
+    tokenizer, and gguf takes a vocabulary of 150,000 tokens apart by slices of numpy.memmap, which
+    are slow: 15 s each time.
+    """
+    import gguf
+    import numpy as np
+
+    class Reader(gguf.GGUFReader):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    gguf.GGUFReader = functools.cache(Reader)  # type: ignore[misc,assignment]
 
 
 def _split_digits(tokenizer: object) -> None:

@@ -5,6 +5,7 @@ Run: ``make demo`` or ``python -m vllm_sepllm.demo [--model FOLDER]``
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -77,6 +78,8 @@ def main() -> None:
     command = ["vllm", "serve", str(model), *SERVE_OPTIONS]
     for name, value in size.engine.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
+    # vLLM leaves a core to the front end, which is half of a small machine
+    os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     with serving(command, folder / "serve.log", START_SECONDS) as base_url:
         ask(base_url, model, size.texts[TITLE])
         console.print("  stopping the server")
