@@ -1,10 +1,12 @@
 """Budgets are those of the rule, and the methods that are compared keep as many tokens."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from vllm_sepllm.config import SepLLMConfig
 from vllm_sepllm.eval.methods import (
     FIXED,
     SEPLLM,
@@ -12,6 +14,7 @@ from vllm_sepllm.eval.methods import (
     Method,
     ModelFacts,
     Span,
+    described,
     mean_kept,
     resolve,
     rival,
@@ -44,6 +47,21 @@ def test_mean_kept_is_the_mean_of_the_masks_rows() -> None:
     wanted = 0.2 * full.mean() + 0.8 * rows.mean()
     assert mean_kept(with_full, [part], FACTS) == pytest.approx(wanted)
     assert mean_kept(None, [part], FACTS) == pytest.approx(full.mean())
+
+
+def test_described_settings_spell_the_defaults_out() -> None:
+    """So that answers under another default are not taken for this one's."""
+    assert described(None, FACTS) is None
+    found = described({"window": 40}, FACTS)
+    defaults = SepLLMConfig().model_dump(mode="json", exclude_none=True)
+    assert found == {**defaults, "window": 40, "max_separators": 256}
+    assert json.loads(json.dumps(found)) == found
+    assert described({"window": 40, "initial_tokens": 4, "max_separators": 256}, FACTS) == found
+    # a quarter of max_model_len, or none
+    assert described({"separators": "extended"}, FACTS)["max_separators"] == 1000
+    assert described({"preset": STREAMING}, FACTS)["max_separators"] == 0
+    with pytest.raises(ValueError, match="layers -10 to 9"):
+        described({"full_layers": [10]}, FACTS)
 
 
 def test_a_protected_prefix_is_kept_of_each_request_as_far_as_it_goes() -> None:

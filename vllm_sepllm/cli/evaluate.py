@@ -79,7 +79,7 @@ def _measure(
     described: dict[str, Any],
 ) -> None:
     """Ask what ``output`` lacks and write the report, after every round."""
-    from vllm_sepllm.eval import report
+    from vllm_sepllm.eval import methods, report
     from vllm_sepllm.eval.run import missing, plan, run
     from vllm_sepllm.eval.store import Store
 
@@ -88,7 +88,8 @@ def _measure(
     with ExitStack() as until_end:
         try:
             rows = plan(tasks, suite.compared, facts)
-            described["settings"] = {row.key: row.method.settings for row in rows}
+            settings = {row.key: methods.described(row.method.settings, facts) for row in rows}
+            described["settings"] = settings
             store = until_end.enter_context(closing(Store(output, described)))
             num_missing = missing(rows, store)
         except ValueError as error:

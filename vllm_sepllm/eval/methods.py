@@ -139,6 +139,18 @@ def _with_mean_kv(
     return {**settings, "window": _window(kept, target, longest)}
 
 
+def described(settings: Mapping[str, Any] | None, facts: ModelFacts) -> dict[str, Any] | None:
+    """Settings with the defaults that they leave out: where one has changed, answers are others.
+
+    Raises:
+        ValueError: if the settings do not go with the model.
+    """
+    if settings is None:
+        return None
+    given = _config(settings).model_dump(mode="json", exclude_none=True)
+    return {**given, "max_separators": _resolved(settings, facts).max_separators}
+
+
 def _config(settings: Mapping[str, Any]) -> SepLLMConfig:
     return SepLLMConfig.from_additional_config({ADDITIONAL_CONFIG_KEY: dict(settings)})
 
