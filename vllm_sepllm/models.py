@@ -224,7 +224,6 @@ def _convert(source: Source, gguf: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
-    _read_gguf_once()
     _say(
         f"converting it to {source.dtype} for transformers and vLLM "
         f"({_megabytes(source.converted_bytes)}, some minutes at most)"
@@ -234,23 +233,25 @@ def _convert(source: Source, gguf: Path, target: Path) -> None:
         "pretrained_model_name_or_path": str(gguf.parent),
         "gguf_file": gguf.name,
     }
-    loaded = AutoModelForCausalLM.from_pretrained(
-        **given, quantization_config=GgufConfig(dequantize=True), dtype=source.dtype
-    )
+    with _gguf_parsed_once():
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **given, quantization_config=GgufConfig(dequantize=True), dtype=source.dtype
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**given)
     # a model that was loaded from GGUF refuses save_pretrained, an empty one with its weights not
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(loaded.config, dtype=source.dtype)
     model.load_state_dict(loaded.state_dict(), assign=True)
     model.generation_config = loaded.generation_config
     model.save_pretrained(target)
-    tokenizer = AutoTokenizer.from_pretrained(**given)
     if source.splits_digits:
         _split_digits(tokenizer)
     tokenizer.save_pretrained(target)
 
 
-def _read_gguf_once() -> None:
-    """Have this process parse a GGUF file once, on a plain array.
+@contextmanager
+def _gguf_parsed_once() -> Iterator[None]:
+    """In this block a GGUF file is parsed once, on a plain array.
 
     transformers (5.19, load_gguf_checkpoint) parses it anew for the config, the weights and the
     tokenizer, and gguf takes a vocabulary of 150,000 tokens apart by slices of numpy.memmap, which
@@ -259,11 +260,17 @@ def _read_gguf_once() -> None:
     import gguf
     import numpy as np
 
-    class Reader(gguf.GGUFReader):
+    original = gguf.GGUFReader
+
+    class Reader(original):  # type: ignore[misc,valid-type]
         def __setattr__(self, name: str, value: object) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
     gguf.GGUFReader = functools.cache(Reader)  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original  # type: ignore[misc]
 
 
 def _split_digits(tokenizer: object) -> None:

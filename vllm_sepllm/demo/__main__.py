@@ -78,7 +78,7 @@ def main() -> None:
     command = ["vllm", "serve", str(model), *SERVE_OPTIONS]
     for name, value in size.engine.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    # vLLM leaves a core to the front end, which is half of a small machine
+    # vLLM leaves a core to its scheduler, which is half of a small machine
     os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     with serving(command, folder / "serve.log", START_SECONDS) as base_url:
         ask(base_url, model, size.texts[TITLE])

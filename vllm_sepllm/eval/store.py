@@ -75,7 +75,7 @@ class Store:
         if changed:
             raise ValueError(
                 f"{self.folder} holds a run with another {', '.join(changed)}; name another "
-                "--output, or give the same suite to go on"
+                "--output, or go on with the same suite, under the same defaults of sepllm"
             )
         self._run |= kept
 
