@@ -23,7 +23,7 @@ ALLOWED = {
     | {f"{US}.policy", f"{US}.config", f"{US}.ops"},
     f"{US}/sample": set(),
     f"{US}/processes.py": set(),
-    f"{US}/models.py": {"transformers", "tokenizers", "torch"},
+    f"{US}/models.py": {"transformers", "tokenizers", "torch", "gguf", "numpy"},
     f"{US}/bench": {"torch", "triton", "numpy", "rich", "typer", "httpx", "psutil", *PUBLIC_VLLM}
     | {f"{US}.{part}" for part in ("processes", "ops", "policy", "kernels")}
     | {f"{US}.register", f"{US}.integration.rigs", f"{US}.integration.wire.config"}
